@@ -1,0 +1,1 @@
+"""LAPS: what all its services share."""

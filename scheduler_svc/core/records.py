@@ -1,0 +1,347 @@
+"""The scheduler's vocabulary: what comes in, what is decided, what must be stored.
+
+Nothing here does anything. The core fills these records, the store writes them, the
+service and the simulator carry them to workers. Instants are seconds since the Unix
+epoch (or of a virtual clock), durations are seconds, token ids travel packed as
+little-endian unsigned 32-bit integers, so that nobody on the way makes an object per token.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+TOKEN_BYTES = 4
+"""Bytes of one packed token id."""
+
+
+class RequestState(enum.StrEnum):
+    QUEUED = "queued"
+    """Waits, has not run yet."""
+    RUNNING = "running"
+    """Holds a lease on a worker's slot."""
+    PREEMPTED = "preempted"
+    """Has run, waits again."""
+    FINISHED = "finished"
+    """Terminal; the finish reason says how."""
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+class RevokeReason(enum.StrEnum):
+    PREEMPTED = "preempted"
+    """Leave the slot, keep the KV cache while there is room."""
+    ENDED = "ended"
+    """The request has ended or runs elsewhere: forget it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    """An accepted request as the gateway validated it. `params_json` is opaque to the core."""
+
+    request_id: str
+    prompt: bytes
+    """Packed token ids."""
+    max_tokens: int
+    params_json: str = "{}"
+    """Sampling and stopping parameters for the worker, as JSON."""
+    request_class: str = ""
+    priority: int = 0
+    """Higher runs before lower, whatever the policy thinks."""
+    predicted_output_tokens: float | None = None
+    """The client's estimate of the output length."""
+    deadline_s: float | None = None
+    cancel_on_disconnect: bool = True
+    disconnect_grace_s: float = 0.0
+    digest: str = ""
+    """Hex digest of the client's request: the same id with another digest is refused."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt) // TOKEN_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and everything that the scheduler knows and believes about it."""
+
+    spec: RequestSpec
+    arrival_s: float
+    arrival_seq: int = 0
+    """Order of acceptance; breaks every tie."""
+    state: RequestState = RequestState.QUEUED
+
+    # What has happened.
+    output: bytearray = field(default_factory=bytearray)
+    """Packed output tokens."""
+    log_entries: int = 0
+    """Entries of the stored token log."""
+    steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    acceptance_histogram: list[int] = field(default_factory=list)
+    """Entry a counts the steps in which a drafted tokens were accepted."""
+    attained_s: float = 0.0
+    """Seconds of decoding that it has had."""
+    preemptions: int = 0
+    preempted_because: str = ""
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+    finish_reason: FinishReason | None = None
+    matched_stop: str = ""
+    matched_stop_token_id: int | None = None
+    error: str = ""
+    cached_tokens: int = 0
+
+    # What the policy believes. Written by policies only.
+    level: int = 0
+    """Queue level, 0 is the highest."""
+    rank: float = 0.0
+    """Order inside the level, lower runs earlier."""
+    perceptible: bool = False
+    acceptance_estimate: float = 0.0
+    """Expected share of drafted tokens that the target accepts."""
+    predicted_output_tokens: float = 0.0
+    perceived_s: float = 0.0
+    """Estimated seconds of service still needed."""
+    policy_data: object = None
+    """Whatever else the policy in force keeps about this request; not stored."""
+
+    # Where it is.
+    worker_id: str = ""
+    """The worker that runs it or was last seen with its KV cache."""
+    slot: int = 0
+    lease_id: int = 0
+    """0: no lease."""
+    releasing: bool = False
+    """Preempted, but the worker has not yet said that it let go."""
+    kv_resident: bool = False
+    """Whether `worker_id` is believed to hold its KV cache."""
+
+    @property
+    def request_id(self) -> str:
+        return self.spec.request_id
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.output) // TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """Measured times of a worker's engine, in seconds."""
+
+    draft_token_s: float
+    """One drafted token (T_ssm)."""
+    verify_s: float
+    """One verification (T_llm)."""
+    prefill_token_s: float = 0.0
+    switch_s: float = 0.0
+    """One request's return to a slot."""
+
+    def step_s(self, draft_tokens: int) -> float:
+        """Seconds of one iteration: n * T_ssm + T_llm (LAPS-SD, arXiv 2505.17074)."""
+        return draft_tokens * self.draft_token_s + self.verify_s
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A request whose KV cache a worker holds when its session begins."""
+
+    request_id: str
+    output_tokens: int
+    output_crc32: int
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """A worker in session with the scheduler."""
+
+    worker_id: str
+    slots: int
+    costs: StepCosts
+    device: str = ""
+    target: str = ""
+    draft: str = ""
+    model_fingerprint: str = ""
+    vocabulary_size: int = 0
+    context_tokens: int = 0
+    draining: bool = False
+    last_seen_s: float = 0.0
+    steps: int = 0
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    running: list[Request | None] = field(default_factory=list)
+    """By slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFinish:
+    reason: FinishReason
+    matched_stop: str = ""
+    matched_stop_token_id: int | None = None
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step did to the leases of one worker. Entry i of each column is one lease."""
+
+    worker_id: str
+    lease_ids: Sequence[int] = ()
+    offsets: Sequence[int] = ()
+    """Output tokens before the step."""
+    emitted_counts: Sequence[int] = ()
+    drafted_counts: Sequence[int] = ()
+    accepted_counts: Sequence[int] = ()
+    token_ids: bytes = b""
+    """All emitted tokens, packed, in the order of the columns."""
+    finishes: dict[int, RowFinish] = field(default_factory=dict)
+    """By row."""
+    released: Sequence[int] = ()
+    """Leases whose revocation is done."""
+    missing: Sequence[int] = ()
+    """Leases granted without context whose KV cache the worker does not hold."""
+    errors: dict[int, str] = field(default_factory=dict)
+    """By lease."""
+    evicted: Sequence[str] = ()
+    """Requests whose KV cache the worker has dropped."""
+    logprobs: dict[int, bytes] = field(default_factory=dict)
+    """By row, opaque."""
+    step_s: float = 0.0
+    """Seconds of the whole step."""
+    costs: StepCosts | None = None
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+
+
+# --- Decisions ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    worker_id: str
+    lease_id: int
+    slot: int
+    request: Request
+    has_context: bool
+    """Whether prompt and output must be sent along."""
+    draft_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    worker_id: str
+    lease_id: int
+    request_id: str
+    reason: RevokeReason
+
+
+# --- What must be stored -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Entry `entry` (from 1) of a request's token log."""
+
+    request_id: str
+    entry: int
+    offset: int
+    """Output tokens before these."""
+    token_ids: bytes
+    logprobs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueMove:
+    """Where a request waits now; `level` None: it waits no longer."""
+
+    request_id: str
+    level: int | None
+    rank: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the pool's readable history."""
+
+    kind: str
+    request_id: str = ""
+    worker_id: str = ""
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Commit:
+    """Everything durable that one tick changed. Written in one atomic call."""
+
+    submitted: list[Request] = field(default_factory=list)
+    appended: list[Append] = field(default_factory=list)
+    changed: list[Request] = field(default_factory=list)
+    """Live requests whose record is to be written anew (not those submitted or finished)."""
+    moves: list[QueueMove] = field(default_factory=list)
+    leased: list[tuple[str, float]] = field(default_factory=list)
+    """(request_id, expiry): new and renewed leases."""
+    unleased: list[str] = field(default_factory=list)
+    finished: list[Request] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    """Finished requests past retention."""
+    workers: list[tuple[Worker, float]] = field(default_factory=list)
+    """(worker, expiry of its session)."""
+    workers_gone: list[str] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    learnt: dict[str, str] = field(default_factory=dict)
+    """What the policy has learnt, by name; merged into what is stored."""
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, name) for name in self.__slots__)
+
+
+@dataclass(slots=True)
+class Tick:
+    """What the core decided since the last tick. The commit comes first; only when it is
+    stored may tokens, acknowledgements, grants and revokes be seen by anyone."""
+
+    commit: Commit
+    grants: list[Grant] = field(default_factory=list)
+    revokes: list[Revoke] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Retained:
+    """A finished request that is still kept for readers and for joins by its id."""
+
+    request_id: str
+    digest: str
+    finished_s: float
+
+
+@dataclass(slots=True)
+class Recovered:
+    """What the store held when a leader took over."""
+
+    requests: list[Request] = field(default_factory=list)
+    """Live ones, with prompt, output and counters; all without lease."""
+    retained: list[Retained] = field(default_factory=list)
+    learnt: dict[str, str] = field(default_factory=dict)
+
+
+# --- Refusals -------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """A submission that was not accepted. Nothing was stored."""
+
+    def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """Stable, upper case, for machines: QUEUE_FULL, QUEUE_TOKENS_FULL, ID_CONFLICT, DEADLINE_PASSED, TOO_LONG."""
+        self.retry_after_s = retry_after_s
