@@ -1,0 +1,191 @@
+"""Carries stored tokens to the gateways that follow them: one message per gateway and tick.
+
+A gateway's stream is a follower of requests. What it is sent is what Redis has: the hub is
+told of tokens only after the commit that holds them, and remembers per live request how
+many of its tokens are stored, because the core is ahead of the store by a tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from laps.v1 import scheduler_pb2
+from scheduler_svc import convert
+from scheduler_svc.core.records import TOKEN_BYTES, Append, Request
+
+MAX_PENDING_BYTES = 8 << 20
+"""Undelivered token bytes of one gateway. A gateway that reads nothing loses its stream
+(and follows again from its offsets); the scheduler's memory does not grow for it."""
+
+
+@dataclass(slots=True)
+class _Row:
+    offset: int
+    token_ids: bytearray
+    logprobs: bytearray
+
+
+@dataclass(eq=False)
+class Follower:
+    """One gateway's Deliver stream and what waits to be sent on it."""
+
+    gateway_id: str
+    followed: set[str] = field(default_factory=set)
+    overrun: bool = False
+    _rows: dict[str, _Row] = field(default_factory=dict)
+    _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
+    _unknown: list[str] = field(default_factory=list)
+    _pending_bytes: int = 0
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
+        """Queues stored tokens; rows of one request that were not sent yet become one."""
+        row = self._rows.get(request_id)
+        if row is None:
+            self._rows[request_id] = _Row(offset, bytearray(token_ids), bytearray(logprobs))
+        else:
+            row.token_ids += token_ids
+            # Serialised messages of one repeated field: joined bytes are the joined message.
+            row.logprobs += logprobs
+        self._pending_bytes += len(token_ids) + len(logprobs)
+        self.overrun = self.overrun or self._pending_bytes > MAX_PENDING_BYTES
+        self._wake.set()
+
+    def add_completion(self, completion: scheduler_pb2.Completion) -> None:
+        self.followed.discard(completion.request_id)
+        self._completions[completion.request_id] = completion
+        self._wake.set()
+
+    def add_unknown(self, request_id: str) -> None:
+        self._unknown.append(request_id)
+        self._wake.set()
+
+    async def next_message(self, commit_seq: int) -> scheduler_pb2.DeliverResponse:
+        """Waits until something is to be sent and takes all of it."""
+        while not (self._rows or self._completions or self._unknown or self.overrun):
+            self._wake.clear()
+            await self._wake.wait()
+        rows, self._rows = self._rows, {}
+        completions, self._completions = self._completions, {}
+        unknown, self._unknown = self._unknown, []
+        self._pending_bytes = 0
+        message = scheduler_pb2.DeliverResponse(
+            commit_seq=commit_seq,
+            request_ids=rows.keys(),
+            offsets=[row.offset for row in rows.values()],
+            counts=[len(row.token_ids) // TOKEN_BYTES for row in rows.values()],
+            token_ids=b"".join(row.token_ids for row in rows.values()),
+            completions=completions.values(),
+            unknown=unknown,
+        )
+        for index, row in enumerate(rows.values()):
+            if row.logprobs:
+                message.logprobs[index].MergeFromString(bytes(row.logprobs))
+        return message
+
+
+class DeliveryHub:
+    """Which gateway follows what, how far each live request is stored, and whose client is gone."""
+
+    def __init__(self, gateway_grace_s: float) -> None:
+        self._gateway_grace_s = gateway_grace_s
+        self._followers: dict[str, set[Follower]] = {}
+        self._stored_tokens: dict[str, int] = {}
+        self._orphans: list[tuple[float, str]] = []
+        """Heap of (instant, request): cancelled then unless somebody follows again."""
+        self._orphan_due_s: dict[str, float] = {}
+        """The instant that counts; other entries of the heap are of the past."""
+
+    def restored(self, requests: Iterable[Request], now_s: float) -> None:
+        """After a crash nobody follows yet: gateways get their time to come back."""
+        for request in requests:
+            self._stored_tokens[request.request_id] = request.output_tokens
+            self._orphan(request, now_s, self._gateway_grace_s)
+
+    def stored_tokens(self, request_id: str) -> int:
+        return self._stored_tokens.get(request_id, 0)
+
+    def follow(self, follower: Follower, request: Request, offset: int, logprobs: bytes = b"") -> None:
+        """Starts with what is stored beyond `offset` of a live request. `logprobs` belong to
+        exactly those tokens; the core does not keep them, so the caller brings them."""
+        request_id = request.request_id
+        stored = self.stored_tokens(request_id)
+        if stored > offset:
+            output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
+            follower.add_tokens(request_id, offset, output, logprobs)
+        follower.followed.add(request_id)
+        self._followers.setdefault(request_id, set()).add(follower)
+        self._orphan_due_s.pop(request_id, None)
+
+    def unfollow(self, follower: Follower, request: Request | None, request_id: str, now_s: float) -> None:
+        """The client behind this stream is gone."""
+        follower.followed.discard(request_id)
+        followers = self._followers.get(request_id)
+        if followers is not None:
+            followers.discard(follower)
+            if followers:
+                return
+            del self._followers[request_id]
+        if request is not None:
+            self._orphan(request, now_s, 0.0)
+
+    def lost(self, follower: Follower, live: dict[str, Request], now_s: float) -> None:
+        """A gateway's stream broke: it may come back, or be dead with all its clients."""
+        for request_id in list(follower.followed):
+            followers = self._followers.get(request_id, set())
+            followers.discard(follower)
+            if not followers:
+                self._followers.pop(request_id, None)
+                if request_id in live:
+                    self._orphan(live[request_id], now_s, self._gateway_grace_s)
+        follower.followed.clear()
+
+    def submitted(self, request: Request, now_s: float) -> None:
+        """A gateway that dies between submitting and following must not leave work behind."""
+        if request.request_id not in self._followers:
+            self._orphan(request, now_s, self._gateway_grace_s)
+
+    def _orphan(self, request: Request, now_s: float, least_s: float) -> None:
+        if request.spec.cancel_on_disconnect:
+            wait_s = max(least_s, request.spec.disconnect_grace_s)
+            self._orphan_due_s[request.request_id] = now_s + wait_s
+            heapq.heappush(self._orphans, (now_s + wait_s, request.request_id))
+
+    def next_orphan_s(self) -> float | None:
+        return self._orphans[0][0] if self._orphans else None
+
+    def take_abandoned(self, now_s: float) -> list[str]:
+        """Requests whose grace is over and that nobody follows."""
+        abandoned = []
+        while self._orphans and self._orphans[0][0] <= now_s:
+            due_s, request_id = heapq.heappop(self._orphans)
+            if self._orphan_due_s.get(request_id) == due_s:
+                del self._orphan_due_s[request_id]
+                abandoned.append(request_id)
+        return abandoned
+
+    def published(self, appended: Iterable[Append]) -> None:
+        """The commit that holds these is stored."""
+        for entry in appended:
+            request_id = entry.request_id
+            self._stored_tokens[request_id] = entry.offset + len(entry.token_ids) // TOKEN_BYTES
+            for follower in self._followers.get(request_id, ()):
+                follower.add_tokens(request_id, entry.offset, entry.token_ids, entry.logprobs)
+
+    def finished(self, requests: Iterable[Request]) -> None:
+        """The commit that ends these is stored."""
+        for request in requests:
+            self._stored_tokens.pop(request.request_id, None)
+            self._orphan_due_s.pop(request.request_id, None)
+            followers = self._followers.pop(request.request_id, None)
+            if followers:
+                completion = scheduler_pb2.Completion(
+                    request_id=request.request_id,
+                    output_tokens=request.output_tokens,
+                    complete=convert.complete(request),
+                )
+                for follower in followers:
+                    follower.add_completion(completion)

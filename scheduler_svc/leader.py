@@ -1,0 +1,245 @@
+"""One term of leadership: the loop that joins the core with the store.
+
+Events reach the core at once (it is a plain object in this process); what it decides is
+taken once a tick, stored in one call, and only then seen by clients and workers. While a
+commit is on its way the next tick's events gather, so the store's latency bounds the rate
+of ticks and not the number of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import zlib
+from dataclasses import dataclass, field
+
+import structlog
+
+from laps.v1 import worker_pb2
+from scheduler_svc import convert
+from scheduler_svc.core.records import Request, Resident, StepReport, Tick, Worker
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.deliveries import DeliveryHub
+from scheduler_svc.store.errors import StoreUnavailable
+from scheduler_svc.store.store import Store
+
+log = structlog.get_logger()
+
+RETRY_FIRST_S = 0.02
+RETRY_LAST_S = 1.0
+
+
+class Clock:
+    """Wall-clock seconds that never jump: read once, then carried on by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._offset_s
+
+
+@dataclass(eq=False)
+class WorkerSession:
+    """A worker's open stream: what goes out on it, and the last report that came in."""
+
+    worker_id: str
+    outbox: asyncio.Queue[worker_pb2.SessionResponse | None] = field(default_factory=asyncio.Queue)
+    last_step: int = 0
+    unacknowledged: bool = False
+
+    def close(self) -> None:
+        self.outbox.put_nowait(None)
+
+
+class Leader:
+    """Everything that exists only while this process leads the pool."""
+
+    def __init__(
+        self, core: Scheduler, store: Store, *, epoch: int, gateway_grace_s: float, leader_ttl_s: float
+    ) -> None:
+        self.core = core
+        self.epoch = epoch
+        self.hub = DeliveryHub(gateway_grace_s)
+        self.now_s = Clock()
+        self.ticks = 0
+        self.commit_s = 0.0
+        self.ended = asyncio.Event()
+        self._store = store
+        self._leader_ttl_s = leader_ttl_s
+        self._sessions: dict[str, WorkerSession] = {}
+        self._wake = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
+        self._store_down = False
+        self.hub.restored(core.requests.values(), self.now_s())
+
+    # --- What the services use ---------------------------------------------------------------
+
+    @property
+    def store_down(self) -> bool:
+        """The store does not answer: nothing new may be accepted."""
+        return self._store_down
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    async def settled(self) -> None:
+        """Returns when everything that the core has decided until now is stored.
+
+        Raises:
+            asyncio.CancelledError: the term ended first.
+        """
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._wake.set()
+        await waiter
+
+    def open_session(self, session: WorkerSession, worker: Worker, residents: list[Resident]) -> None:
+        previous = self._sessions.get(session.worker_id)
+        if previous is not None:
+            previous.close()
+        self._sessions[session.worker_id] = session
+        self.core.worker_joined(worker, residents, self.now_s())
+        self._wake.set()
+
+    def close_session(self, session: WorkerSession) -> None:
+        """Of a stream that broke. A newer session of the same worker is left alone."""
+        if self._sessions.get(session.worker_id) is session:
+            del self._sessions[session.worker_id]
+            self.core.worker_left(session.worker_id, self.now_s())
+            self._wake.set()
+
+    def report(self, session: WorkerSession, step: int, report: StepReport) -> None:
+        if self._sessions.get(session.worker_id) is not session:
+            return
+        session.last_step = step
+        session.unacknowledged = True
+        self.core.report(report, self.now_s())
+        self._wake.set()
+
+    # --- The loop ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Ticks until the term is lost.
+
+        Raises:
+            StaleLeader: another scheduler leads the pool now.
+            HistoryWentBack, LogConflict: the store is not the one that this term wrote.
+        """
+        renewal = asyncio.create_task(self._renew())
+        ticking = asyncio.create_task(self._tick_forever())
+        try:
+            done, _ = await asyncio.wait({renewal, ticking}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (renewal, ticking):
+                task.cancel()
+            await asyncio.gather(renewal, ticking, return_exceptions=True)
+            for waiter in self._waiters:
+                waiter.cancel()
+            for session in self._sessions.values():
+                session.close()
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._leader_ttl_s / 3)
+            try:
+                await self._store.renew()
+            except StoreUnavailable as error:
+                # Not the end of the term: commits check the epoch in any case.
+                log.warning("leadership not renewed", error=str(error))
+
+    async def _tick_forever(self) -> None:
+        while True:
+            await self._until_due()
+            now_s = self.now_s()
+            for request_id in self.hub.take_abandoned(now_s):
+                self.core.cancel(request_id, now_s)
+            tick = self.core.tick(now_s)
+            waiters, self._waiters = self._waiters, []
+            # Decided for these sessions: one that opens during the commit knows none of it.
+            sessions = dict(self._sessions)
+            acknowledged = {}
+            for session in sessions.values():
+                if session.unacknowledged:
+                    session.unacknowledged = False
+                    acknowledged[session.worker_id] = session.last_step
+            try:
+                if tick.commit:
+                    # Packed now: the records go on changing while the store is being asked.
+                    await self._commit(self._store.encode(tick.commit, now_s))
+            except BaseException:
+                for waiter in waiters:
+                    waiter.cancel()
+                raise
+            self._publish(tick, sessions, acknowledged, now_s)
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def _until_due(self) -> None:
+        timers = [t for t in (self.core.next_timer_s(), self.hub.next_orphan_s()) if t is not None]
+        timeout_s = max(0.0, min(timers) - self.now_s()) if timers else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+        except TimeoutError:
+            return
+        self._wake.clear()
+        # One turn of the event loop: whatever is ready to be read joins this tick.
+        await asyncio.sleep(0)
+
+    async def _commit(self, encoded: bytes) -> None:
+        retry_s = RETRY_FIRST_S
+        started_s = time.perf_counter()
+        while True:
+            try:
+                await self._store.commit(encoded)
+            except StoreUnavailable as error:
+                # The outcome may be unknown. The call is idempotent, so ask again.
+                if not self._store_down:
+                    log.error("store does not answer; nothing is released until it does", error=str(error))
+                self._store_down = True
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, RETRY_LAST_S)
+            else:
+                break
+        if self._store_down:
+            self._store_down = False
+            log.info("store answers again", down_s=round(time.perf_counter() - started_s, 3))
+        self.ticks += 1
+        self.commit_s += time.perf_counter() - started_s
+
+    def _publish(
+        self, tick: Tick, sessions: dict[str, WorkerSession], acknowledged: dict[str, int], now_s: float
+    ) -> None:
+        self.hub.published(tick.commit.appended)
+        self.hub.finished(tick.commit.finished)
+        for request in tick.commit.submitted:
+            self.hub.submitted(request, now_s)
+        updates: dict[str, worker_pb2.LeaseUpdate] = {
+            worker_id: worker_pb2.LeaseUpdate() for worker_id in acknowledged
+        }
+        for revoke in tick.revokes:
+            updates.setdefault(revoke.worker_id, worker_pb2.LeaseUpdate()).revokes.append(
+                convert.revoke(revoke)
+            )
+        for grant in tick.grants:
+            updates.setdefault(grant.worker_id, worker_pb2.LeaseUpdate()).grants.append(
+                convert.grant(grant, output_crc32(grant.request))
+            )
+        settings = self.core.settings
+        for worker_id, update in updates.items():
+            session = sessions.get(worker_id)
+            if session is None or self._sessions.get(worker_id) is not session:
+                continue
+            update.epoch = self.epoch
+            update.acknowledged_step = acknowledged.get(worker_id, session.last_step)
+            update.step_credit = settings.step_credit
+            update.lease_duration_s = settings.lease_duration_s
+            session.outbox.put_nowait(worker_pb2.SessionResponse(leases=update))
+
+
+def output_crc32(request: Request) -> int:
+    return zlib.crc32(request.output)

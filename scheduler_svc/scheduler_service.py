@@ -1,0 +1,183 @@
+"""SchedulerService: what gateways call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from laps import errors
+from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
+from scheduler_svc import convert
+from scheduler_svc.core.records import TOKEN_BYTES, Refused
+from scheduler_svc.deliveries import Follower
+from scheduler_svc.leader import Leader
+from scheduler_svc.store import inspector_proto
+from scheduler_svc.term import Terms
+
+log = structlog.get_logger()
+
+
+class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+
+    async def Submit(
+        self, request: scheduler_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.SubmitResponse:
+        leader = await self._terms.leader_or_abort(context)
+        spec = convert.request_spec(request.spec)
+        try:
+            accepted, joined = leader.core.submit(spec, leader.now_s())
+        except Refused as refused:
+            await errors.abort(context, _refusal(refused))
+        await self._terms.settled_or_abort(leader, context)
+        state = convert.STATE_TO_PROTO[accepted.state] if accepted else convert.FINISHED
+        if not joined:
+            log.info("accepted", request_id=spec.request_id, prompt_tokens=spec.prompt_tokens)
+        return scheduler_pb2.SubmitResponse(joined=joined, state=state, epoch=leader.epoch)
+
+    async def Deliver(
+        self,
+        request_iterator: AsyncIterator[scheduler_pb2.DeliverRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[scheduler_pb2.DeliverResponse]:
+        leader = await self._terms.leader_or_abort(context)
+        follower = Follower(gateway_id="")
+        reading = asyncio.create_task(self._read_follows(leader, follower, request_iterator))
+        ended = asyncio.create_task(leader.ended.wait())
+        try:
+            while True:
+                message = asyncio.create_task(follower.next_message(leader.ticks))
+                await asyncio.wait({reading, ended, message}, return_when=asyncio.FIRST_COMPLETED)
+                if message.done():
+                    yield message.result()
+                else:
+                    message.cancel()
+                if follower.overrun:
+                    await errors.abort(
+                        context,
+                        errors.ResourceExhausted(
+                            "the gateway reads too slowly",
+                            reason=errors.Reason.CLIENT_TOO_SLOW,
+                            retry_after_s=0.1,
+                        ),
+                    )
+                if reading.done() or ended.done():
+                    break
+            if ended.done():
+                await errors.abort(context, self._terms.not_leading())
+        finally:
+            reading.cancel()
+            ended.cancel()
+            leader.hub.lost(follower, leader.core.requests, leader.now_s())
+            leader.wake()
+
+    async def _read_follows(
+        self,
+        leader: Leader,
+        follower: Follower,
+        requests: AsyncIterator[scheduler_pb2.DeliverRequest],
+    ) -> None:
+        async for message in requests:
+            follower.gateway_id = message.gateway_id or follower.gateway_id
+            for follow in message.follow:
+                await self._follow(leader, follower, follow.request_id, follow.offset)
+            for unfollow in message.unfollow:
+                live = None if unfollow.done else leader.core.get(unfollow.request_id)
+                leader.hub.unfollow(follower, live, unfollow.request_id, leader.now_s())
+                leader.wake()
+
+    async def _follow(self, leader: Leader, follower: Follower, request_id: str, offset: int) -> None:
+        logprobs = b""
+        logged_tokens = offset
+        while (live := leader.core.get(request_id)) is not None:
+            stored = leader.hub.stored_tokens(request_id)
+            if '"logprobs"' not in live.spec.params_json or stored <= logged_tokens:
+                leader.hub.follow(follower, live, offset, logprobs)
+                return
+            # Logprobs are in the store alone. More may be stored while we read: look again.
+            tokens, logprobs = await self._terms.store.read_log(request_id, offset)
+            logged_tokens = offset + len(tokens) // TOKEN_BYTES
+        # Not live: finished, or its last commit is under way, or never heard of.
+        await leader.settled()
+        stored_request = await self._terms.store.read_request(request_id)
+        if stored_request is None:
+            follower.add_unknown(request_id)
+            return
+        tokens, logprobs = await self._terms.store.read_log(request_id, offset)
+        if tokens:
+            follower.add_tokens(request_id, offset, tokens, logprobs)
+        follower.add_completion(
+            scheduler_pb2.Completion(
+                request_id=request_id,
+                output_tokens=stored_request.output_tokens,
+                complete=convert.complete(stored_request),
+            )
+        )
+
+    async def CancelRequest(
+        self, request: scheduler_pb2.CancelRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.CancelRequestResponse:
+        leader = await self._terms.leader_or_abort(context)
+        state = leader.core.cancel(request.request_id, leader.now_s())
+        await self._terms.settled_or_abort(leader, context)
+        if state is None:
+            if await self._terms.store.read_request(request.request_id) is None:
+                await errors.abort(context, errors.request_unknown(request.request_id))
+            return scheduler_pb2.CancelRequestResponse(state=convert.FINISHED)
+        return scheduler_pb2.CancelRequestResponse(state=convert.STATE_TO_PROTO[state])
+
+    async def ReadRequest(
+        self, request: scheduler_pb2.ReadRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.ReadRequestResponse:
+        await self._terms.leader_or_abort(context)
+        found = await self._terms.store.read_request(request.request_id)
+        if found is None:
+            await errors.abort(context, errors.request_unknown(request.request_id))
+        response = scheduler_pb2.ReadRequestResponse(
+            request=inspector_proto.request_to_proto(found, self._terms.pool)
+        )
+        if request.include_output:
+            response.output_token_ids = bytes(found.output)
+        if found.finish_reason is not None:
+            response.complete.CopyFrom(convert.complete(found))
+        return response
+
+    async def DescribePool(
+        self, request: scheduler_pb2.DescribePoolRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> scheduler_pb2.DescribePoolResponse:
+        leader = await self._terms.leader_or_abort(context)
+        response = scheduler_pb2.DescribePoolResponse(
+            pool=self._terms.pool, policy=leader.core.policy.name, epoch=leader.epoch
+        )
+        for worker in leader.core.workers.values():
+            response.workers += 1
+            response.slots += worker.slots
+            response.vocabulary_size = worker.vocabulary_size
+            response.context_tokens = worker.context_tokens
+            response.model_fingerprint = worker.model_fingerprint
+            response.target = worker.target
+            response.draft = worker.draft
+        return response
+
+
+def _refusal(refused: Refused) -> errors.LapsError:
+    message = str(refused)
+    match refused.reason:
+        case "ID_CONFLICT":
+            return errors.AlreadyExists(message)
+        case "DEADLINE_PASSED":
+            return errors.DeadlineExceeded(message)
+        case "TOO_LONG":
+            return errors.InvalidArgument("prompt", message, reason=errors.Reason.PROMPT_TOO_LONG)
+        case _:
+            return errors.ResourceExhausted(
+                message,
+                reason=errors.Reason[refused.reason],
+                retry_after_s=refused.retry_after_s or 1.0,
+                quota_subject="pool",
+            )

@@ -1,0 +1,167 @@
+"""Leadership: waiting for it, recovering, serving a term, and losing it again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from laps import errors
+from scheduler_svc.core.policies import make_policy
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.settings import SchedulerSettings
+from scheduler_svc.leader import Leader
+from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
+from scheduler_svc.store.store import Leadership, Store
+
+log = structlog.get_logger()
+
+STORE_RETRY_S = 0.5
+
+
+class Terms:
+    """The pool's leadership as this process sees it: `leader` while it leads, else None."""
+
+    def __init__(
+        self,
+        *,
+        pool: str,
+        store: Store,
+        policy: str,
+        core_settings: SchedulerSettings,
+        address: str,
+        leader_ttl_s: float,
+        gateway_grace_s: float,
+        on_change: Callable[[bool], None] = lambda leading: None,
+    ) -> None:
+        self.pool = pool
+        self.store = store
+        self.leader: Leader | None = None
+        self._policy = policy
+        self._core_settings = core_settings
+        # One process can listen on an address: whoever holds it may take its own term over
+        # at once after a crash. The epoch grows all the same and fences what is left of it.
+        self._address = address
+        self._leader_ttl_s = leader_ttl_s
+        self._gateway_grace_s = gateway_grace_s
+        self._on_change = on_change
+
+    # --- For the services --------------------------------------------------------------------
+
+    def not_leading(self) -> errors.LapsError:
+        return errors.Unavailable(
+            f"this scheduler does not lead pool {self.pool}",
+            reason=errors.Reason.NOT_LEADER,
+            retry_after_s=self._leader_ttl_s / 3,
+        )
+
+    async def leader_or_abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> Leader:
+        """The present leader, or UNAVAILABLE with a retry hint: nothing is accepted that
+        could not be stored."""
+        leader = self.leader
+        if leader is None:
+            await errors.abort(context, self.not_leading())
+        if leader.store_down:
+            await errors.abort(
+                context,
+                errors.Unavailable(
+                    "the store does not answer", reason=errors.Reason.STORE_UNREACHABLE, retry_after_s=1.0
+                ),
+            )
+        return leader
+
+    async def settled_or_abort(self, leader: Leader, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Waits until all is stored. If the term ends first the caller must ask again, and the
+        request_id makes that safe."""
+        waiter = asyncio.ensure_future(leader.settled())
+        ended = asyncio.ensure_future(leader.ended.wait())
+        try:
+            await asyncio.wait({waiter, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if waiter.done() and not waiter.cancelled():
+                return
+        finally:
+            waiter.cancel()
+            ended.cancel()
+        await errors.abort(context, self.not_leading())
+
+    # --- The life ----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Leads whenever it can, for ever. Ends only by cancellation or by an alarm.
+
+        Raises:
+            HistoryWentBack, LogConflict: the store does not hold what was written to it;
+                going on would tell clients two different stories.
+        """
+        await self._prepare_store()
+        while True:
+            leadership = await self._until_leading()
+            try:
+                await self._serve_term(leadership)
+            except StaleLeader as error:
+                log.warning("leadership lost", pool=self.pool, epoch=leadership.epoch, error=str(error))
+            except StoreUnavailable as error:
+                log.error("store lost while taking over", error=str(error))
+                await asyncio.sleep(STORE_RETRY_S)
+
+    async def _prepare_store(self) -> None:
+        complained = False
+        while True:
+            try:
+                await self.store.connect()
+                await self.store.load_functions()
+            except StoreUnavailable as error:
+                if not complained:
+                    log.error("store not reachable, trying again until it is", error=str(error))
+                    complained = True
+                await asyncio.sleep(STORE_RETRY_S)
+            else:
+                return
+
+    async def _until_leading(self) -> Leadership:
+        waiting = False
+        while True:
+            try:
+                leadership = await self.store.lead(self._address, self._address, self._leader_ttl_s)
+            except StoreUnavailable as error:
+                log.error("store does not answer", error=str(error))
+                leadership = None
+            if leadership is not None:
+                return leadership
+            if not waiting:
+                log.info("standing by", pool=self.pool)
+                waiting = True
+            await asyncio.sleep(self._leader_ttl_s / 6)
+
+    async def _serve_term(self, leadership: Leadership) -> None:
+        started_s = time.monotonic()
+        recovered = await self.store.recover()
+        core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, leadership.epoch)
+        core.restore(recovered, time.time())
+        leader = Leader(
+            core,
+            self.store,
+            epoch=leadership.epoch,
+            gateway_grace_s=self._gateway_grace_s,
+            leader_ttl_s=self._leader_ttl_s,
+        )
+        log.info(
+            "leading",
+            pool=self.pool,
+            epoch=leadership.epoch,
+            policy=core.policy.name,
+            recovered_requests=len(recovered.requests),
+            recovery_s=round(time.monotonic() - started_s, 3),
+        )
+        self.leader = leader
+        self._on_change(True)
+        try:
+            await leader.run()
+        finally:
+            self.leader = None
+            self._on_change(False)
+            leader.ended.set()

@@ -1,0 +1,95 @@
+"""WorkerService: sessions of workers with the leader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import structlog
+
+from laps import errors
+from laps.v1 import worker_pb2, worker_pb2_grpc
+from scheduler_svc import convert
+from scheduler_svc.leader import Leader, WorkerSession
+from scheduler_svc.term import Terms
+
+log = structlog.get_logger()
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, terms: Terms, heartbeat_interval_s: float) -> None:
+        self._terms = terms
+        self._heartbeat_interval_s = heartbeat_interval_s
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[worker_pb2.SessionResponse]:
+        leader = await self._terms.leader_or_abort(context)
+        hello = await self._hello_or_abort(leader, request_iterator, context)
+        session = WorkerSession(hello.worker_id)
+        welcome = worker_pb2.SessionWelcome(
+            epoch=leader.epoch,
+            session_timeout_s=leader.core.settings.session_timeout_s,
+            heartbeat_interval_s=self._heartbeat_interval_s,
+        )
+        leader.open_session(session, convert.worker(hello), convert.residents(hello))
+        log.info("worker joined", worker_id=hello.worker_id, slots=hello.slots, resident=len(hello.resident))
+        reading = asyncio.create_task(self._read(leader, session, request_iterator))
+        try:
+            yield worker_pb2.SessionResponse(welcome=welcome)
+            while (message := await session.outbox.get()) is not None:
+                yield message
+            await errors.abort(context, self._terms.not_leading())
+        finally:
+            reading.cancel()
+            leader.close_session(session)
+            log.info("worker left", worker_id=hello.worker_id)
+
+    async def _hello_or_abort(
+        self,
+        leader: Leader,
+        requests: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> worker_pb2.WorkerHello:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("message") != "hello":
+            await errors.abort(context, errors.InvalidArgument("message", "a session begins with hello"))
+        assert first is not None
+        hello = first.hello
+        if hello.pool != self._terms.pool:
+            message = f"this scheduler leads pool {self._terms.pool!r}, not {hello.pool!r}"
+            await errors.abort(context, errors.InvalidArgument("hello.pool", message))
+        if not hello.worker_id or hello.slots < 1:
+            await errors.abort(
+                context, errors.InvalidArgument("hello", "worker_id and at least one slot are needed")
+            )
+        for other in leader.core.workers.values():
+            if other.worker_id != hello.worker_id and other.model_fingerprint != hello.model_fingerprint:
+                # Two models in one pool would make a request's output depend on where it runs.
+                message = f"worker {other.worker_id} of this pool serves another model pair"
+                await errors.abort(context, errors.FailedPrecondition(message))
+        return hello
+
+    @staticmethod
+    async def _read(
+        leader: Leader, session: WorkerSession, requests: AsyncIterator[worker_pb2.SessionRequest]
+    ) -> None:
+        try:
+            async for message in requests:
+                match message.WhichOneof("message"):
+                    case "report" if message.report.epoch == leader.epoch:
+                        report = convert.step_report(session.worker_id, message.report)
+                        leader.report(session, message.report.step, report)
+                    case "heartbeat":
+                        leader.core.heartbeat(session.worker_id, leader.now_s())
+                    case "drain":
+                        leader.core.worker_draining(session.worker_id, leader.now_s())
+                        leader.wake()
+                    case unexpected:
+                        log.warning("message ignored", worker_id=session.worker_id, message=unexpected)
+        finally:
+            session.close()

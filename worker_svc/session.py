@@ -1,0 +1,131 @@
+"""The worker's session with the scheduler that leads its pool: one stream, reopened for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from laps import channels
+from laps.v1 import worker_pb2, worker_pb2_grpc
+from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
+
+log = structlog.get_logger()
+
+RECONNECT_FIRST_S = 0.05
+RECONNECT_LAST_S = 2.0
+DETACH_TIMEOUT_S = 60.0
+
+Outbox = asyncio.Queue[worker_pb2.SessionRequest]
+
+
+class RefusedByScheduler(Exception):
+    """The scheduler will never take this worker: wrong pool or wrong model."""
+
+
+@dataclass
+class WorkerLink:
+    """Keeps the driver in session. `hello` is asked for at every new session."""
+
+    address: str
+    driver: EngineDriver
+    hello: Callable[[], worker_pb2.WorkerHello]
+    connected: bool = False
+    draining: bool = False
+    _outbox: Outbox | None = None
+
+    async def run(self) -> None:
+        """Reconnects until cancelled.
+
+        Raises:
+            RefusedByScheduler: the scheduler said that trying again is of no use.
+        """
+        wait_s = RECONNECT_FIRST_S
+        complained = False
+        async with grpc.aio.insecure_channel(self.address, options=channels.CLIENT_OPTIONS) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            while True:
+                try:
+                    await self._session(stub)
+                except grpc.aio.AioRpcError as error:
+                    if error.code() in (
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        grpc.StatusCode.FAILED_PRECONDITION,
+                        grpc.StatusCode.PERMISSION_DENIED,
+                    ):
+                        raise RefusedByScheduler(error.details()) from error
+                    if self.connected:
+                        wait_s, complained = RECONNECT_FIRST_S, False
+                    if not complained:
+                        log.warning("scheduler not reachable, trying again until it is", address=self.address)
+                        complained = True
+                finally:
+                    self.connected = False
+                # Jitter: all workers of a pool lose the same scheduler in the same moment.
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(2 * wait_s, RECONNECT_LAST_S)
+
+    def drain(self) -> None:
+        """Asks for no more leases, in this session and in any later one."""
+        self.draining = True
+        if self._outbox is not None:
+            self._outbox.put_nowait(worker_pb2.SessionRequest(drain=worker_pb2.Drain()))
+
+    async def _session(self, stub: worker_pb2_grpc.WorkerServiceStub) -> None:
+        outbox: Outbox = asyncio.Queue()
+        hello = self.hello()
+        hello.resident.extend(self.driver.resident())
+        outbox.put_nowait(worker_pb2.SessionRequest(hello=hello))
+        call = stub.Session(self._outgoing(outbox))
+        beating: asyncio.Task[None] | None = None
+        try:
+            async for message in call:
+                if message.WhichOneof("message") == "leases":
+                    self.driver.post(message.leases)
+                    continue
+                welcome = message.welcome
+                self._open(outbox, welcome)
+                beating = asyncio.create_task(self._beat(outbox, call, welcome))
+        finally:
+            if beating is not None:
+                beating.cancel()
+            call.cancel()
+            self._outbox = None
+            self.driver.post(SessionLost())
+            if not await asyncio.to_thread(self.driver.wait_detached, DETACH_TIMEOUT_S):
+                log.error("engine does not come to a step boundary", waited_s=DETACH_TIMEOUT_S)
+
+    def _open(self, outbox: Outbox, welcome: worker_pb2.SessionWelcome) -> None:
+        loop = asyncio.get_running_loop()
+
+        def send(report: worker_pb2.StepReport) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
+                loop.call_soon_threadsafe(outbox.put_nowait, worker_pb2.SessionRequest(report=report))
+
+        self.driver.post(SessionOpened(welcome.epoch, send))
+        self._outbox = outbox
+        self.connected = True
+        log.info("in session", epoch=welcome.epoch, address=self.address)
+        if self.draining:
+            self.drain()
+
+    @staticmethod
+    async def _outgoing(outbox: Outbox) -> AsyncIterator[worker_pb2.SessionRequest]:
+        while True:
+            yield await outbox.get()
+
+    @staticmethod
+    async def _beat(
+        outbox: Outbox,
+        call: grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
+        welcome: worker_pb2.SessionWelcome,
+    ) -> None:
+        """A heartbeat of our own: gRPC's keepalive is answered by a process whose event loop is blocked."""
+        while not call.done():
+            await asyncio.sleep(welcome.heartbeat_interval_s)
+            outbox.put_nowait(worker_pb2.SessionRequest(heartbeat=worker_pb2.Heartbeat()))
