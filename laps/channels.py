@@ -1,0 +1,122 @@
+"""gRPC channels and servers as all parts of LAPS open them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
+KEEPALIVE_INTERVAL_MS = 5_000
+"""Ping an idle connection this often."""
+PING_TIMEOUT_MS = 5_000
+"""A peer that leaves a ping unanswered for this long is gone."""
+RECONNECT_FIRST_MS = 100
+RECONNECT_MAX_MS = 2_000
+
+Options = list[tuple[str, int]]
+
+
+def _shared_options(max_message_bytes: int) -> Options:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", PING_TIMEOUT_MS),
+        # Without this one a frozen peer goes unnoticed for a minute whatever keepalive says.
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Options:
+    return [
+        *_shared_options(max_message_bytes),
+        # Our clients retry where that is safe; a retry inside gRPC would hide it from them.
+        ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", RECONNECT_FIRST_MS),
+        ("grpc.min_reconnect_backoff_ms", RECONNECT_FIRST_MS),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+        # Two channels of one process to one address must not share a connection and its fate.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+
+def server_options(
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, max_concurrent_streams: int | None = None
+) -> Options:
+    """`max_concurrent_streams` bounds the calls of one connection; more wait at the client."""
+    options = [
+        *_shared_options(max_message_bytes),
+        # A second process on the same port must fail to start, not take every second connection.
+        ("grpc.so_reuseport", 0),
+        # Allow the pings that channel_options sends.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_MS // 2),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_MS // 2),
+        ("grpc.http2.max_ping_strikes", 0),
+    ]
+    if max_concurrent_streams is not None:
+        options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
+    return options
+
+
+def open_channel(
+    address: str,
+    *,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    credentials: grpc.ChannelCredentials | None = None,
+    interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
+) -> grpc.aio.Channel:
+    """An asyncio channel to HOST:PORT; in the clear unless `credentials` are given."""
+    options = channel_options(max_message_bytes)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
+    return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
+
+
+def open_sync_channel(
+    address: str,
+    *,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    credentials: grpc.ChannelCredentials | None = None,
+) -> grpc.Channel:
+    """The same for threads."""
+    options = channel_options(max_message_bytes)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def new_server(
+    *,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    max_concurrent_streams: int | None = None,
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
+) -> grpc.aio.Server:
+    """An asyncio server without services and ports."""
+    return grpc.aio.server(
+        interceptors=list(interceptors), options=server_options(max_message_bytes, max_concurrent_streams)
+    )
+
+
+def bind(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+) -> int:
+    """Listens on host:port and returns the port (`port` 0: any free one).
+
+    Raises OSError with one clear line when the port is taken.
+    """
+    where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+    try:
+        if credentials is None:
+            bound = server.add_insecure_port(where)
+        else:
+            bound = server.add_secure_port(where, credentials)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise OSError(f"cannot listen on {where}: the port is in use or not permitted")
+    return bound

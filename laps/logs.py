@@ -1,0 +1,118 @@
+"""Logs: one JSON object a line on stderr, with what ties the lines of one request together.
+
+`request_id`, `epoch` and `trace_id` are bound by `bind_context` and follow the current task. Prompts, outputs
+and anything else that a user wrote never reach a log: fields with such names are masked, and tracebacks carry
+no local variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+LogFormat = Literal["json", "console"]
+
+PRIVATE_FIELDS = frozenset(
+    {
+        "prompt",
+        "text",
+        "content",
+        "messages",
+        "output",
+        "token_ids",
+        "prompt_token_ids",
+        "output_token_ids",
+        "stop",
+    }
+)
+_MASK = "(not logged)"
+
+
+def configure_logging(
+    service: str,
+    *,
+    pool: str = "",
+    level: str = "info",
+    form: LogFormat = "json",
+    stream: TextIO | None = None,
+) -> None:
+    """Sets up this process's logs, those of libraries included. `level` is a name of `logging`."""
+    out = stream if stream is not None else sys.stderr
+    number = logging.getLevelNamesMapping()[level.upper()]
+    fields = {"service": service} | ({"pool": pool} if pool else {})
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _AddFields(fields),
+        mask_private,
+    ]
+    render = _renderer(form, out)
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=out),
+        # Otherwise loggers made before this call, or in an earlier test, keep their old stream.
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), mask_private],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(number, logging.WARNING))
+
+
+def get_logger(**fields: Any) -> structlog.typing.FilteringBoundLogger:
+    """A logger: `log.info("worker joined", worker_id=...)`."""
+    logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(**fields)
+    return logger
+
+
+@contextmanager
+def bind_context(
+    *, request_id: str | None = None, epoch: int | None = None, trace_id: str | None = None
+) -> Iterator[None]:
+    """Adds these to every line that the current task logs inside the block."""
+    given = {"request_id": request_id, "epoch": epoch, "trace_id": trace_id}
+    with structlog.contextvars.bound_contextvars(**{k: v for k, v in given.items() if v is not None}):
+        yield
+
+
+def mask_private(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for key in PRIVATE_FIELDS.intersection(event):
+        event[key] = _MASK
+    return event
+
+
+class _AddFields:
+    def __init__(self, fields: dict[str, str]) -> None:
+        self._fields = fields
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        for key, value in self._fields.items():
+            event.setdefault(key, value)
+        return event
+
+
+def _renderer(form: LogFormat, out: TextIO) -> list[Processor]:
+    if form == "console":
+        colors = out.isatty()
+        plain = structlog.dev.plain_traceback
+        return [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
+    # structlog shows local variables by default, and those hold prompts.
+    transformer = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    return [
+        structlog.processors.ExceptionRenderer(transformer),
+        structlog.processors.JSONRenderer(default=str),
+    ]

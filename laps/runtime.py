@@ -1,0 +1,140 @@
+"""The life of a service process: start, be ready, be told to stop, finish what is begun, end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from laps.logs import get_logger
+
+Stop = Callable[[float], Awaitable[None]]
+"""Ends a service; the argument is the time in seconds that it may take."""
+
+_STOP_MARGIN_S = 1.0
+"""A stop that outlasts its time by this much is abandoned."""
+
+EXIT_FAILED = 1
+
+
+class Lifetime:
+    """What a running service uses to end itself."""
+
+    def __init__(self) -> None:
+        self._ended = asyncio.Event()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.exit_code = 0
+        self.because = ""
+
+    def end(self, exit_code: int = 0, because: str = "") -> None:
+        """Stops the service as a signal would. The first call counts."""
+        if not self._ended.is_set():
+            self.exit_code, self.because = exit_code, because
+            self._ended.set()
+
+    def watch(self, task: asyncio.Task[Any]) -> None:
+        """A task that the service cannot be without: its failure ends the service with exit code 1."""
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            get_logger().error("task failed", task=task.get_name(), exc_info=error)
+            self.end(EXIT_FAILED, f"task {task.get_name()} failed")
+
+    async def wait(self) -> None:
+        await self._ended.wait()
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Runs a coroutine on uvloop where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+async def run_until_signalled(start: Callable[[Lifetime], Awaitable[Stop]], drain_s: float) -> int:
+    """Starts a service, waits for SIGTERM, SIGINT or `Lifetime.end`, stops it; returns the exit code.
+
+    A signal while it starts cancels the start. A second signal ends the process at once. What `start`
+    raises goes to the caller.
+    """
+    loop = asyncio.get_running_loop()
+    lifetime = Lifetime()
+    starting: asyncio.Future[Stop] = asyncio.ensure_future(start(lifetime))
+
+    def on_signal(number: signal.Signals) -> None:
+        if lifetime._ended.is_set():
+            os._exit(128 + number)
+        lifetime.end(0, number.name)
+        starting.cancel()
+
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        try:
+            stop = await starting
+        except asyncio.CancelledError:
+            if lifetime._ended.is_set():
+                return lifetime.exit_code
+            raise
+        await lifetime.wait()
+        get_logger().info("stopping", because=lifetime.because, drain_s=drain_s)
+        try:
+            await asyncio.wait_for(stop(drain_s), drain_s + _STOP_MARGIN_S)
+        except TimeoutError:
+            get_logger().warning("stop took too long, ending anyway", drain_s=drain_s)
+        return lifetime.exit_code
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+class Readiness:
+    """grpc.health.v1 of a server. Made by `add_readiness`."""
+
+    def __init__(self, servicer: HealthServicer, services: tuple[str, ...]) -> None:
+        self._servicer = servicer
+        self._services = services
+        self.ready = False
+
+    async def set(self, ready: bool) -> None:
+        """Says it for the server as a whole ("") and for every service."""
+        self.ready = ready
+        response = health_pb2.HealthCheckResponse
+        status = response.SERVING if ready else response.NOT_SERVING
+        for service in self._services:
+            await self._servicer.set(service, status)
+
+
+async def add_readiness(server: grpc.aio.Server, *services: str) -> Readiness:
+    """Adds grpc.health.v1 to a server that has not started; it does not serve until `set(True)`.
+
+    `services` are full names such as "laps.v1.InferenceService".
+    """
+    servicer = HealthServicer()
+    readiness = Readiness(servicer, ("", *services))
+    # The library's servicer begins as serving.
+    await readiness.set(False)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    return readiness
+
+
+async def is_ready(channel: grpc.aio.Channel, service: str = "", timeout_s: float = 1.0) -> bool:
+    """Whether the server at the other end says that it serves."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    try:
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

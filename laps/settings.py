@@ -1,0 +1,326 @@
+"""Every setting of every service: name, type, default, unit and help, each in this one place.
+
+A value comes from the first source that has it: a flag, the environment (`LAPS_PORT`), a TOML file
+(`port = 50051`; `--config FILE`, else `LAPS_CONFIG`, else `./laps.toml`), the default. `load_settings`
+remembers which one it was, so that `laps config` and every error can name it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import PrivateAttr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from laps.setting import (
+    ENV_PREFIX,
+    SERVICES,
+    Origin,
+    Service,
+    SettingsError,
+    Source,
+    env_name,
+    flag_name,
+    mask_url,
+    port_setting,
+    setting,
+)
+
+CONFIG_ENV = "LAPS_CONFIG"
+DEFAULT_CONFIG_FILE = Path("laps.toml")
+NO_DRAFT = "none"
+
+_BUILT_IN_MODELS = Path(__file__).resolve().parent.parent / "models" / "tiny"
+BUILT_IN_TARGET = str(_BUILT_IN_MODELS / "target")
+BUILT_IN_DRAFT = str(_BUILT_IN_MODELS / "draft")
+
+_G: tuple[Service, ...] = ("gateway",)
+_S: tuple[Service, ...] = ("scheduler",)
+_W: tuple[Service, ...] = ("worker",)
+_GS: tuple[Service, ...] = ("gateway", "scheduler")
+_SW: tuple[Service, ...] = ("scheduler", "worker")
+_GW: tuple[Service, ...] = ("gateway", "worker")
+_UP: tuple[Service, ...] = ()
+
+
+class Settings(BaseSettings):
+    """What is in force. Use `load_settings`; `Settings(port=0)` serves tests and embedders."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    # State.
+    redis_url: str = setting("", "Redis >= 7.0 or Valkey; empty: the built-in store in data_dir", _S)
+    data_dir: Path = setting(Path(".laps"), "Folder of the built-in store's data and of child logs", _S)
+
+    # The pool and its models.
+    pool: str = setting(
+        "default", "Name of the pool: one model pair with its workers and queue", SERVICES, min_length=1
+    )
+    model_name: str = setting("tiny", "Name by which clients ask for the pool's model", _G, min_length=1)
+    target: str = setting(BUILT_IN_TARGET, "Target model: a folder or a Hugging Face name", _GW)
+    draft: str = setting(
+        "",
+        "Draft model of the same vocabulary, or 'none'; empty: the built-in one for the "
+        "built-in target, else none",
+        _W,
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Number type of the models", _W
+    )
+    device: str = setting("auto", "Device of the models: auto, cpu, cuda, cuda:1", _W)
+    context_tokens: int = setting(
+        0, "Prompt and output together at most; 0: the model's own limit", _GW, ge=0
+    )
+    threads: int = setting(1, "Compute threads of one worker", _W, ge=1)
+
+    # Network.
+    host: str = setting("127.0.0.1", "Address to listen on", SERVICES)
+    port: int = port_setting(50051, "The gateway's gRPC port; 0: any free one", _G)
+    http_port: int = port_setting(0, "The gateway's HTTP port; 0: none", _G)
+    scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
+    scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
+    metrics_port: int = port_setting(
+        0, "Prometheus port, 0: none; 'laps up' counts on from it for each process", SERVICES
+    )
+    max_message_bytes: int = setting(4 << 20, "Size of one gRPC message at most", SERVICES, ge=1 << 16)
+
+    # Decoding.
+    workers: int = setting(2, "Workers that 'laps up' starts", _UP, ge=0, le=256)
+    slots: int = setting(4, "Requests that one worker decodes together", _W, ge=1, le=4096)
+    spare_slots: int = setting(
+        4, "Further slots that keep the KV cache of preempted requests", _W, ge=0, le=4096
+    )
+    host_cache_bytes: int = setting(1 << 28, "Host memory for the KV cache of preempted requests", _W, ge=0)
+    prefill_tokens: int = setting(512, "Prompt tokens computed in one step at most", _W, ge=1)
+    draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=0, le=16)
+
+    # Scheduling.
+    policy: str = setting("laps-sd", "Scheduling policy", _S)
+    starvation_bound_s: float = setting(
+        60.0, "A request that waited this long runs before the others; 0: never", _S, ge=0
+    )
+    tick_interval_s: float = setting(
+        0.002, "The scheduler gathers events this long before it decides", _S, ge=0, le=1
+    )
+    step_credit: int = setting(4, "Steps that a worker may be ahead of the store", _S, ge=1, le=1024)
+    lease_duration_s: float = setting(10.0, "A lease that is not renewed ends after this time", _S, gt=0)
+    session_timeout_s: float = setting(
+        5.0, "A worker that is silent for this long is taken for lost", _S, gt=0
+    )
+    heartbeat_interval_s: float = setting(1.0, "A worker says at least this often that it lives", _S, gt=0)
+    leader_ttl_s: float = setting(
+        3.0, "A leader that does not renew its claim loses it after this time", _S, gt=0
+    )
+
+    # Bounds.
+    max_queued_requests: int = setting(10_000, "Live requests in a pool at most", _S, ge=1)
+    max_queued_tokens: int = setting(
+        10_000_000, "Prompt and output tokens of all live requests at most", _S, ge=1
+    )
+    max_streams: int = setting(1000, "Client streams of one gateway at most", _G, ge=1)
+    stream_buffer_tokens: int = setting(
+        4096, "A client this many tokens behind loses its stream, not its request", _G, ge=1
+    )
+    default_max_tokens: int = setting(256, "Output bound of a request that names none", _G, ge=1)
+    disconnect_grace_s: float = setting(
+        30.0, "A request whose client may come back outlives its stream this long", _G, ge=0
+    )
+    retention_s: float = setting(600.0, "A finished request can be read this long", _S, ge=0)
+    retention_bytes: int = setting(
+        1 << 28, "Memory of finished requests at most; the oldest go first", _S, ge=0
+    )
+    drain_s: float = setting(
+        10.0, "Time to finish what is begun when a service is told to stop", SERVICES, ge=0
+    )
+
+    # Logs.
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "info", "Least level that is logged", SERVICES
+    )
+    log_format: Literal["json", "console"] = setting("json", "Form of the logs", SERVICES)
+
+    # Identity.
+    gateway_id: str = setting("", "Name of this gateway; empty: host name and process id", _G)
+    scheduler_id: str = setting("", "Name of this scheduler; empty: host name and process id", _S)
+    worker_id: str = setting("", "Name of this worker; empty: host name and process id", _W)
+
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # load_settings reads environment and file itself, to know what came from where. A bare
+        # Settings(...) is what its caller says and nothing else.
+        return (init_settings,)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, value: str) -> str:
+        if value and urlsplit(value).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return value
+
+    @field_validator("pool", "gateway_id", "scheduler_id", "worker_id", "model_name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        # These become parts of Redis keys; braces and colons would break the hash tag and the key's parts.
+        if value and not re.fullmatch(r"[A-Za-z0-9._/-]{1,128}", value):
+            raise ValueError("may have at most 128 of [A-Za-z0-9._/-]")
+        return value
+
+    @field_validator("scheduler_address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        if not re.fullmatch(r"(unix:.+|.+:\d{1,5})", value):
+            raise ValueError("must be HOST:PORT")
+        return value
+
+    @property
+    def gateway_address(self) -> str:
+        """HOST:PORT at which a client on this machine reaches the gateway."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "[::]", "::") else self.host
+        return f"{host}:{self.port}"
+
+    @property
+    def draft_model(self) -> str | None:
+        """The draft model, or None for plain decoding.
+
+        A target of the user's own gets no built-in draft: their vocabularies would differ.
+        """
+        if self.draft == NO_DRAFT:
+            return None
+        if self.draft:
+            return self.draft
+        return BUILT_IN_DRAFT if self.target == BUILT_IN_TARGET else None
+
+    def instance_id(self, service: Service) -> str:
+        """The name of this process as `service`, unique among its kind."""
+        given = {"gateway": self.gateway_id, "scheduler": self.scheduler_id, "worker": self.worker_id}.get(
+            service, ""
+        )
+        return given or re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{os.getpid()}")[:128]
+
+    def check_models(self) -> None:
+        """Raises SettingsError when a model is a folder's path and that folder is not there."""
+        for name, model in (("target", self.target), ("draft", self.draft_model)):
+            if model is None or not (os.path.isabs(model) or model.startswith(".")) or Path(model).is_dir():
+                continue
+            built_in = model in (BUILT_IN_TARGET, BUILT_IN_DRAFT)
+            what = "the built-in model" if built_in else "the model folder"
+            hint = "; make it with models/tiny, or name another with" if built_in else "; correct"
+            raise SettingsError(
+                f"{name}: {what} {model} is not there{hint} --{name} (from {self.origin(name)})"
+            )
+
+    def origin(self, name: str) -> Origin:
+        return self._origins.get(name, Origin("default"))
+
+    def public(self, name: str) -> Any:
+        """The value as it may be shown: plain JSON types, secrets masked."""
+        value = getattr(self, name)
+        if isinstance(value, Path):
+            return str(value)
+        return mask_url(value) if name == "redis_url" else value
+
+    def to_env(self, **changes: Any) -> dict[str, str]:
+        """`LAPS_*` variables that give a child process these settings, with `changes` to them."""
+        given = {
+            name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
+        }
+        return {
+            ENV_PREFIX + name.upper(): str(value) for name, value in (given | changes).items() if value != ""
+        }
+
+    def __repr_args__(self) -> Any:
+        # A repr ends up in logs and tracebacks.
+        return [(name, self.public(name)) for name in type(self).model_fields]
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, config: Path | str | None = None) -> Settings:
+    """Reads every source. `flags` are settings by name; a value of None was not given.
+
+    Raises SettingsError, whose message is one line.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    env = {name: v for name, v in EnvSettingsSource(Settings)().items() if not _from_kubernetes(name, v)}
+    file_path = _config_file(config)
+    file = _read_file(file_path) if file_path else {}
+
+    origins: dict[str, Origin] = {}
+    values: dict[str, Any] = {}
+    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("flag", given),
+        ("environment", env),
+        ("file", file),
+    )
+    for source, layer in layers:
+        for name, value in layer.items():
+            if name not in values:
+                detail = {"flag": flag_name(name), "environment": env_name(name), "file": str(file_path)}[
+                    source
+                ]
+                values[name], origins[name] = value, Origin(source, detail)
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error, values, origins)) from None
+    settings._origins.update(origins)
+    return settings
+
+
+def unknown_variables() -> list[str]:
+    """`LAPS_*` variables that no setting reads, most likely misspelt."""
+    known = {env_name(name) for name in Settings.model_fields} | {CONFIG_ENV}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
+def _from_kubernetes(name: str, value: Any) -> bool:
+    # For a Service named laps or laps-scheduler Kubernetes sets LAPS_PORT=tcp://10.0.0.1:50051 in every pod.
+    return name.endswith("port") and str(value).startswith(("tcp://", "udp://"))
+
+
+def _config_file(config: Path | str | None) -> Path | None:
+    for path, origin in ((config, "--config"), (os.environ.get(CONFIG_ENV), CONFIG_ENV)):
+        if path:
+            if not Path(path).is_file():
+                raise SettingsError(f"config: there is no file {path} (from {origin})")
+            return Path(path)
+    return DEFAULT_CONFIG_FILE if DEFAULT_CONFIG_FILE.is_file() else None
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return dict(TomlConfigSettingsSource(Settings, path)())
+    except (ValueError, OSError) as error:
+        raise SettingsError(f"config: {path} cannot be read: {error}") from None
+
+
+def _one_line(error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, Origin]) -> str:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    origin = origins.get(name, Origin("default"))
+    if first["type"] == "extra_forbidden":
+        return f"{name}: there is no such setting (from {origin})"
+    message = first["msg"].removeprefix("Value error, ").split(", unable")[0]
+    value = mask_url(str(values.get(name)))
+    return f"{name}: {message[0].lower()}{message[1:]}, not {value!r} (from {origin})"
