@@ -1,0 +1,1 @@
+"""The worker: decodes leased requests with a target and a draft model."""

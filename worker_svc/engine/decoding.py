@@ -1,0 +1,172 @@
+"""Draft and verify: the two phases in which the rows of a batch gain tokens.
+
+Row i has tokens t[0 .. L-1]; the target holds the KV of all but the last. Drafting proposes d[1 .. n];
+verification feeds t[L-1], d[1 .. n] to the target in one pass, accepts the longest agreeing prefix of length
+a, and adds one token of the target's own. Afterwards the KV of t[L-1], d[1 .. a] is held by right, and the
+rest is rubbish behind the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .clock import PhaseClock
+from .forward import Runner
+from .results import TokenLogprob
+from .rows import DRAFT, TARGET, Row
+from .sampling import BatchSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """tokens[i]: what row i emits, accepted[i] drafted tokens and one more. Times in seconds."""
+
+    tokens: list[list[int]]
+    accepted: list[int]
+    logprobs: list[list[TokenLogprob] | None]
+    draft_s: float
+    verify_s: float
+
+
+class Decoder:
+    """Runs both phases over rows that lie in the first slots."""
+
+    def __init__(
+        self,
+        target: Runner,
+        draft: Runner | None,
+        vocabulary_size: int,
+        device: torch.device,
+        seed: int | None,
+    ) -> None:
+        self._target = target
+        self._draft = draft
+        self._vocabulary_size = vocabulary_size
+        self._device = device
+        self._clock = PhaseClock(device)
+        self._generator = torch.Generator(device=device)
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+        self._sampler: BatchSampler | None = None
+        self._sampler_rows: list[Row] = []
+
+    def decode(self, rows: Sequence[Row], lengths: Sequence[int]) -> Decoded:
+        """rows: in slot order from slot 0. lengths: tokens to draft for each. Updates kv_tokens; not the
+        tokens.
+        """
+        drafted = max(lengths)
+        sampler = self._sampler_for(rows)
+        sampler.begin([row.output_tokens for row in rows], drafted + 1)
+        began = self._clock.mark()
+        drafts, probabilities = self._propose(rows, lengths, sampler)
+        proposed = self._clock.mark()
+        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
+        starts = [len(row.tokens) - 1 for row in rows]
+        logits = self._target.forward(
+            torch.cat([last, drafts], 1) if drafted else last, 0, starts, drafted + 1
+        )
+        limit = torch.tensor(lengths, device=self._device)
+        verdict = sampler.verify(logits, drafts, limit, probabilities, self._generator)
+        logprobs = self._logprobs(rows, sampler, logits, verdict.tokens)
+        # The one place where the host waits for the device.
+        packed = torch.cat([verdict.tokens, verdict.accepted[:, None]], 1).tolist()
+        verified = self._clock.mark()
+        tokens, accepted = [], []
+        for row, columns, row_logprobs in zip(rows, packed, logprobs, strict=True):
+            count = columns[-1]
+            tokens.append(columns[: count + 1])
+            accepted.append(count)
+            if row_logprobs is not None:
+                del row_logprobs[count + 1 :]
+            length = len(row.tokens)
+            row.kv_tokens[TARGET] = length + count
+            if drafted and row.kv_tokens[DRAFT] >= length:
+                row.kv_tokens[DRAFT] = length + min(drafted - 1, count)
+        return Decoded(
+            tokens,
+            accepted,
+            logprobs,
+            self._clock.seconds(began, proposed),
+            self._clock.seconds(proposed, verified),
+        )
+
+    def _propose(
+        self, rows: Sequence[Row], lengths: Sequence[int], sampler: BatchSampler
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafted tokens [R, max(lengths)], and the free rows' distributions [F, max(lengths), V]."""
+        drafted = max(lengths)
+        drafts = torch.zeros((len(rows), 0), dtype=torch.long, device=self._device)
+        if drafted == 0 or self._draft is None:
+            return drafts, None
+        probabilities: list[Tensor] = []
+        logits = self._first_draft_logits(rows, lengths, self._draft)
+        starts = [len(row.tokens) for row in rows]
+        for step in range(drafted):
+            if step:
+                logits = self._draft.forward(drafts[:, -1:], 0, [start + step - 1 for start in starts], 1)
+            tokens, chances = sampler.draft(logits, drafts, self._generator)
+            drafts = torch.cat([drafts, tokens[:, None]], 1)
+            if chances is not None:
+                probabilities.append(chances)
+        return drafts, torch.stack(probabilities, 1) if probabilities else None
+
+    def _first_draft_logits(self, rows: Sequence[Row], lengths: Sequence[int], draft: Runner) -> Tensor:
+        """Feeds each row's tokens that the draft has not seen: one, or two after a draft that was accepted
+        whole.
+
+        Rows that do not draft are fed along, for the batch is a slice; what they gain is kept.
+        """
+        starts = [row.kv_tokens[DRAFT] for row in rows]
+        pending = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
+        width = max(count for count, length in zip(pending, lengths, strict=True) if length)
+        fed = []
+        for row, start in zip(rows, starts, strict=True):
+            unseen = row.tokens[start : start + width]
+            row.kv_tokens[DRAFT] = start + len(unseen)
+            fed.append(unseen + [0] * (width - len(unseen)))
+        logits = draft.forward(torch.tensor(fed, device=self._device), 0, starts, width)
+        if width == 1 or min(pending) == width:
+            return logits[:, -1:]
+        index = torch.tensor([min(count, width) - 1 for count in pending], device=self._device)
+        return logits[torch.arange(len(rows), device=self._device), index][:, None]
+
+    def _sampler_for(self, rows: Sequence[Row]) -> BatchSampler:
+        same = len(rows) == len(self._sampler_rows) and all(
+            a is b for a, b in zip(rows, self._sampler_rows, strict=True)
+        )
+        if self._sampler is None or not same:
+            self._sampler_rows = list(rows)
+            self._sampler = BatchSampler([row.sampling for row in rows], self._vocabulary_size, self._device)
+        return self._sampler
+
+    def forget_batch(self) -> None:
+        """Lets go of the last batch's rows, so that nothing of them is kept alive."""
+        self._sampler, self._sampler_rows = None, []
+
+    def _logprobs(
+        self, rows: Sequence[Row], sampler: BatchSampler, logits: Tensor, tokens: Tensor
+    ) -> list[list[TokenLogprob] | None]:
+        result: list[list[TokenLogprob] | None] = [None] * len(rows)
+        asking = [index for index, row in enumerate(rows) if row.request.sampling.logprobs is not None]
+        if not asking:
+            return result
+        counts = [rows[index].request.sampling.logprobs or 0 for index in asking]
+        top = min(max(counts), self._vocabulary_size)
+        chosen, values, ids = (part.tolist() for part in sampler.logprobs(logits, tokens, asking, top))
+        token_ids = tokens.tolist()
+        for place, (index, count) in enumerate(zip(asking, counts, strict=True)):
+            result[index] = [
+                TokenLogprob(
+                    token_ids[index][position],
+                    chosen[place][position],
+                    tuple(zip(ids[place][position][:count], values[place][position][:count], strict=True)),
+                )
+                for position in range(tokens.shape[1])
+            ]
+        return result

@@ -1,0 +1,314 @@
+"""The engine: requests come and go between steps; each step drafts and verifies for all that run.
+
+    engine = Engine(load_pair("models/tiny/target", "models/tiny/draft"), EngineConfig(slots=8))
+    engine.add(EngineRequest("a", prompt_token_ids))
+    while engine.running:
+        result = engine.step()
+
+One thread drives an engine; nothing here locks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .adaptive import AcceptanceEstimate, DraftLengthChooser
+from .admission import checked_tokens, new_row
+from .cache import SlotCache
+from .calibration import calibrate
+from .config import MAX_DRAFT_TOKENS, EngineConfig, EngineRequest
+from .costs import StepCosts
+from .decoding import Decoded, Decoder
+from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotError, UnknownRequestError
+from .forward import Runner, check_runner, layer_shapes, make_runner
+from .loading import ModelPair
+from .prefill import Prefilled, Prefiller, draft_lags
+from .results import FinishReason, KvUsage, StepColumns, StepResult
+from .rows import DRAFT, TARGET, Row
+from .slots import Residency
+
+_MIN_CONTEXT_TOKENS = 16
+# Padding of short drafts may be written this far behind a row that is at the end of its context.
+_MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
+
+
+class Engine:
+    """Draft-and-verify decoding of up to `config.slots` requests at a time, with the KV of preempted ones
+    kept.
+    """
+
+    def __init__(self, pair: ModelPair, config: EngineConfig | None = None) -> None:
+        """Raises ModelError for an architecture that the engine cannot run, or a context that no KV budget
+        allows.
+        """
+        self.pair = pair
+        self.config = config or EngineConfig()
+        torch.set_num_threads(self.config.threads)
+        self.context_tokens = self._context_tokens()
+        runners = [self._runner(pair.target)]
+        if pair.draft is not None:
+            runners.append(self._runner(pair.draft))
+        self._check_budget([runner.cache for runner in runners])
+        for model, runner in zip((pair.target, pair.draft), runners, strict=False):
+            check_runner(model, runner, pair.vocabulary_size)
+        self._runners = runners
+        slots = self.config.slots + self.config.spare_slots
+        self._residency = Residency([runner.cache for runner in runners], slots, self.config.host_cache_bytes)
+        self._decoder = Decoder(
+            runners[0],
+            runners[1] if len(runners) > 1 else None,
+            pair.vocabulary_size,
+            pair.device,
+            self.config.seed,
+        )
+        self.costs = StepCosts()
+        self._prefiller = Prefiller(runners, self.costs, pair.device)
+        self._chooser = DraftLengthChooser(self.costs)
+        self._acceptance = AcceptanceEstimate()
+        self._rows: dict[str, Row] = {}
+        self._running: dict[str, Row] = {}
+        self._switch_s = 0.0
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Ids of the requests that the next step works on, in the order of their entry."""
+        return tuple(self._running)
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that may be added now."""
+        return self.config.slots - len(self._running)
+
+    def add(self, request: EngineRequest) -> None:
+        """Starts a request, or resumes it after the output that it already has.
+
+        KV that is still held for this id is reused for the longest common prefix; the rest is prefilled.
+        Raises InvalidRequestError (a ValueError) naming the field, NoFreeSlotError, or EngineError if it
+        already runs.
+        """
+        if request.request_id in self._running:
+            raise EngineError(f"request {request.request_id!r} is already running")
+        tokens = checked_tokens(request, self.pair, self.context_tokens)
+        if self.free_slots == 0:
+            raise NoFreeSlotError(
+                f"all {self.config.slots} slots are running; preempt or drop a request first"
+            )
+        row = new_row(request, tokens, self.pair, self.config, self.context_tokens, self._acceptance)
+        held = self._rows.get(request.request_id)
+        if held is not None:
+            common = _common_prefix(held.tokens, tokens)
+            held.request, held.tokens, held.stopper = request, tokens, row.stopper
+            held.sampling, held.draft_limit_tokens = row.sampling, row.draft_limit_tokens
+            held.kv_tokens = [min(count, common, len(tokens) - 1) for count in held.kv_tokens]
+            row = held
+        began = time.perf_counter()
+        self._residency.seat(row)
+        self._forget_dropped()
+        self._switch_s += time.perf_counter() - began
+        row.entered = True
+        self._rows[request.request_id] = row
+        self._running[request.request_id] = row
+
+    def preempt(self, request_id: str) -> None:
+        """Takes a running request out of the batch. Its KV stays in its slot, later in host memory, while
+        there is room.
+        """
+        row = self._running.pop(request_id, None)
+        if row is None:
+            raise UnknownRequestError(f"request {request_id!r} is not running")
+        self._decoder.forget_batch()
+        self._residency.set_idle(row)
+
+    def drop(self, request_id: str) -> None:
+        """Forgets a request in any state and frees its KV; unknown ids are ignored."""
+        row = self._rows.pop(request_id, None)
+        if row is None:
+            return
+        self._running.pop(request_id, None)
+        self._decoder.forget_batch()
+        self._residency.forget(row)
+
+    def set_draft_tokens(self, request_id: str, draft_tokens: int) -> None:
+        """Changes the upper bound of drafted tokens a step of a request that is held."""
+        row = self._rows.get(request_id)
+        if row is None:
+            raise UnknownRequestError(f"request {request_id!r} is not held")
+        if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
+            raise InvalidRequestError(
+                "draft_tokens", f"must be between 0 and {MAX_DRAFT_TOKENS}, not {draft_tokens}"
+            )
+        row.draft_limit_tokens = draft_tokens
+
+    def holds(self, request_id: str) -> int:
+        """Tokens of prompt and output whose target KV is held for this request; 0 for none."""
+        row = self._rows.get(request_id)
+        return row.kv_tokens[TARGET] if row is not None else 0
+
+    def resident(self) -> dict[str, tuple[int, str]]:
+        """All requests whose KV is held: output tokens, and where ('running', 'slot' or 'host')."""
+        return {request_id: (row.output_tokens, row.place.value) for request_id, row in self._rows.items()}
+
+    @torch.inference_mode()
+    def step(self) -> StepResult:
+        """One iteration: prefill what is new, up to `prefill_tokens`, then draft and verify for all that are
+        ready.
+        """
+        began = time.perf_counter()
+        switched = sum(row.entered for row in self._running.values())
+        for row in self._running.values():
+            row.entered = False
+        prefill = self._prefiller.target(list(self._running.values()), self.config.prefill_tokens)
+        ready = [row for row in self._running.values() if row.prefill_tokens == 0]
+        switch_s, self._switch_s = self._switch_s, 0.0
+        if not ready:
+            return StepResult(
+                prefill_tokens=prefill.tokens,
+                prefill_s=prefill.seconds,
+                step_s=time.perf_counter() - began,
+                switched=switched,
+                switch_s=switch_s,
+                kv=self._kv_usage(),
+            )
+        arranging = time.perf_counter()
+        batch, moved = self._residency.arrange(ready)
+        if moved or switched:
+            switch_s += time.perf_counter() - arranging
+        lengths, caught_up = self._draft_lengths(batch)
+        drafted = max(lengths)
+        expected_s = self.costs.step_s(len(batch), drafted) + prefill.seconds + caught_up.seconds
+        decoded = self._decoder.decode(batch, lengths)
+        columns = self._take(batch, lengths, decoded)
+        step_s = time.perf_counter() - began
+        prefill_s = prefill.seconds + caught_up.seconds
+        other_s = max(0.0, step_s - decoded.draft_s - decoded.verify_s - prefill_s)
+        self.costs.observe_step(len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s)
+        return columns.result(
+            prefill_tokens=prefill.tokens,
+            prefill_s=prefill_s,
+            draft_s=decoded.draft_s,
+            verify_s=decoded.verify_s,
+            step_s=step_s,
+            switched=switched,
+            switch_s=switch_s,
+            expected_s=expected_s,
+            kv=self._kv_usage(),
+        )
+
+    def calibrate(self, budget_s: float = 2.0) -> StepCosts:
+        """Measures drafting and verifying at growing batch sizes, for at most about `budget_s` seconds.
+
+        For start-up: refuses with EngineError while requests are held. Returns the costs, refined by every
+        step.
+        """
+        if self._rows:
+            raise EngineError("calibration needs an engine that holds no requests")
+        calibrate(self._runners, self.config, self.context_tokens, self.costs, budget_s)
+        self._residency.shrink()
+        return self.costs
+
+    def _draft_lengths(self, batch: Sequence[Row]) -> tuple[list[int], Prefilled]:
+        """Tokens to draft for each row, after bringing the draft's KV up to date where it is needed."""
+        limits = [self._draft_limit(row) for row in batch]
+        drafted = max(limits)
+        if drafted and self.config.adaptive:
+            lag_tokens = sum(len(row.tokens) - row.kv_tokens[DRAFT] for row in batch if draft_lags(row))
+            catch_up_s = lag_tokens * self.costs.draft_prefill_s_per_token
+            drafted = self._chooser.choose([row.acceptance.value for row in batch], limits, catch_up_s)
+        if drafted == 0:
+            return [0] * len(batch), Prefilled()
+        lengths = [min(limit, drafted) for limit in limits]
+        wanting = [row for row, length in zip(batch, lengths, strict=True) if length]
+        caught_up = self._prefiller.draft(wanting, self.config.prefill_tokens)
+        return [
+            0 if draft_lags(row) else length for row, length in zip(batch, lengths, strict=True)
+        ], caught_up
+
+    def _draft_limit(self, row: Row) -> int:
+        """Most tokens that may be drafted: the last emitted token is always the target's own."""
+        return min(row.draft_limit_tokens, row.stopper.limit_tokens - row.output_tokens - 1)
+
+    def _take(self, batch: Sequence[Row], lengths: Sequence[int], decoded: Decoded) -> StepColumns:
+        """Gives the rows their tokens, ends those that are finished, and returns the columns."""
+        columns = StepColumns()
+        for row, length, tokens, accepted, logprobs in zip(
+            batch, lengths, decoded.tokens, decoded.accepted, decoded.logprobs, strict=True
+        ):
+            offset = row.output_tokens
+            reason: FinishReason | None = None
+            matched: str | int | None = None
+            for count, token_id in enumerate(tokens, start=1):
+                reason, matched = row.stopper.push(token_id)
+                if reason is not None:
+                    tokens = tokens[:count]
+                    break
+            row.tokens.extend(tokens)
+            if row.sampling.seen is not None:
+                row.sampling.seen[tokens] = True
+            row.acceptance.observe(length, accepted)
+            columns.add(
+                row.request_id, offset, tokens, length, min(accepted, len(tokens)), reason, matched, logprobs
+            )
+            if reason is not None:
+                self.drop(row.request_id)
+        return columns
+
+    def _runner(self, model: Any) -> Runner:
+        slots = self.config.slots + self.config.spare_slots
+        cache = SlotCache(
+            layer_shapes(model),
+            slots,
+            self.context_tokens + _MARGIN_TOKENS,
+            self.config.kv_block_tokens,
+            self.pair.dtype,
+            self.pair.device,
+        )
+        return make_runner(model, cache, self.config.fast_path)
+
+    def _context_tokens(self) -> int:
+        limit = self.pair.context_tokens
+        wanted = self.config.context_tokens or limit
+        if wanted > limit:
+            raise ModelError(f"a context of {wanted} tokens is asked for, but the models take {limit}")
+        if wanted < _MIN_CONTEXT_TOKENS:
+            raise ModelError(
+                f"a context of {wanted} tokens is too short; at least {_MIN_CONTEXT_TOKENS} are needed"
+            )
+        return wanted
+
+    def _check_budget(self, caches: Sequence[SlotCache]) -> None:
+        limit = self.config.kv_limit_bytes
+        slots = self.config.slots + self.config.spare_slots
+        per_token = sum(cache.bytes_per_token for cache in caches)
+        needed = slots * per_token * (self.context_tokens + _MARGIN_TOKENS)
+        if limit is not None and needed > limit:
+            raise ModelError(
+                f"{slots} slots of {self.context_tokens} tokens need {needed} bytes of KV, "
+                f"{per_token} a token, "
+                f"but the budget is {limit}; lower slots, spare_slots or context_tokens, or raise the budget"
+            )
+
+    def _forget_dropped(self) -> None:
+        for row in self._residency.dropped:
+            self._rows.pop(row.request_id, None)
+        self._residency.dropped.clear()
+
+    def _kv_usage(self) -> KvUsage:
+        return KvUsage(
+            tokens=self._residency.tokens_held(),
+            bytes=self._residency.bytes_held(),
+            host_bytes=self._residency.host_bytes,
+            allocated_bytes=sum(runner.cache.allocated_bytes for runner in self._runners),
+        )
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    count = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

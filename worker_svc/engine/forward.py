@@ -1,0 +1,159 @@
+"""Running a model over rows of its slot cache: one interface, and the general way through transformers.
+
+The general path gives any Hugging Face causal model its cache as a `Cache` and its mask as a ready 4D tensor.
+Whether an architecture really bears this (recurrent states, position biases and the like do not) is not
+guessed from its name: `check_runner` compares it with the model's plain forward pass at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .cache import LayerShape, SlotCache, SlotCacheView, SlotWindow
+from .errors import ModelError
+
+_CHECK_TOKENS = 12
+_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
+_TOLERANCE_HALF = 6e-2
+
+
+class Runner(Protocol):
+    """Runs a model over consecutive slots of its cache."""
+
+    cache: SlotCache
+
+    def forward(self, tokens: Tensor, first: int, starts: Sequence[int], logits: int) -> Tensor:
+        """Feeds row i of tokens (int64 [rows, queries]) to slot first + i from position starts[i] on.
+
+        Returns the logits of the last `logits` tokens of each row, [rows, logits, vocabulary], in the model's
+        dtype.
+        """
+        ...
+
+
+def attention_kinds(config: Any) -> tuple[str, ...]:
+    """Kinds of attention layers in a configuration, of which each needs a mask of its own."""
+    config = config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        kinds = tuple(sorted(set(layer_types)))
+    elif getattr(config, "sliding_window", None) is not None:
+        kinds = ("sliding_attention",)
+    else:
+        kinds = ("full_attention",)
+    unsupported = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    if unsupported:
+        raise ModelError(
+            f"{config.model_type} has {', '.join(unsupported)} layers, whose state has no length to cut back to; "
+            "only full and sliding attention can be served"
+        )
+    return kinds
+
+
+class GeneralRunner:
+    """Any causal language model of transformers, unchanged."""
+
+    def __init__(self, model: Any, cache: SlotCache) -> None:
+        self.cache = cache
+        self._model = model
+        self._view = SlotCacheView(cache)
+        config = model.config.get_text_config(decoder=True)
+        self._kinds = attention_kinds(model.config)
+        self._sliding_tokens = getattr(config, "sliding_window", None)
+        self._last_position = _position_limit(config) - 1
+        # Eager attention adds its mask to the scores; every other implementation takes booleans.
+        self._additive = config._attn_implementation == "eager"
+
+    def forward(self, tokens: Tensor, first: int, starts: Sequence[int], logits: int) -> Tensor:
+        window = SlotWindow(self.cache, first, starts, tokens.shape[1])
+        self._view.bind(window)
+        masks = {kind: self._mask(window, kind) for kind in self._kinds}
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            # Only padding lies behind the last position; learned position tables have no entry there.
+            position_ids=window.positions.clamp(max=self._last_position),
+            past_key_values=self._view,
+            use_cache=True,
+            logits_to_keep=logits,
+        )
+        result: Tensor = output.logits
+        return result[:, -logits:]
+
+    def _mask(self, window: SlotWindow, kind: str) -> Tensor:
+        mask = window.attends(self._sliding_tokens if kind == "sliding_attention" else None)
+        if not self._additive:
+            return mask
+        dtype = self.cache.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+            ~mask, torch.finfo(dtype).min
+        )
+
+
+def _position_limit(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+
+@torch.inference_mode()
+def layer_shapes(model: Any) -> list[LayerShape]:
+    """KV shape of each layer, learned from a forward pass over one token."""
+    attention_kinds(model.config)
+    cache = DynamicCache(config=model.config)
+    model(
+        input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    shapes = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise ModelError(
+                f"{model.config.model_type} keeps a state that is not keys and values; it cannot be served"
+            )
+        shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+
+
+@torch.inference_mode()
+def check_runner(model: Any, runner: Runner, vocabulary_size: int) -> None:
+    """Compares a runner with the model's own forward pass: prefill in chunks, ragged rows, rejected tokens.
+
+    Raises ModelError when logits differ by more than rounding. Leaves rubbish in the first slots.
+    """
+    device = runner.cache.device
+    generator = torch.Generator().manual_seed(0)
+    rows = min(2, runner.cache.slots)
+    length = min(_CHECK_TOKENS, runner.cache.limit_tokens - 4)
+    tokens = torch.randint(0, vocabulary_size, (rows, length), generator=generator).to(device)
+    plain = model(input_ids=tokens, use_cache=False).logits[:, -1].float()
+    held = [length // 2 + row for row in range(rows)]
+    for row in range(rows):
+        runner.forward(tokens[row : row + 1, :3], row, [0], 1)
+        runner.forward(tokens[row : row + 1, 3 : held[row]], row, [3], 1)
+    queries = length - held[0]
+    wrong = torch.zeros((rows, queries), dtype=torch.long, device=device)
+    runner.forward(wrong, 0, held, 1)
+    right = wrong.clone()
+    for row in range(rows):
+        right[row, : length - held[row]] = tokens[row, held[row] :]
+    got = runner.forward(right, 0, held, queries).float()
+    scale = float(plain.abs().max().clamp_min(1e-6))
+    tolerance = _TOLERANCE.get(runner.cache.dtype, _TOLERANCE_HALF)
+    for row in range(rows):
+        error = float((got[row, length - held[row] - 1] - plain[row]).abs().max()) / scale
+        if not error <= tolerance:
+            raise ModelError(
+                f"{model.config.model_type} does not give the same logits with a cache by slots "
+                f"(relative difference {error:.2g}, at most {tolerance:g} allowed); it cannot be served"
+            )
+
+
+def make_runner(model: Any, cache: SlotCache, fast_path: bool) -> Runner:
+    """The leanest runner that can run this model."""
+    return GeneralRunner(model, cache)

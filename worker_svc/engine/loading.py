@@ -1,0 +1,222 @@
+"""Loading a target and its draft, and refusing a pair that cannot work together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from .errors import ModelError
+from .forward import attention_kinds
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES_PER_FILE = 256
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A target, its draft if there is one, and what they share.
+
+    context_tokens: positions that both can take. fingerprint: sha256 in hex over configurations and weights;
+    equal folders have equal fingerprints on every machine (large files are sampled, not read whole).
+    """
+
+    target: Any
+    draft: Any | None
+    tokenizer: Any | None
+    vocabulary_size: int
+    context_tokens: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_pair(
+    target: str | Path, draft: str | Path | None, dtype: str = "float32", device: str = "cpu"
+) -> ModelPair:
+    """Loads a target and an optional draft from local folders with safetensors weights.
+
+    dtype: float32, bfloat16 or float16. Code from a model folder is never run. Raises ModelError with one
+    line.
+    """
+    if dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
+    where = _device(device)
+    target_folder = _folder("target", target)
+    draft_folder = _folder("draft", draft) if draft is not None else None
+    tokenizer = _tokenizer(target_folder)
+    target_config = _config("target", target_folder)
+    vocabulary_size = _vocabulary_size("target", target_folder, target_config)
+    context_tokens = _context_tokens(target_config)
+    if draft_folder is not None:
+        draft_config = _config("draft", draft_folder)
+        _check_vocabulary(target_folder, draft_folder, vocabulary_size, draft_config, tokenizer)
+        context_tokens = min(context_tokens, _context_tokens(draft_config))
+    return ModelPair(
+        target=_model("target", target_folder, _DTYPES[dtype], where),
+        draft=_model("draft", draft_folder, _DTYPES[dtype], where) if draft_folder is not None else None,
+        tokenizer=tokenizer,
+        vocabulary_size=vocabulary_size,
+        context_tokens=context_tokens,
+        eos_token_ids=_eos_token_ids(target_folder, target_config),
+        fingerprint=_fingerprint([target_folder] + ([draft_folder] if draft_folder else [])),
+        dtype=_DTYPES[dtype],
+        device=where,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r} is not a torch device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {name!r} asked for, but this torch sees no CUDA device")
+    return device
+
+
+def _folder(role: str, path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ModelError(f"{role} model folder {str(path)!r} does not exist")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{role} model folder {str(path)!r} has no config.json")
+    if not list(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{role} model folder {str(path)!r} has no *.safetensors weights; other formats are not loaded"
+        )
+    return folder
+
+
+def _config(role: str, folder: Path) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        attention_kinds(config)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{role} model folder {str(folder)!r}: config.json not understood: {_line(error)}"
+        ) from error
+    return config
+
+
+def _model(role: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        with _no_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise ModelError(f"{role} model in {str(folder)!r} cannot be loaded: {_line(error)}") from error
+    model, report = loaded
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        # transformers would fill these with random numbers and only warn.
+        raise ModelError(
+            f"{role} model in {str(folder)!r} lacks {len(missing)} weights, {missing[0]!r} among them"
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"tokenizer in {str(folder)!r} cannot be loaded: {_line(error)}") from error
+
+
+def _vocabulary_size(role: str, folder: Path, config: Any) -> int:
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if not size:
+        raise ModelError(f"{role} model folder {str(folder)!r}: config.json has no vocab_size")
+    return int(size)
+
+
+def _check_vocabulary(
+    target: Path, draft: Path, target_size: int, draft_config: Any, tokenizer: Any | None
+) -> None:
+    draft_size = _vocabulary_size("draft", draft, draft_config)
+    draft_tokenizer = _tokenizer(draft)
+    if tokenizer is not None and draft_tokenizer is not None:
+        ours, theirs = tokenizer.get_vocab(), draft_tokenizer.get_vocab()
+        if ours != theirs:
+            differing = sum(
+                1 for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
+            )
+            raise ModelError(
+                f"draft {str(draft)!r} has another vocabulary than target {str(target)!r}: "
+                f"{len(theirs)} and {len(ours)} tokens, {differing} of them different"
+            )
+    if draft_size != target_size:
+        raise ModelError(
+            f"draft {str(draft)!r} has another vocabulary than target {str(target)!r}: "
+            f"sizes {draft_size} and {target_size}"
+        )
+
+
+def _context_tokens(config: Any) -> int:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(limit) if limit else 2048
+
+
+def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    """End-of-sequence ids as generate sees them: generation_config.json first, then config.json."""
+    value = None
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        value = json.loads(generation.read_text()).get("eos_token_id")
+    if value is None:
+        value = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+
+
+def _fingerprint(folders: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        digest.update(json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode())
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name}:{size}\n".encode())
+            step = max(_SAMPLE_BYTES, size // _SAMPLES_PER_FILE)
+            with path.open("rb") as file:
+                for start in range(0, size, step):
+                    file.seek(start)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,55 @@
+"""A request inside the engine: its tokens, and how many of them have their KV where."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from .adaptive import AcceptanceEstimate
+from .config import EngineRequest
+from .sampling import SamplingRow
+from .stopping import StopChecker
+
+TARGET = 0
+DRAFT = 1
+
+
+class Place(enum.StrEnum):
+    """Where a request's KV lies: in the running batch, in a slot while preempted, or in host memory."""
+
+    RUNNING = "running"
+    SLOT = "slot"
+    HOST = "host"
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """tokens: prompt and output. kv_tokens: leading tokens whose KV is held, by model (TARGET, DRAFT).
+
+    Invariant between steps: kv_tokens[TARGET] <= len(tokens) - 1, for the last token is fed by the next
+    verification.
+    """
+
+    request: EngineRequest
+    tokens: list[int]
+    stopper: StopChecker
+    sampling: SamplingRow
+    draft_limit_tokens: int
+    acceptance: AcceptanceEstimate
+    place: Place = Place.RUNNING
+    slot: int = -1
+    kv_tokens: list[int] = field(default_factory=lambda: [0, 0])
+    entered: bool = True
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens that the target must still see before the request can decode."""
+        return len(self.tokens) - 1 - self.kv_tokens[TARGET]

@@ -1,0 +1,275 @@
+"""Choosing tokens for a batch: processed scores, drafted tokens, and lossless verification.
+
+Two kinds of rows, decided by the request alone:
+
+- coupled rows (greedy, and sampled with a seed): draft and target each take argmax(scores + noise), with the
+  same noise for both (none for greedy). A drafted token is accepted if it is the target's own choice, so what
+  is emitted is always the target's choice, whatever the draft.
+- free rows (sampled without a seed): speculative rejection sampling (Leviathan et al., 2023; Chen et al.,
+  2023). A drafted token d is accepted with probability min(1, p(d) / q(d)); at the first rejection the token
+  is drawn from max(p - q, 0), normalised; after a full acceptance from p.
+
+Shapes: R rows, Q = 1 + drafted positions, V vocabulary. Scores are float32 with -inf for tokens that may not
+be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import SamplingConfig
+from .noise import gumbel, seed_to_int64
+
+_NEVER = float("-inf")
+
+
+@dataclass(slots=True)
+class SamplingRow:
+    """What sampling must know of one request.
+
+    blocked_token_ids: not to be chosen before output position `min_tokens`. seen: bool [V], tokens of prompt
+    and output, held only where a repetition penalty needs it; the owner adds emitted tokens.
+    """
+
+    config: SamplingConfig
+    min_tokens: int
+    blocked_token_ids: tuple[int, ...]
+    seen: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """tokens: int64 [R, Q], the first `accepted` + 1 of each row being emitted. accepted: int64 [R]."""
+
+    tokens: Tensor
+    accepted: Tensor
+
+
+class BatchSampler:
+    """The sampling rules of the rows of one batch, as tensors; built anew only when the batch changes."""
+
+    def __init__(self, rows: Sequence[SamplingRow], vocabulary_size: int, device: torch.device) -> None:
+        self.rows = rows
+        self._vocabulary_size = vocabulary_size
+        self._device = device
+        configs = [row.config for row in rows]
+        sampled = [i for i, config in enumerate(configs) if not config.greedy]
+        self._sampled = self._index(sampled)
+        self._temperature = self._column([configs[i].temperature for i in sampled])
+        self._seeded = self._index([i for i in sampled if configs[i].seed is not None])
+        self._seeds = torch.tensor(
+            [
+                seed_to_int64(config.seed)
+                for config in configs
+                if config.seed is not None and not config.greedy
+            ],
+            dtype=torch.int64,
+            device=device,
+        )
+        self._free = self._index([i for i in sampled if configs[i].seed is None])
+        self._penalised = [i for i, config in enumerate(configs) if config.repetition_penalty != 1.0]
+        filtered = {
+            "top_k": [i for i in sampled if configs[i].top_k > 0],
+            "top_p": [i for i in sampled if configs[i].top_p < 1.0],
+            "min_p": [i for i in sampled if configs[i].min_p > 0.0],
+        }
+        self._filters = {
+            name: (self._index(chosen), [getattr(configs[i], name) for i in chosen])
+            for name, chosen in filtered.items()
+            if chosen
+        }
+        self._blocked = [i for i, row in enumerate(rows) if row.min_tokens > 0 and row.blocked_token_ids]
+        self._noise: Tensor | None = None
+        self._offsets: list[int] = []
+        self.has_free_rows = self._free is not None
+        self._plain = not sampled and not self._penalised and not self._blocked
+
+    def _index(self, chosen: list[int]) -> Tensor | None:
+        return torch.tensor(chosen, device=self._device) if chosen else None
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None, None]
+
+    def begin(self, offsets: Sequence[int], queries: int) -> None:
+        """Starts a step: offsets are the output tokens of each row so far; `queries` positions will be
+        chosen.
+        """
+        self._offsets = list(offsets)
+        self._noise = None
+        if self._seeded is not None:
+            begin = torch.tensor(self._offsets, device=self._device)[self._seeded]
+            positions = begin[:, None] + torch.arange(queries, device=self._device)
+            self._noise = gumbel(self._seeds, positions, self._vocabulary_size)
+
+    def draft(
+        self, logits: Tensor, drafts: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """Chooses the next drafted token of each row.
+
+        logits: [R, 1, V] of the draft, after `drafts` [R, j] of this step. Returns int64 [R], and the
+        probabilities [F, V] from which the free rows were drawn (None without free rows).
+        """
+        if self._plain:
+            return logits[:, 0].argmax(-1), None
+        first = drafts.shape[1]
+        scores = self._scores(logits, first, drafts)
+        tokens = self._coupled_choice(scores, first)[:, 0]
+        if self._free is None:
+            return tokens, None
+        probabilities = scores[self._free, 0].softmax(-1)
+        tokens[self._free] = _draw(probabilities, generator)
+        return tokens, probabilities
+
+    def verify(
+        self,
+        logits: Tensor,
+        drafts: Tensor,
+        draft_lengths: Tensor,
+        draft_probabilities: Tensor | None,
+        generator: torch.Generator,
+    ) -> Verdict:
+        """Judges the drafted tokens and chooses the token that follows the accepted ones.
+
+        logits: [R, Q, V] of the target. drafts: int64 [R, Q - 1], of which row i has draft_lengths[i].
+        draft_probabilities: [F, Q - 1, V] for the free rows.
+        """
+        drafted = drafts.shape[1]
+        valid = torch.arange(drafted, device=self._device) < draft_lengths[:, None]
+        scores = logits if self._plain else self._scores(logits, 0, drafts)
+        choice = self._coupled_choice(scores, 0)
+        agrees = (choice[:, :drafted] == drafts) & valid
+        accepted = agrees.long().cumprod(1).sum(1)
+        if self._free is not None:
+            free = self._free
+            tokens, count = _reject(
+                scores[free].softmax(-1),
+                drafts[free],
+                draft_lengths[free],
+                valid[free],
+                draft_probabilities,
+                generator,
+            )
+            choice[free] = tokens
+            accepted[free] = count
+        return Verdict(choice, accepted)
+
+    def logprobs(
+        self, logits: Tensor, tokens: Tensor, rows: Sequence[int], top: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw log-softmax of the target for the given rows.
+
+        Returns the chosen tokens' [r, Q], and the `top` best values and token ids [r, Q, top].
+        """
+        index = torch.tensor(rows, device=self._device)
+        values = logits[index].float().log_softmax(-1)
+        chosen = values.gather(-1, tokens[index][:, :, None])[:, :, 0]
+        best = values.topk(max(top, 1), dim=-1)
+        return chosen, best.values, best.indices
+
+    def _coupled_choice(self, scores: Tensor, first: int) -> Tensor:
+        """argmax(scores + noise) [R, q] for positions first .. first + q - 1; greedy rows have no noise."""
+        choice = scores.argmax(-1)
+        if self._noise is not None and self._seeded is not None:
+            noise = self._noise[:, first : first + scores.shape[1]]
+            choice[self._seeded] = (scores[self._seeded] + noise).argmax(-1)
+        return choice
+
+    def _scores(self, logits: Tensor, first: int, drafts: Tensor) -> Tensor:
+        """Processed scores [R, q, V] for output positions first .. first + q - 1 of this step, given the
+        drafts.
+        """
+        scores = logits.float()
+        if scores is logits:
+            scores = logits.clone()
+        for row in self._penalised:
+            self._penalise(scores[row], self.rows[row], first, drafts[row])
+        for row in self._blocked:
+            masked = min(self.rows[row].min_tokens - self._offsets[row] - first, scores.shape[1])
+            if masked > 0:
+                scores[row, :masked, list(self.rows[row].blocked_token_ids)] = _NEVER
+        if self._sampled is not None:
+            scores[self._sampled] = scores[self._sampled] / self._temperature
+        for name, (index, values) in self._filters.items():
+            scores[index] = _FILTERS[name](scores[index], values)
+        return scores
+
+    def _penalise(self, scores: Tensor, row: SamplingRow, first: int, drafts: Tensor) -> None:
+        """Repetition penalty (Keskar et al., 2019) on scores [q, V], in place."""
+        if row.seen is None:
+            raise AssertionError("a row with a repetition penalty holds the tokens that it has seen")
+        seen = row.seen.repeat(scores.shape[0], 1)
+        for position in range(first + scores.shape[0] - 1):
+            # A drafted token counts as seen for the positions behind it.
+            seen[max(0, position + 1 - first) :, drafts[position]] = True
+        penalty = row.config.repetition_penalty
+        scores.copy_(torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores))
+
+
+def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws one index from each row of unnormalised weights [R, V]: the largest of weight / Exp(1)."""
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+
+
+def _reject(
+    target: Tensor,
+    drafts: Tensor,
+    lengths: Tensor,
+    valid: Tensor,
+    draft: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Speculative rejection sampling. target: p [F, Q, V]. draft: q [F, Q - 1, V]. Returns tokens [F, Q],
+    accepted [F].
+    """
+    rows, queries, _ = target.shape
+    drafted = queries - 1
+    if drafted == 0 or draft is None:
+        return _draw(target[:, 0], generator)[:, None].expand(rows, queries).clone(), torch.zeros_like(
+            lengths
+        )
+    p = target[:, :drafted].gather(-1, drafts[:, :, None])[:, :, 0]
+    q = draft.gather(-1, drafts[:, :, None])[:, :, 0]
+    uniform = torch.rand(p.shape, generator=generator, device=p.device, dtype=torch.float64)
+    accepted = ((uniform * q < p) & valid).long().cumprod(1).sum(1)
+    every = torch.arange(rows, device=p.device)
+    after = target[every, accepted]
+    rejected = (accepted < lengths)[:, None]
+    residual = (after - draft[every, accepted.clamp(max=drafted - 1)]).clamp_min(0.0)
+    # Where p and q agree to rounding, the residual may vanish; then p itself is the right distribution.
+    usable = rejected & (residual.sum(-1, keepdim=True) > 0)
+    last = _draw(torch.where(usable, residual, after), generator)
+    tokens = torch.cat([drafts, torch.zeros_like(drafts[:, :1])], 1)
+    tokens[every, accepted] = last
+    return tokens, accepted
+
+
+def _keep_top_k(scores: Tensor, values: Sequence[int]) -> Tensor:
+    largest = min(max(values), scores.shape[-1])
+    best = scores.topk(largest, dim=-1).values
+    index = torch.tensor([min(k, largest) - 1 for k in values], device=scores.device)
+    threshold = best.gather(-1, index[:, None, None].expand(-1, scores.shape[1], 1))
+    return scores.masked_fill(scores < threshold, _NEVER)
+
+
+def _keep_top_p(scores: Tensor, values: Sequence[float]) -> Tensor:
+    ordered, index = scores.sort(dim=-1)
+    mass = ordered.softmax(-1).cumsum(-1)
+    limit = torch.tensor([1.0 - p for p in values], dtype=torch.float32, device=scores.device)[:, None, None]
+    drop = mass <= limit
+    drop[..., -1] = False
+    return scores.masked_fill(drop.scatter(-1, index, drop), _NEVER)
+
+
+def _keep_min_p(scores: Tensor, values: Sequence[float]) -> Tensor:
+    probabilities = scores.softmax(-1)
+    limit = torch.tensor(values, dtype=torch.float32, device=scores.device)[:, None, None]
+    keep = probabilities >= limit * probabilities.amax(-1, keepdim=True)
+    return scores.masked_fill(~keep, _NEVER)
+
+
+# In the order of transformers' generate.
+_FILTERS = {"top_k": _keep_top_k, "top_p": _keep_top_p, "min_p": _keep_min_p}
