@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     http_port: int = port_setting(0, "The gateway's HTTP port; 0: none", _G)
     scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
+    worker_port: int = port_setting(
+        0, "The worker's gRPC port, which has its health and nothing else; 0: any free one", _W
+    )
     metrics_port: int = port_setting(
         0, "Prometheus port, 0: none; 'laps up' counts on from it for each process", SERVICES
     )
@@ -116,7 +119,7 @@ class Settings(BaseSettings):
     tick_interval_s: float = setting(
         0.002, "The scheduler gathers events this long before it decides", _S, ge=0, le=1
     )
-    step_credit: int = setting(4, "Steps that a worker may be ahead of the store", _S, ge=1, le=1024)
+    step_credit: int = setting(32, "Steps that a worker may be ahead of the store", _S, ge=1, le=1024)
     lease_duration_s: float = setting(10.0, "A lease that is not renewed ends after this time", _S, gt=0)
     session_timeout_s: float = setting(
         5.0, "A worker that is silent for this long is taken for lost", _S, gt=0

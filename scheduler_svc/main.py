@@ -3,18 +3,131 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from laps import channels, logs, runtime
 from laps.settings import Settings
-from laps.v1 import queue_pb2_grpc, scheduler_pb2_grpc, worker_pb2_grpc
+from laps.v1 import (
+    queue_pb2,
+    queue_pb2_grpc,
+    scheduler_pb2,
+    scheduler_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.inspector import Inspector
+from scheduler_svc.store.errors import StoreAlarm
 from scheduler_svc.store.store import Store
 from scheduler_svc.term import Terms
 from scheduler_svc.worker_service import WorkerService
+
+log = structlog.get_logger()
+
+SERVICES = (
+    scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
+    worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+    queue_pb2.DESCRIPTOR.services_by_name["QueueService"].full_name,
+)
+
+
+def core_settings(settings: Settings) -> SchedulerSettings:
+    """The settings of the core, which knows nothing of ours."""
+    return SchedulerSettings(
+        draft_tokens=settings.draft_tokens,
+        step_credit=settings.step_credit,
+        lease_duration_s=settings.lease_duration_s,
+        session_timeout_s=settings.session_timeout_s,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        retention_s=settings.retention_s,
+        starvation_bound_s=settings.starvation_bound_s or None,
+    )
+
+
+@dataclass
+class SchedulerServer:
+    """A running scheduler: `port` is where it listens."""
+
+    port: int
+    terms: Terms
+    _server: grpc.aio.Server
+    _store: Store
+    _readiness: runtime.Readiness
+    _leading: asyncio.Task[None]
+
+    async def stop(self, drain_s: float) -> None:
+        await self._readiness.set(False)
+        self._leading.cancel()
+        await asyncio.gather(self._leading, return_exceptions=True)
+        await self._server.stop(grace=min(drain_s, 0.5))
+        await self._store.resign()
+        await self._store.close()
+
+
+async def serve(settings: Settings) -> SchedulerServer:
+    """Starts listening at once and leads when it can.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    server = channels.new_server(max_message_bytes=settings.max_message_bytes)
+    port = channels.bind(server, settings.host, settings.scheduler_port)
+    readiness = await runtime.add_readiness(server, *SERVICES)
+    store = Store(settings.redis_url, settings.pool)
+    changes: set[asyncio.Task[None]] = set()
+
+    def on_change(leading: bool) -> None:
+        change = asyncio.ensure_future(readiness.set(leading))
+        changes.add(change)
+        change.add_done_callback(changes.discard)
+
+    terms = Terms(
+        pool=settings.pool,
+        store=store,
+        policy=settings.policy,
+        core_settings=core_settings(settings),
+        address=f"{settings.host}:{port}",
+        leader_ttl_s=settings.leader_ttl_s,
+        gateway_grace_s=settings.session_timeout_s,
+        on_change=on_change,
+    )
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerService(terms), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(
+        WorkerService(terms, settings.heartbeat_interval_s), server
+    )
+    queue_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(terms), server)
+    reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), server)
+    await server.start()
+    log.info("listening", address=f"{settings.host}:{port}")
+    leading = asyncio.create_task(_lead(terms), name="leadership")
+    return SchedulerServer(port, terms, server, store, readiness, leading)
+
+
+async def _lead(terms: Terms) -> None:
+    try:
+        await terms.run()
+    except StoreAlarm as alarm:
+        # Leading on would tell clients two different stories. A person has to look, and until
+        # then this process stays up, not serving, so that nothing restarts it into the same.
+        log.critical("pool stopped: the store does not hold what was written to it", error=str(alarm))
+        await asyncio.Event().wait()
+
+
+def run(settings: Settings) -> int:
+    """`laps scheduler`: runs until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure_logging(
+        "scheduler", pool=settings.pool, level=settings.log_level, form=settings.log_format
+    )
+
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        running = await serve(settings)
+        lifetime.watch(running._leading)
+        return running.stop
+
+    return runtime.run(runtime.run_until_signalled(start, settings.drain_s))

@@ -12,6 +12,7 @@ from worker_svc.engine import (
     EngineRequest,
     FinishReason,
     SamplingConfig,
+    StepCosts,
     StepResult,
     StoppingConfig,
     TokenLogprob,
@@ -90,6 +91,16 @@ def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.Step
         if logprobs is not None:
             report.logprobs[row].logprobs.extend(map(_token_logprob, logprobs))
     return report
+
+
+def step_costs(costs: StepCosts, switch_s: float) -> worker_pb2.StepCosts:
+    """The engine's measured times; `switch_s` is one request's return to a slot."""
+    return worker_pb2.StepCosts(
+        draft_token_s=costs.draft_s,
+        verify_s=costs.verify_s + costs.other_s,
+        prefill_token_s=costs.prefill_s_per_token,
+        switch_s=switch_s,
+    )
 
 
 def _row_finish(row: int, reason: FinishReason, matched: str | int | None) -> worker_pb2.RowFinish:

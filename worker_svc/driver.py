@@ -23,6 +23,8 @@ from worker_svc.engine import Engine, EngineRequest
 
 log = structlog.get_logger()
 
+SWITCH_SMOOTHING = 0.2
+
 
 @dataclass(slots=True)
 class _Known:
@@ -78,6 +80,8 @@ class EngineDriver:
     _errors: list[tuple[int, str]] = field(default_factory=list)
     _resident: dict[str, tuple[int, int]] = field(default_factory=dict)
     _detached: threading.Event = field(default_factory=threading.Event)
+    _switch_s: float = 0.0
+    """Seconds of one request's return to a slot, a moving average."""
     last_progress_s: float = field(default_factory=time.monotonic)
     """Monotonic instant of the last turn of the loop: a worker whose engine hangs shows here."""
 
@@ -232,6 +236,8 @@ class EngineDriver:
 
     def _do_step(self) -> None:
         result = self.engine.step()
+        if not result.request_ids and not self._has_news():
+            return  # a chunk of prefill: nothing to tell yet
         leases = [self._leases[request_id].lease_id for request_id in result.request_ids]
         report = convert.step_report(result, leases)
         position = 0
@@ -242,7 +248,12 @@ class EngineDriver:
             if finish is not None:
                 del self._leases[request_id]
                 del self._known[request_id]
-        report.kv_capacity_tokens = self.engine.kv_capacity_tokens
+        if result.switched:
+            measured_s = result.switch_s / result.switched
+            self._switch_s += SWITCH_SMOOTHING * (measured_s - self._switch_s)
+        report.timings.costs.CopyFrom(convert.step_costs(self.engine.costs, self._switch_s))
+        config = self.engine.config
+        report.kv_capacity_tokens = (config.slots + config.spare_slots) * self.engine.context_tokens
         self._report(report)
 
     def _report(self, report: worker_pb2.StepReport) -> None:

@@ -1,0 +1,53 @@
+# Everything that a person starts. Needs Python 3.11+ and make; the rest is set up in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Extra arguments for pip, e.g. where to find a CPU build of torch.
+PIP_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test lint types protos bench lock clean
+
+help: ## Lists the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+# torch goes first and by its exact version: a range would take the newest build with
+# gigabytes of CUDA packages where the index offers one.
+$(VENV)/.ready: requirements/run.txt requirements/dev.txt pyproject.toml
+	@echo "Setting up $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' requirements/run.txt)"
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/.ready ## Makes the virtual environment
+
+demo: setup ## Starts the whole stack, serves a burst of requests, shows it, ends
+	@$(BIN)/laps demo
+
+up: setup ## Keeps the whole stack running until Ctrl-C
+	@$(BIN)/laps up
+
+test: setup ## Runs the tests
+	@$(BIN)/python protos/generate.py --check
+	@$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: setup ## Style, types, contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/buf lint protos
+
+protos: setup ## Makes the stubs in laps/v1 from protos/
+	@$(BIN)/python protos/generate.py
+
+bench: setup ## Tokens per second: transformers, the engine, the whole stack
+	@$(BIN)/python bench/stack.py
+
+lock: ## Pins every dependency anew, from pyproject.toml
+	@$(PYTHON) requirements/lock.py
+
+clean: ## Removes what was set up and what runs left behind
+	@rm -rf $(VENV) .laps .pytest_cache .mypy_cache .ruff_cache build *.egg-info

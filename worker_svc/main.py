@@ -1,0 +1,138 @@
+"""The worker process: `laps worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from laps import channels, logs, runtime
+from laps.settings import Settings
+from laps.v1 import worker_pb2
+from worker_svc import convert
+from worker_svc.driver import EngineDriver
+from worker_svc.engine import Engine, EngineConfig, ModelError, ModelPair, load_pair
+from worker_svc.session import WorkerLink
+
+log = structlog.get_logger()
+
+STALLED_S = 60.0
+"""A worker whose engine has not turned for this long is not alive."""
+DRAIN_POLL_S = 0.05
+
+
+@dataclass
+class WorkerServer:
+    """A running worker: its engine, its session, and a health port for probes."""
+
+    driver: EngineDriver
+    link: WorkerLink
+    _linking: asyncio.Task[None]
+    _server: grpc.aio.Server
+    _readiness: runtime.Readiness
+    _watching: asyncio.Task[None]
+
+    async def stop(self, drain_s: float) -> None:
+        """Lets what holds a slot finish within the time, then goes: what is left is taken over."""
+        await self._readiness.set(False)
+        self.link.drain()
+        until_s = time.monotonic() + drain_s
+        while self.driver.busy and self.link.connected and time.monotonic() < until_s:
+            await asyncio.sleep(DRAIN_POLL_S)
+        self._watching.cancel()
+        self._linking.cancel()
+        await asyncio.gather(self._linking, self._watching, return_exceptions=True)
+        await asyncio.to_thread(self.driver.stop, 5.0)
+        await self._server.stop(grace=0)
+
+
+def make_engine(settings: Settings, pair: ModelPair) -> Engine:
+    engine = Engine(
+        pair,
+        EngineConfig(
+            slots=settings.slots,
+            spare_slots=settings.spare_slots,
+            context_tokens=settings.context_tokens or None,
+            draft_tokens=settings.draft_tokens,
+            host_cache_bytes=settings.host_cache_bytes,
+            prefill_tokens=settings.prefill_tokens,
+            threads=settings.threads,
+        ),
+    )
+    engine.calibrate()
+    return engine
+
+
+async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) -> WorkerServer:
+    """Starts the engine's thread and the session."""
+    loop = asyncio.get_running_loop()
+    driver = EngineDriver(
+        engine,
+        on_failure=lambda error: loop.call_soon_threadsafe(
+            lifetime.end, runtime.EXIT_FAILED, f"engine failed: {error}"
+        ),
+    )
+    driver.start()
+    worker_id = settings.instance_id("worker")
+    link = WorkerLink(settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id))
+    linking = asyncio.create_task(link.run(), name="session")
+    lifetime.watch(linking)
+    server = channels.new_server()
+    readiness = await runtime.add_readiness(server)
+    port = channels.bind(server, settings.host, settings.worker_port)
+    await server.start()
+    log.info("worker started", worker_id=worker_id, slots=settings.slots, health_port=port)
+    watching = asyncio.create_task(_watch_health(driver, link, readiness), name="health")
+    return WorkerServer(driver, link, linking, server, readiness, watching)
+
+
+async def _watch_health(driver: EngineDriver, link: WorkerLink, readiness: runtime.Readiness) -> None:
+    """SERVING while in session and the engine turns."""
+    while True:
+        stalled = time.monotonic() - driver.last_progress_s > STALLED_S
+        ready = link.connected and not stalled
+        if ready != readiness.ready:
+            await readiness.set(ready)
+        await asyncio.sleep(0.1)
+
+
+def hello(settings: Settings, engine: Engine, worker_id: str) -> worker_pb2.WorkerHello:
+    """Who this worker is. Resident requests are the session's to add."""
+    pair = engine.pair
+    return worker_pb2.WorkerHello(
+        worker_id=worker_id,
+        pool=settings.pool,
+        slots=settings.slots,
+        device=str(pair.device),
+        target=settings.target,
+        draft=settings.draft_model or "",
+        model_fingerprint=pair.fingerprint,
+        vocabulary_size=pair.vocabulary_size,
+        context_tokens=engine.context_tokens,
+        costs=convert.step_costs(engine.costs, switch_s=0.0),
+    )
+
+
+def run(settings: Settings) -> int:
+    """`laps worker`: runs until SIGTERM or SIGINT; returns the exit code."""
+    logs.configure_logging(
+        "worker", pool=settings.pool, level=settings.log_level, form=settings.log_format
+    )
+    try:
+        settings.check_models()
+        pair = load_pair(
+            settings.target, settings.draft_model, dtype=settings.dtype, device=settings.device
+        )
+        engine = make_engine(settings, pair)
+    except ModelError as error:
+        print(f"laps worker: {error}", file=sys.stderr)
+        return runtime.EXIT_FAILED
+
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        return (await serve(settings, engine, lifetime)).stop
+
+    return runtime.run(runtime.run_until_signalled(start, settings.drain_s))
