@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from laps.reasons import Reason
+from laps.reasons import Reason as Reason
 
 if TYPE_CHECKING:
     import grpc

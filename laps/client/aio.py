@@ -1,0 +1,257 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+import grpc.aio
+
+from laps import channels
+from laps.client import queries
+from laps.client.requests import GenerateOptions, Prompt, build_request
+from laps.client.results import (
+    Chunk,
+    Completion,
+    Model,
+    PoolQueues,
+    Request,
+    RequestDetail,
+    Snapshot,
+    Worker,
+    from_proto,
+)
+from laps.client.retry import NO_RETRY, Backoff, RetryPolicy
+from laps.client.transcript import Transcript
+from laps.errors import LapsError, from_rpc_error
+from laps.v1 import inference_pb2, inference_pb2_grpc, queue_pb2, queue_pb2_grpc
+
+T = TypeVar("T")
+Metadata = Sequence[tuple[str, str]]
+
+
+class AsyncClient:
+    """Calls a gateway. Methods raise LapsError.
+
+    `metadata` goes with every call (for example an authorization header). Use it as an async context manager,
+    or `close()` it.
+    """
+
+    def __init__(
+        self,
+        server: str = "127.0.0.1:50051",
+        *,
+        retry: RetryPolicy | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+        max_message_bytes: int = channels.DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        self.server = server
+        self.retry = retry or RetryPolicy()
+        self._metadata = tuple(metadata)
+        self._channel = channels.open_channel(
+            server, max_message_bytes=max_message_bytes, credentials=credentials
+        )
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._queue = queue_pb2_grpc.QueueServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+    async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
+        """Generates to the end. A caller that is cancelled meanwhile cancels the request."""
+        async with self.stream(prompt, **options) as stream:
+            return await stream.finish()
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """The output as it comes; iterate over it, then read its `result`."""
+        transcript = Transcript(build_request(prompt, options), retry=self.retry)
+        # Somebody who chose the id can come back with it; nobody can come back with ours.
+        return AsyncStream(self, transcript, cancel_when_left="request_id" not in options)
+
+    def resume(self, request_id: str, offset: int = 0) -> AsyncStream:
+        """The output of a request that was begun elsewhere, from output token `offset` on."""
+        transcript = Transcript(None, request_id=request_id, offset=offset, retry=self.retry)
+        return AsyncStream(self, transcript, cancel_when_left=False)
+
+    async def cancel(self, request_id: str) -> str:
+        """Cancels the request and returns its state."""
+        request = inference_pb2.CancelRequest(request_id=request_id)
+        answer = await self._call(self._inference.Cancel, request)
+        return queries.state_word(answer.state)
+
+    async def get(self, request_id: str, *, include_output: bool = False) -> RequestDetail:
+        request = inference_pb2.GetRequestRequest(request_id=request_id, include_output=include_output)
+        return queries.request_detail(await self._call(self._inference.GetRequest, request))
+
+    async def models(self) -> list[Model]:
+        return queries.models(await self._call(self._inference.ListModels, inference_pb2.ListModelsRequest()))
+
+    async def queues(self, pool: str = "", *, head_limit: int = 0) -> list[PoolQueues]:
+        request = queue_pb2.ListQueuesRequest(pool=pool, head_limit=head_limit)
+        return queries.queues(await self._call(self._queue.ListQueues, request))
+
+    async def requests(self, *states: str, pool: str = "", limit: int = 1000) -> list[Request]:
+        """Requests in these states ("queued", "running", ...), all live ones where none is given."""
+        found: list[Request] = []
+        token = ""
+        while len(found) < limit:
+            page = queries.list_request(states, pool, token, limit - len(found))
+            answer = await self._call(self._queue.ListRequests, page)
+            found += [from_proto(Request, info) for info in answer.requests]
+            token = answer.next_page_token
+            if not token:
+                break
+        return found
+
+    async def workers(self, pool: str = "") -> list[Worker]:
+        request = queue_pb2.ListWorkersRequest(pool=pool)
+        return queries.workers(await self._call(self._queue.ListWorkers, request))
+
+    async def watch(
+        self, pool: str = "", *, interval_s: float = 0.5, head_limit: int = 10
+    ) -> AsyncIterator[Snapshot]:
+        """Snapshots as the queue changes, without end. Connects again when the connection breaks."""
+        request = queries.watch_request(pool, interval_s, head_limit)
+        backoff, begun = Backoff(self.retry), False
+        while True:
+            call = self._queue.Watch(request, metadata=self._metadata)
+            try:
+                async for answer in call:
+                    backoff.progress()
+                    begun = True
+                    yield queries.snapshot(answer)
+                delay_s = 0.1
+            except grpc.RpcError as error:
+                delay_s = backoff.after(self._translate(error), begun=begun)
+            finally:
+                call.cancel()
+            await asyncio.sleep(delay_s)
+
+    def _translate(self, error: grpc.RpcError) -> LapsError:
+        return queries.name_server(from_rpc_error(error), self.server)
+
+    async def _call(
+        self,
+        method: Callable[..., Awaitable[T]],
+        request: object,
+        retry: RetryPolicy | None = None,
+        timeout_s: float = queries.UNARY_TIMEOUT_S,
+    ) -> T:
+        backoff = Backoff(retry or self.retry)
+        while True:
+            try:
+                return await method(request, timeout=timeout_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                delay_s = backoff.after(self._translate(error), begun=False)
+            await asyncio.sleep(delay_s)
+
+
+class AsyncStream:
+    """An iterator over a request's chunks. `result` is there once it has ended.
+
+    Left early (`async with`, `aclose`) it cancels a request whose id the client made up; a request with the
+    caller's own `request_id` goes on for its grace period and can be resumed.
+    """
+
+    def __init__(self, client: AsyncClient, transcript: Transcript, *, cancel_when_left: bool) -> None:
+        self._client = client
+        self._transcript = transcript
+        self._cancel_when_left = cancel_when_left
+        self._chunks = self._run()
+        self._begun = False
+        self._failed = False
+
+    @property
+    def request_id(self) -> str:
+        return self._transcript.request_id
+
+    @property
+    def offset(self) -> int:
+        """Output tokens so far: where `resume` would go on."""
+        return self._transcript.offset
+
+    @property
+    def result(self) -> Completion:
+        if self._transcript.result is None:
+            raise RuntimeError(f"request {self.request_id} has not ended")
+        return self._transcript.result
+
+    async def finish(self) -> Completion:
+        """Reads to the end."""
+        async for _ in self:
+            pass
+        return self.result
+
+    async def cancel(self) -> str:
+        """Cancels the request; the stream then ends with finish reason "cancelled"."""
+        return await self._client.cancel(self.request_id)
+
+    async def aclose(self) -> None:
+        """Ends the stream."""
+        await self._chunks.aclose()
+        left = self._begun and not self._failed and self._transcript.result is None
+        if left and self._cancel_when_left:
+            self._cancel_when_left = False
+            # Whoever leaves has no use for an error; a request that was not reached ends after its grace.
+            with contextlib.suppress(LapsError):
+                cancel = inference_pb2.CancelRequest(request_id=self.request_id)
+                await self._client._call(
+                    self._client._inference.Cancel, cancel, NO_RETRY, queries.LEAVE_TIMEOUT_S
+                )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        self._begun = True
+        return await anext(self._chunks)
+
+    async def _run(self) -> Any:
+        transcript, client = self._transcript, self._client
+        while True:
+            problem: LapsError | None = None
+            call = self._open()
+            try:
+                async for response in call:
+                    if (chunk := transcript.accept(response)) is not None:
+                        yield chunk
+                    if transcript.result is not None:
+                        return
+            except grpc.RpcError as error:
+                problem = client._translate(error)
+            finally:
+                call.cancel()
+            try:
+                delay_s = transcript.failed(problem)
+            except LapsError:
+                self._failed = True
+                raise
+            await asyncio.sleep(delay_s)
+
+    def _open(self) -> Any:
+        call = self._transcript.next_call()
+        stub, metadata = self._client._inference, self._client._metadata
+        if isinstance(call.request, inference_pb2.GenerateRequest):
+            return stub.Generate(call.request, timeout=call.timeout_s, metadata=metadata)
+        return stub.Resume(call.request, timeout=call.timeout_s, metadata=metadata)
