@@ -62,21 +62,22 @@ class DraftLengthChooser:
         """limits: most tokens that each row may draft. catch_up_s: seconds to bring the draft's KV up to date
         first.
 
-        Returns the length for the batch. Speculation must promise a gain of some percent, for estimates are
-        noisy; now and then one token is drafted all the same, since acceptance can only be learned by trying.
+        Returns the length for the batch; the longest while costs are unknown. Speculation must promise a gain
+        of some percent, for estimates are noisy; now and then one token is drafted all the same, since
+        acceptance can only be learned by trying.
         """
         longest = max(limits, default=0)
-        if longest == 0:
-            return 0
+        if longest == 0 or not self._costs.calibrated:
+            return longest
         rows = len(limits)
-        plain = rows / max(self._costs.step_s(rows, 0), 1e-9)
+        plain = rows / self._costs.step_s(rows, 0)
         best, best_rate = 0, plain * _MARGIN
         for length in range(1, longest + 1):
             seconds = self._costs.step_s(rows, length) + catch_up_s / _PROBE_STEPS
             tokens = sum(
                 expected_tokens(a, min(length, limit)) for a, limit in zip(acceptances, limits, strict=True)
             )
-            if tokens / max(seconds, 1e-9) > best_rate:
+            if tokens / seconds > best_rate:
                 best, best_rate = length, tokens / seconds
         if best:
             self._steps_without = 0

@@ -36,6 +36,7 @@ def calibrate(
         costs.verify.set(rows, length + 1, _best_s(runners[0], rows, [length + 1], held))
         if length:
             costs.draft.set(rows, length, _best_s(runners[1], rows, [2] + [1] * (length - 1), held))
+    costs.calibrated = True
     prefill = min(64, context_tokens // 2)
     costs.prefill_s_per_token = _best_s(runners[0], 1, [prefill], 0) / prefill
     if len(runners) > 1:

@@ -15,7 +15,7 @@ _OUTLIER = 3.0
 
 
 class CostTable:
-    """Seconds of a pass over `rows` rows of `width` tokens: moving averages where measured, a fit elsewhere."""
+    """Seconds of a pass over `rows` rows of `width` tokens: averages where measured, a fit elsewhere."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[int, int], float] = {}
@@ -74,7 +74,8 @@ class StepCosts:
 
     draft: table over (rows, drafted tokens) of the whole drafting phase. verify: table over (rows, 1 +
     drafted tokens). other_s: the rest of a step (bookkeeping). prefill_s_per_token: target and draft
-    together. batch: rows of the last step.
+    together. calibrated: whether the tables have entries enough to judge lengths that were not tried. batch:
+    rows of the last step.
     """
 
     def __init__(self) -> None:
@@ -83,6 +84,7 @@ class StepCosts:
         self.other_s = 0.0
         self.prefill_s_per_token = 0.0
         self.draft_prefill_s_per_token = 0.0
+        self.calibrated = False
         self.batch = 1
         self.drafted = 1
 

@@ -49,7 +49,7 @@ def attention_kinds(config: Any) -> tuple[str, ...]:
     unsupported = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unsupported:
         raise ModelError(
-            f"{config.model_type} has {', '.join(unsupported)} layers, whose state has no length to cut back to; "
+            f"{config.model_type} has {', '.join(unsupported)} layers, which cannot be cut back to a length; "
             "only full and sliding attention can be served"
         )
     return kinds
