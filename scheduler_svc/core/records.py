@@ -69,6 +69,23 @@ class RequestSpec:
 
 
 @dataclass(slots=True, eq=False)
+class Bookkeeping:
+    """What the scheduler keeps about a live request for itself; not stored."""
+
+    unlogged_from: int = -1
+    """Output tokens before those that the next commit appends; -1: none are waiting for it."""
+    written_s: float = float("-inf")
+    written_level: int = -1
+    written_perceptible: bool = False
+    refused_rows: int = 0
+    short_prefix: bool = False
+    """The worker holds the KV cache of only a part of the output, so context must be sent."""
+    overdue: bool = False
+    """Past the starvation bound."""
+    granted_in_tick: int = -1
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """A request and everything that the scheduler knows and believes about it."""
 
@@ -126,6 +143,8 @@ class Request:
     """Preempted, but the worker has not yet said that it let go."""
     kv_resident: bool = False
     """Whether `worker_id` is believed to hold its KV cache."""
+    book: Bookkeeping = field(default_factory=Bookkeeping, repr=False)
+    """The scheduler's own; not stored."""
 
     @property
     def request_id(self) -> str:
@@ -343,5 +362,6 @@ class Refused(Exception):
     def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
-        """Stable, upper case, for machines: QUEUE_FULL, QUEUE_TOKENS_FULL, ID_CONFLICT, DEADLINE_PASSED, TOO_LONG."""
+        """Stable, upper case, for machines: QUEUE_FULL, QUEUE_TOKENS_FULL, ID_CONFLICT, DEADLINE_PASSED,
+        TOO_LONG."""
         self.retry_after_s = retry_after_s

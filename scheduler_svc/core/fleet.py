@@ -1,0 +1,110 @@
+"""Workers in session: they join, fall silent, drain and leave."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+from scheduler_svc.core.board import Board
+from scheduler_svc.core.records import TOKEN_BYTES, Resident, Revoke, RevokeReason, Worker
+from scheduler_svc.core.settings import SchedulerSettings
+
+RENEWALS_PER_TIMEOUT = 4
+"""A worker's session and leases are renewed in the store so often per session timeout."""
+
+
+class Fleet:
+    def __init__(self, board: Board, settings: SchedulerSettings) -> None:
+        self.context_tokens = 0
+        """Of the worker with the smallest context; kept after the last one has gone. 0: none has told."""
+        self._board = board
+        self._workers = board.pool.workers
+        self._settings = settings
+        self._renewed_s: dict[str, float] = {}
+
+    def join(self, worker: Worker, resident: Sequence[Resident], now_s: float) -> None:
+        board = self._board
+        if worker.slots < 1:
+            raise ValueError(f"worker {worker.worker_id!r} has no slots")
+        if worker.worker_id in self._workers:
+            self.remove(worker.worker_id, "its worker began a new session")
+        worker.running = [None] * worker.slots
+        worker.last_seen_s = now_s
+        self._workers[worker.worker_id] = worker
+        # Popped from the end, so the lowest slot is taken first.
+        board.free[worker.worker_id] = list(range(worker.slots - 1, -1, -1))
+        self._measure()
+        for entry in resident:
+            request = board.live.get(entry.request_id)
+            if request is not None and not request.lease_id and _is_prefix(entry, request.output):
+                if request.worker_id != worker.worker_id:
+                    board.forget_kv(request)
+                request.worker_id = worker.worker_id
+                request.kv_resident = True
+                request.book.short_prefix = entry.output_tokens < request.output_tokens
+                board.ledger.changed(request)
+            else:
+                board.ledger.revoke(Revoke(worker.worker_id, 0, entry.request_id, RevokeReason.ENDED))
+        self._renew(worker, now_s)
+        board.ledger.event("worker_joined", worker_id=worker.worker_id, detail=f"{worker.slots} slots")
+
+    def drain(self, worker: Worker, now_s: float) -> None:
+        if not worker.draining:
+            worker.draining = True
+            self._renew(worker, now_s)
+            self._board.ledger.event("worker_draining", worker_id=worker.worker_id)
+
+    def remove(self, worker_id: str, because: str) -> None:
+        """Its requests wait again, and the KV cache that it held is gone."""
+        board = self._board
+        worker = self._workers.pop(worker_id)
+        del board.free[worker_id]
+        del self._renewed_s[worker_id]
+        for request in list(board.live.values()):
+            if request.worker_id == worker_id:
+                request.kv_resident = False
+                if request.lease_id:
+                    board.take_back(request, because, keep_kv=False)
+        worker.running = []
+        board.ledger.worker_gone(worker_id)
+        self._measure()
+
+    def expire(self, now_s: float) -> None:
+        """Gives up workers that fell silent and renews the leases of the others."""
+        timeout_s = self._settings.session_timeout_s
+        for worker in list(self._workers.values()):
+            # The same sums as in `timers`: a difference could round to the other side of the instant.
+            if now_s >= worker.last_seen_s + timeout_s:
+                silent_s = now_s - worker.last_seen_s
+                self.remove(worker.worker_id, f"its worker said nothing for {silent_s:.1f} s")
+                detail = f"silent for {silent_s:.1f} s"
+                self._board.ledger.event("worker_lost", worker_id=worker.worker_id, detail=detail)
+            elif now_s >= self._renewed_s[worker.worker_id] + timeout_s / RENEWALS_PER_TIMEOUT:
+                self._renew(worker, now_s)
+
+    def timers(self) -> Iterator[float]:
+        """Instants at which `expire` has something to do."""
+        timeout_s = self._settings.session_timeout_s
+        for worker_id, worker in self._workers.items():
+            yield worker.last_seen_s + timeout_s
+            yield self._renewed_s[worker_id] + timeout_s / RENEWALS_PER_TIMEOUT
+
+    def _renew(self, worker: Worker, now_s: float) -> None:
+        self._renewed_s[worker.worker_id] = now_s
+        ledger = self._board.ledger
+        ledger.worker(worker, worker.last_seen_s + self._settings.session_timeout_s)
+        for request in worker.running:
+            if request is not None:
+                ledger.leased(request, worker.last_seen_s + self._settings.lease_duration_s)
+
+    def _measure(self) -> None:
+        self._board.pool.measure()
+        contexts = [worker.context_tokens for worker in self._workers.values() if worker.context_tokens]
+        if contexts:
+            self.context_tokens = min(contexts)
+
+
+def _is_prefix(entry: Resident, output: bytearray) -> bool:
+    """Whether the worker's tokens are the first of the stored ones. Longer ones cannot be compared."""
+    size = entry.output_tokens * TOKEN_BYTES
+    return size <= len(output) and zlib.crc32(output[:size]) == entry.output_crc32

@@ -1,0 +1,158 @@
+"""Collects what one tick must store and send."""
+
+from __future__ import annotations
+
+from scheduler_svc.core.records import (
+    TOKEN_BYTES,
+    Append,
+    Commit,
+    Event,
+    Grant,
+    QueueMove,
+    Request,
+    RequestState,
+    Revoke,
+    Tick,
+    Worker,
+)
+
+
+class Ledger:
+    """Entries about the same thing within one tick merge: the last word counts."""
+
+    def __init__(self, record_interval_s: float) -> None:
+        self._record_interval_s = record_interval_s
+        self._reset()
+
+    def _reset(self) -> None:
+        self.events: list[Event] = []
+        self.forgotten: list[str] = []
+        self.grants: dict[int, Grant] = {}
+        self.learnt: dict[str, str] = {}
+        self._revokes: list[Revoke] = []
+        self._submitted: dict[str, Request] = {}
+        self._changed: dict[str, Request] = {}
+        self.stepped: dict[str, Request] = {}
+        """Did a step: the record is written if something visible changed or it has become old."""
+        self._finished: dict[str, Request] = {}
+        self._appended: list[Append] = []
+        self._moves: dict[str, QueueMove] = {}
+        self._leases: dict[str, float | None] = {}
+        self._workers: dict[str, tuple[Worker, float] | None] = {}
+
+    # --- What happened ------------------------------------------------------------------
+
+    def submitted(self, request: Request) -> None:
+        self._submitted[request.request_id] = request
+
+    def changed(self, request: Request) -> None:
+        """Its record is to be written in any case."""
+        self._changed[request.request_id] = request
+
+    def append_with_logprobs(self, request: Request, offset: int, logprobs: bytes) -> None:
+        """Its output grew from `offset` tokens on. Log probabilities are opaque to us, so rows
+        that carry some get a log entry of their own instead of being merged."""
+        self._flush(request, until=offset)
+        request.book.unlogged_from = offset
+        self._flush(request, logprobs=logprobs)
+
+    def finished(self, request: Request) -> None:
+        self._flush(request)
+        self._finished[request.request_id] = request
+        self.event("finished", request, detail=_ending(request))
+
+    def moved(self, request: Request) -> None:
+        """It waits, at its present level and rank."""
+        self._moves[request.request_id] = QueueMove(request.request_id, request.level, request.rank)
+
+    def left_queue(self, request: Request) -> None:
+        self._moves[request.request_id] = QueueMove(request.request_id, None)
+
+    def leased(self, request: Request, expiry_s: float) -> None:
+        self._leases[request.request_id] = expiry_s
+
+    def unleased(self, request: Request) -> None:
+        self._leases[request.request_id] = None
+
+    def revoke(self, revoke: Revoke) -> None:
+        # Only a grant that is sent for the second time can be pending here: the worker knows the lease.
+        self.grants.pop(revoke.lease_id, None)
+        self._revokes.append(revoke)
+
+    def worker(self, worker: Worker, expiry_s: float) -> None:
+        self._workers[worker.worker_id] = (worker, expiry_s)
+
+    def worker_gone(self, worker_id: str) -> None:
+        self._workers[worker_id] = None
+        self._revokes = [revoke for revoke in self._revokes if revoke.worker_id != worker_id]
+        self.grants = {lease: grant for lease, grant in self.grants.items() if grant.worker_id != worker_id}
+
+    def event(self, kind: str, request: Request | None = None, worker_id: str = "", detail: str = "") -> None:
+        request_id = "" if request is None else request.request_id
+        if request is not None and not worker_id:
+            worker_id = request.worker_id
+        self.events.append(Event(kind, request_id, worker_id, detail))
+
+    # --- The tick -----------------------------------------------------------------------
+
+    def records_due(self, now_s: float) -> list[Request]:
+        """Requests that stepped and whose record must be written in this tick."""
+        due = []
+        for request_id, request in self.stepped.items():
+            book = request.book
+            if request_id in self._changed or request_id in self._finished:
+                continue
+            if (
+                book.written_level != request.level
+                or book.written_perceptible != request.perceptible
+                or now_s - book.written_s >= self._record_interval_s
+            ):
+                due.append(request)
+        return due
+
+    def take(self, now_s: float) -> Tick:
+        """Everything collected; the ledger is empty afterwards."""
+        for request in self.stepped.values():
+            self._flush(request)
+        new_or_ended = self._submitted.keys() | self._finished.keys()
+        changed = [request for request_id, request in self._changed.items() if request_id not in new_or_ended]
+        for request in (*self._submitted.values(), *changed):
+            book = request.book
+            book.written_s = now_s
+            book.written_level = request.level
+            book.written_perceptible = request.perceptible
+        commit = Commit(
+            submitted=list(self._submitted.values()),
+            appended=self._appended,
+            changed=changed,
+            moves=list(self._moves.values()),
+            leased=[(name, expiry) for name, expiry in self._leases.items() if expiry is not None],
+            unleased=[name for name, expiry in self._leases.items() if expiry is None],
+            finished=list(self._finished.values()),
+            forgotten=self.forgotten,
+            workers=[entry for entry in self._workers.values() if entry is not None],
+            workers_gone=[worker_id for worker_id, entry in self._workers.items() if entry is None],
+            events=self.events,
+            learnt=self.learnt,
+        )
+        tick = Tick(commit=commit, grants=list(self.grants.values()), revokes=self._revokes)
+        self._reset()
+        return tick
+
+    def _flush(self, request: Request, until: int | None = None, logprobs: bytes = b"") -> None:
+        book = request.book
+        start = book.unlogged_from
+        if start < 0:
+            return
+        end = request.output_tokens if until is None else until
+        book.unlogged_from = -1
+        if end > start:
+            request.log_entries += 1
+            tokens = bytes(request.output[start * TOKEN_BYTES : end * TOKEN_BYTES])
+            self._appended.append(Append(request.request_id, request.log_entries, start, tokens, logprobs))
+
+
+def _ending(request: Request) -> str:
+    assert request.state is RequestState.FINISHED
+    reason = "" if request.finish_reason is None else request.finish_reason.value
+    return f"{reason}: {request.error}" if request.error else reason

@@ -1,0 +1,97 @@
+"""Gives slots to waiting requests: first the free ones, then those that a policy takes away."""
+
+from __future__ import annotations
+
+from scheduler_svc.core.board import Board
+from scheduler_svc.core.records import FinishReason, Request, Worker
+
+
+def place(board: Board, now_s: float) -> int:
+    """Fills and preempts until nothing more is to be gained; the number of preemptions."""
+    _fill(board, now_s)
+    if board.policy.preemptive and len(board.waiting):
+        return _preempt(board, now_s)
+    return 0
+
+
+def _fill(board: Board, now_s: float) -> None:
+    while (request := board.first_waiting()) is not None:
+        worker = _best_worker(board, request)
+        if worker is None:
+            return
+        if not _fits(board, request, worker, now_s):
+            continue
+        board.grant(request, worker, board.free[worker.worker_id].pop(), now_s)
+
+
+def _best_worker(board: Board, request: Request) -> Worker | None:
+    """The worker that holds the request's KV cache if it has a free slot, else the one with the most
+    free slots: there a step is shortest, and the load evens out."""
+    best, most = None, 0
+    for worker_id, slots in board.free.items():
+        worker = board.pool.workers[worker_id]
+        if not slots or worker.draining:
+            continue
+        if request.kv_resident and worker_id == request.worker_id:
+            return worker
+        if len(slots) > most:
+            best, most = worker, len(slots)
+    return best
+
+
+def _fits(board: Board, request: Request, worker: Worker, now_s: float) -> bool:
+    """A request accepted while no worker was there may turn out to be longer than the model's context."""
+    needed_tokens = request.spec.prompt_tokens + request.spec.max_tokens
+    if not worker.context_tokens or needed_tokens <= worker.context_tokens:
+        return True
+    error = (
+        f"prompt and max_tokens are {needed_tokens} tokens, the model's context is {worker.context_tokens}"
+    )
+    board.finish(request, FinishReason.ERROR, now_s, told_by_worker=False, error=error)
+    return False
+
+
+def _preempt(board: Board, now_s: float) -> int:
+    policy = board.policy
+    newcomers: set[str] = set()
+    preemptions = 0
+    while (newcomer := board.first_waiting()) is not None:
+        victim = _victim(board, newcomers)
+        if victim is None or victim.spec.priority > newcomer.spec.priority:
+            break
+        if victim.spec.priority < newcomer.spec.priority:
+            because = f"priority {newcomer.spec.priority} goes before {victim.spec.priority}"
+        elif victim.book.overdue:
+            break
+        elif newcomer.book.overdue:
+            because = f"{newcomer.request_id} is past the starvation bound"
+        else:
+            because = policy.preempts(newcomer, victim)
+        if not because:
+            break
+        worker, slot = board.preempt(victim, because, now_s)
+        if not _fits(board, newcomer, worker, now_s):
+            board.free[worker.worker_id].append(slot)
+            _fill(board, now_s)
+            continue
+        board.grant(newcomer, worker, slot, now_s)
+        newcomers.add(newcomer.request_id)
+        preemptions += 1
+    return preemptions
+
+
+def _victim(board: Board, newcomers: set[str]) -> Request | None:
+    """The running request that should make room first: of the lowest priority, and among those within the
+    starvation bound if there are any, the worst by the policy."""
+    key = board.policy.victim_key
+    worst, worst_key = None, None
+    for worker in board.pool.workers.values():
+        if worker.draining:
+            continue
+        for request in worker.running:
+            if request is None or request.request_id in newcomers:
+                continue
+            candidate = (-request.spec.priority, not request.book.overdue, *key(request))
+            if worst_key is None or candidate > worst_key:
+                worst, worst_key = request, candidate
+    return worst

@@ -1,0 +1,37 @@
+"""Which finished requests are still kept for readers and for joins by their id."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from scheduler_svc.core.records import Retained
+
+
+class Retention:
+    """Bounded in time and in number; the oldest go first."""
+
+    def __init__(self, retention_s: float, max_retained: int) -> None:
+        self._retention_s = retention_s
+        self._max_retained = max_retained
+        self._order: deque[Retained] = deque()
+        self._by_id: dict[str, Retained] = {}
+
+    def keep(self, retained: Retained) -> None:
+        self._by_id[retained.request_id] = retained
+        self._order.append(retained)
+
+    def get(self, request_id: str) -> Retained | None:
+        return self._by_id.get(request_id)
+
+    def forget(self, now_s: float) -> list[str]:
+        """Drops those that are past their time or over the number."""
+        forgotten = []
+        order = self._order
+        while order and (len(order) > self._max_retained or order[0].finished_s + self._retention_s <= now_s):
+            request_id = order.popleft().request_id
+            del self._by_id[request_id]
+            forgotten.append(request_id)
+        return forgotten
+
+    def next_timer_s(self) -> float | None:
+        return self._order[0].finished_s + self._retention_s if self._order else None

@@ -1,0 +1,213 @@
+"""Applies a worker's step report to the board. The hot path: it runs for every row of every step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler_svc.core.board import Board
+from scheduler_svc.core.records import (
+    TOKEN_BYTES,
+    FinishReason,
+    Request,
+    Revoke,
+    RevokeReason,
+    StepReport,
+    Worker,
+)
+
+MAX_REFUSED_ROWS = 3
+"""Rows of one request that may be refused before it is given up as failed."""
+
+MAX_DRAFTED_TOKENS = 1024
+"""A step that claims to have drafted more is not believed; bounds the histogram of a request."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the process started."""
+
+    reports: int = 0
+    reports_refused: int = 0
+    """From unknown workers, or with columns that do not fit together."""
+    rows: int = 0
+    rows_stale: int = 0
+    """Of leases that are no more, or repeated: harmless."""
+    rows_refused: int = 0
+    """Contradict what is stored: the request is taken from the worker and computed anew from there."""
+    submitted: int = 0
+    joined: int = 0
+    refused: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    emitted_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+def apply_report(board: Board, worker: Worker, report: StepReport, counters: Counters, now_s: float) -> None:
+    counters.reports += 1
+    if report.costs is not None and report.costs != worker.costs:
+        worker.costs = report.costs
+        board.pool.measure()
+    if report.kv_capacity_tokens:
+        worker.kv_used_tokens = report.kv_used_tokens
+        worker.kv_capacity_tokens = report.kv_capacity_tokens
+    worker.steps += 1
+    if len(report.lease_ids):
+        if _columns_fit(report):
+            _apply_rows(board, worker, report, counters, now_s)
+        else:
+            counters.reports_refused += 1
+            for lease_id in report.lease_ids:
+                request = _of(board, worker, lease_id)
+                if request is not None:
+                    _refuse(board, request, "the columns of its report do not fit together", counters, now_s)
+    for lease_id, message in report.errors.items():
+        request = _of(board, worker, lease_id)
+        if request is not None:
+            board.finish(
+                request, FinishReason.ERROR, now_s, told_by_worker=False, error=message or "the engine failed"
+            )
+    for lease_id in report.missing:
+        request = _of(board, worker, lease_id)
+        if request is not None and not request.releasing:
+            board.send_again(request)
+    for lease_id in report.released:
+        request = _of(board, worker, lease_id)
+        if request is not None:
+            because = "" if request.releasing else "its worker gave it back"
+            board.take_back(request, because, keep_kv=True)
+    for request_id in report.evicted:
+        request = board.live.get(request_id)
+        if request is None or request.worker_id != worker.worker_id:
+            continue
+        if request.releasing or not request.lease_id:
+            request.kv_resident = False
+
+
+def _of(board: Board, worker: Worker, lease_id: int) -> Request | None:
+    request = board.leases.get(lease_id)
+    return request if request is not None and request.worker_id == worker.worker_id else None
+
+
+def _columns_fit(report: StepReport) -> bool:
+    rows = len(report.lease_ids)
+    return (
+        len(report.offsets) == rows
+        and len(report.emitted_counts) == rows
+        and len(report.drafted_counts) == rows
+        and len(report.accepted_counts) == rows
+        and min(report.emitted_counts) >= 0
+        and max(report.drafted_counts) <= MAX_DRAFTED_TOKENS
+        and len(set(report.lease_ids)) == rows
+        and sum(report.emitted_counts) * TOKEN_BYTES == len(report.token_ids)
+    )
+
+
+def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Counters, now_s: float) -> None:
+    leases = board.leases
+    stepped = board.ledger.stepped
+    worker_id = worker.worker_id
+    step_s = report.step_s
+    tokens = report.token_ids
+    finishes, logprobs = report.finishes, report.logprobs
+    moved_on: list[Request] = []
+    ended: list[tuple[Request, int]] = []
+    end_byte = total_emitted = total_drafted = total_accepted = 0
+    row = -1
+    for lease_id, offset, emitted, drafted, accepted in zip(
+        report.lease_ids,
+        report.offsets,
+        report.emitted_counts,
+        report.drafted_counts,
+        report.accepted_counts,
+        strict=True,
+    ):
+        row += 1
+        begin_byte = end_byte
+        end_byte += emitted * TOKEN_BYTES
+        request = leases.get(lease_id)
+        if request is None or request.worker_id != worker_id:
+            counters.rows_stale += 1
+            continue
+        output = request.output
+        stored_bytes = len(output)
+        if (
+            offset * TOKEN_BYTES != stored_bytes
+            or stored_bytes + emitted * TOKEN_BYTES > request.spec.max_tokens * TOKEN_BYTES
+            or not 0 <= accepted <= drafted
+            or emitted > accepted + 1
+        ):
+            if (
+                emitted
+                and offset >= 0
+                and output[offset * TOKEN_BYTES :].startswith(tokens[begin_byte:end_byte])
+            ):
+                counters.rows_stale += 1
+            else:
+                why = (
+                    f"a row at offset {offset} with {emitted} tokens does not continue "
+                    f"{request.output_tokens} of {request.spec.max_tokens}"
+                )
+                _refuse(board, request, why, counters, now_s)
+            continue
+        request.steps += 1
+        request.attained_s += step_s
+        if drafted:
+            request.drafted_tokens += drafted
+            request.accepted_tokens += accepted
+            total_drafted += drafted
+            total_accepted += accepted
+            histogram = request.acceptance_histogram
+            while len(histogram) <= accepted:
+                histogram.append(0)
+            histogram[accepted] += 1
+        stepped[request.spec.request_id] = request
+        if emitted:
+            total_emitted += emitted
+            output += tokens[begin_byte:end_byte]
+            if request.first_token_s is None:
+                request.first_token_s = now_s
+            request.last_token_s = now_s
+            if row in logprobs:
+                board.ledger.append_with_logprobs(request, offset, logprobs[row])
+            elif request.book.unlogged_from < 0:
+                request.book.unlogged_from = offset
+        if row in finishes or len(output) == request.spec.max_tokens * TOKEN_BYTES:
+            ended.append((request, row))
+        else:
+            moved_on.append(request)
+    counters.rows += row + 1
+    counters.emitted_tokens += total_emitted
+    counters.drafted_tokens += total_drafted
+    counters.accepted_tokens += total_accepted
+    for request, row in ended:
+        finish = finishes.get(row)
+        if finish is None:
+            board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
+        else:
+            request.matched_stop = finish.matched_stop
+            request.matched_stop_token_id = finish.matched_stop_token_id
+            board.finish(request, finish.reason, now_s, told_by_worker=True)
+    if moved_on:
+        board.policy.stepped(moved_on)
+
+
+def _refuse(board: Board, request: Request, why: str, counters: Counters, now_s: float) -> None:
+    """The worker's idea of the request contradicts what is stored. What is stored counts: the
+    lease ends, and the next one starts from there with context."""
+    counters.rows_refused += 1
+    book = request.book
+    book.refused_rows += 1
+    board.ledger.event("row_refused", request, detail=why)
+    if book.refused_rows >= MAX_REFUSED_ROWS:
+        board.finish(
+            request,
+            FinishReason.ERROR,
+            now_s,
+            told_by_worker=False,
+            error=f"its worker's reports were refused: {why}",
+        )
+        return
+    board.ledger.revoke(Revoke(request.worker_id, request.lease_id, request.request_id, RevokeReason.ENDED))
+    board.take_back(request, "its worker's report was refused", keep_kv=False)

@@ -1,0 +1,543 @@
+from __future__ import annotations
+
+import zlib
+
+import pytest
+
+from scheduler_svc.core.records import (
+    FinishReason,
+    Recovered,
+    Refused,
+    RequestState,
+    Resident,
+    Retained,
+    RevokeReason,
+    RowFinish,
+    StepReport,
+)
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.settings import SchedulerSettings
+
+from .house import FakeWorker, Store, pack, scheduler, spec, worker
+
+
+def running(core: Scheduler, fake: FakeWorker, now_s: float = 0.0, slots: int = 1) -> None:
+    core.worker_joined(worker(fake.worker_id, len(fake.slots)), [], now_s)
+    fake.apply(core.tick(now_s))
+
+
+def test_a_request_runs_and_finishes() -> None:
+    core, store, fake = scheduler(), Store(), FakeWorker("w", 1)
+    request, joined = core.submit(spec("a", max_tokens=5), 0.0)
+    assert request is not None
+    assert not joined
+    assert request.state is RequestState.QUEUED
+    store.apply(core.tick(0.0).commit)
+    assert store.waiting == {"a": (0, 1.0)}
+
+    core.worker_joined(worker(), [], 0.1)
+    tick = core.tick(0.1)
+    store.apply(tick.commit)
+    fake.apply(tick)
+    assert [(grant.request.request_id, grant.slot, grant.has_context) for grant in tick.grants] == [
+        ("a", 0, True)
+    ]
+    assert tick.grants[0].lease_id >> 32 == 1
+    assert not store.waiting
+    assert store.leases == {"a": pytest.approx(10.1)}
+
+    core.report(fake.step(3), 0.2)
+    store.apply(core.tick(0.2).commit)
+    assert store.output("a") == pack(100, 101, 102)
+    core.report(fake.step(3), 0.3)
+    tick = core.tick(0.3)
+    store.apply(tick.commit)
+    assert tick.commit.finished == [request]
+    assert request.finish_reason is FinishReason.LENGTH
+    assert request.output_tokens == 5
+    assert request.acceptance_histogram == [0, 1, 1]
+    assert request.first_token_s == 0.2
+    assert (request.steps, request.attained_s) == (2, pytest.approx(0.064))
+    assert not tick.revokes
+    assert core.get("a") is None
+    assert core.submit(spec("a", max_tokens=5), 0.4) == (None, True)
+    kinds = [event.kind for event in tick.commit.events]
+    assert kinds == ["finished"]
+
+
+def test_the_same_id_joins_and_another_body_is_refused() -> None:
+    core = scheduler()
+    first, _ = core.submit(spec("a"), 0.0)
+    assert core.submit(spec("a"), 0.0) == (first, True)
+    with pytest.raises(Refused) as refused:
+        core.submit(spec("a", digest="other"), 0.0)
+    assert refused.value.reason == "ID_CONFLICT"
+    core.cancel("a", 0.0)
+    assert core.submit(spec("a"), 0.0) == (None, True), "also before the tick"
+    with pytest.raises(Refused):
+        core.submit(spec("a", digest="other"), 0.0)
+
+
+def test_bounds_are_checked_before_anything_changes() -> None:
+    core = scheduler(max_queued_requests=2, max_queued_tokens=10)
+    core.submit(spec("a", prompt_tokens=6), 0.0)
+    before = core.backlog_s()
+    with pytest.raises(Refused) as refused:
+        core.submit(spec("b", prompt_tokens=5), 0.0)
+    assert refused.value.reason == "QUEUE_TOKENS_FULL"
+    core.submit(spec("b", prompt_tokens=4), 0.0)
+    with pytest.raises(Refused) as refused:
+        core.submit(spec("c", prompt_tokens=1), 0.0)
+    assert refused.value.reason == "QUEUE_FULL"
+    assert refused.value.retry_after_s is not None
+    assert refused.value.retry_after_s > 0.0
+    with pytest.raises(Refused) as refused:
+        core.submit(spec("d", deadline_s=1.0), 1.0)
+    assert refused.value.reason == "DEADLINE_PASSED"
+    assert list(core.requests) == ["a", "b"]
+    assert before > 0.0
+    core.worker_joined(worker(context_tokens=64), [], 1.0)
+    with pytest.raises(Refused) as refused:
+        core.submit(spec("e", prompt_tokens=1, max_tokens=64), 1.0)
+    assert refused.value.reason == "TOO_LONG"
+    assert "64" in str(refused.value)
+    core.check_invariants()
+    assert core.counters.refused == 4
+
+
+def test_a_request_too_long_for_the_worker_that_came_later_fails() -> None:
+    core = scheduler()
+    request, _ = core.submit(spec("a", max_tokens=100), 0.0)
+    core.submit(spec("b", max_tokens=10), 0.0)
+    core.worker_joined(worker(context_tokens=64), [], 1.0)
+    tick = core.tick(1.0)
+    assert request is not None
+    assert request.finish_reason is FinishReason.ERROR
+    assert "64" in request.error
+    assert [grant.request.request_id for grant in tick.grants] == ["b"]
+
+
+def test_cancelling_frees_the_slot_at_the_next_step() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    core.submit(spec("a"), 0.0)
+    core.submit(spec("b"), 0.0)
+    running(core, fake)
+    assert core.cancel("unknown", 0.0) is None
+    late = fake.step()
+    assert core.cancel("a", 0.1) is RequestState.FINISHED
+    assert core.cancel("a", 0.1) is RequestState.FINISHED
+    core.report(late, 0.1)
+    assert core.counters.rows_stale == 1
+    tick = core.tick(0.1)
+    assert [(revoke.request_id, revoke.reason) for revoke in tick.revokes] == [("a", RevokeReason.ENDED)]
+    assert [grant.request.request_id for grant in tick.grants] == ["b"]
+    assert [request.finish_reason for request in tick.commit.finished] == [FinishReason.CANCELLED]
+    assert not tick.commit.appended
+    fake.apply(tick)
+    core.cancel("b", 0.2)
+    core.submit(spec("c"), 0.2)
+    core.cancel("c", 0.2)
+    tick = core.tick(0.2)
+    assert {request.request_id for request in tick.commit.finished} == {"b", "c"}
+    assert [request.request_id for request in tick.commit.submitted] == ["c"]
+    core.check_invariants()
+
+
+def test_a_deadline_ends_a_request_wherever_it_is() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    core.submit(spec("runs", deadline_s=5.0), 0.0)
+    core.submit(spec("waits", deadline_s=4.0), 0.0)
+    running(core, fake)
+    assert core.next_timer_s() == pytest.approx(1.25), "the session is renewed first"
+    for tenth in range(1, 50):
+        core.heartbeat("w", tenth / 10)
+        if tick := core.tick(tenth / 10):
+            ended = [(request.request_id, tenth) for request in tick.commit.finished]
+            assert ended == ([("waits", 40)] if tenth == 40 else [])
+    tick = core.tick(5.0)
+    assert [request.finish_reason for request in tick.commit.finished] == [FinishReason.DEADLINE]
+    assert [revoke.reason for revoke in tick.revokes] == [RevokeReason.ENDED]
+
+
+def test_higher_priority_goes_first_and_preempts_only_where_the_policy_does() -> None:
+    for policy, preempts in (("fcfs", False), ("laps-sd-paper", True)):
+        core, fake = scheduler(policy), FakeWorker("w", 1)
+        core.submit(spec("low"), 0.0)
+        running(core, fake)
+        core.submit(spec("low too"), 0.1)
+        core.submit(spec("high", priority=1), 0.1)
+        assert [request.request_id for request in core.waiting_order()] == ["high", "low too"]
+        tick = core.tick(0.1)
+        assert [grant.request.request_id for grant in tick.grants] == (["high"] if preempts else [])
+
+
+def test_preemption_waits_for_the_worker_to_let_go() -> None:
+    core, store, fake = scheduler("laps-sd-paper"), Store(), FakeWorker("w", 1)
+    old, _ = core.submit(spec("old", max_tokens=500), 0.0)
+    assert old is not None
+    core.worker_joined(worker(), [], 0.0)
+    tick = core.tick(0.0)
+    store.apply(tick.commit)
+    fake.apply(tick)
+    for step in range(20):
+        core.report(fake.step(2), step * 0.032)
+        store.apply(core.tick(step * 0.032).commit)
+    assert old.level == 1
+    core.submit(spec("new"), 1.0)
+    late = fake.step(2)
+    tick = core.tick(1.0)
+    store.apply(tick.commit)
+    assert [(revoke.request_id, revoke.reason) for revoke in tick.revokes] == [
+        ("old", RevokeReason.PREEMPTED)
+    ]
+    assert [(grant.request.request_id, grant.slot) for grant in tick.grants] == [("new", 0)]
+    assert old.releasing
+    assert old.preemptions == 1
+    assert "level 0" in old.preempted_because
+    core.check_invariants()
+
+    core.report(late, 1.01)
+    assert old.output_tokens == 42, "rows that were under way count"
+    fake.apply(tick)
+    core.report(fake.step(2), 1.04)
+    store.apply(core.tick(1.04).commit)
+    assert old.state is RequestState.PREEMPTED
+    assert not old.releasing
+    assert old.kv_resident
+    assert "old" in store.waiting
+
+    core.cancel("new", 1.1)
+    tick = core.tick(1.1)
+    assert [(grant.request.request_id, grant.has_context) for grant in tick.grants] == [("old", False)]
+    core.check_invariants()
+
+
+def test_a_worker_that_never_confirms_a_preemption_loses_the_request_in_time() -> None:
+    core, fake = scheduler("laps-sd-paper", lease_duration_s=5.0), FakeWorker("w", 1)
+    old, _ = core.submit(spec("old", max_tokens=500), 0.0)
+    assert old is not None
+    running(core, fake)
+    for step in range(20):
+        core.report(fake.step(2), step * 0.032)
+    core.submit(spec("new", max_tokens=500), 1.0)
+    core.tick(1.0)
+    assert old.releasing
+    for second in range(2, 7):
+        core.heartbeat("w", float(second))
+        core.tick(float(second))
+    assert old.state is RequestState.PREEMPTED
+    assert not old.kv_resident
+    core.check_invariants()
+
+
+def test_a_silent_worker_is_lost_and_its_requests_move_on() -> None:
+    core, fake = scheduler(session_timeout_s=2.0), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    core.report(fake.step(), 0.5)
+    core.tick(0.5)
+    core.worker_joined(worker("v"), [], 2.0)
+    assert core.tick(2.0).grants == []
+    lost = fake.step()
+    tick = core.tick(2.5)
+    assert tick.commit.workers_gone == ["w"]
+    assert [(grant.worker_id, grant.has_context) for grant in tick.grants] == [("v", True)]
+    assert request.preempted_because.startswith("its worker said nothing")
+    core.report(lost, 2.6)
+    assert core.counters.reports_refused == 1
+    assert request.output_tokens == 2
+
+
+def test_a_worker_that_comes_back_keeps_its_kv_cache() -> None:
+    core, fake = scheduler(), FakeWorker("w", 2)
+    core.submit(spec("same"), 0.0)
+    core.submit(spec("longer"), 0.0)
+    running(core, fake)
+    core.report(fake.step(), 0.1)
+    core.tick(0.1)
+    fake.outputs["longer"] += pack(9)
+    core.worker_joined(worker("w", 2), [*fake.residents(), Resident("unknown", 1, 0)], 0.2)
+    assert not core.tick(0.2).commit.workers_gone, "gone and back within a tick"
+    fake.slots = [None, None]
+    contexts = {request.request_id: request.kv_resident for request in core.requests.values()}
+    assert contexts == {"same": True, "longer": True}
+    core.check_invariants()
+
+
+def test_residents_are_compared_with_what_is_stored() -> None:
+    core = scheduler()
+    stored = pack(1, 2, 3)
+    requests = []
+    for name in ("equal", "shorter", "longer", "differs"):
+        request, _ = scheduler().submit(spec(name), 0.0)
+        assert request is not None
+        request.output = bytearray(stored)
+        requests.append(request)
+    core.restore(Recovered(requests=requests), 1.0)
+    held = {"equal": stored, "shorter": pack(1, 2), "longer": pack(1, 2, 3, 4), "differs": pack(1, 2, 4)}
+    residents = [Resident(name, len(kv) // 4, zlib.crc32(kv)) for name, kv in held.items()]
+    core.worker_joined(worker("w", 4), residents, 1.0)
+    tick = core.tick(1.0)
+    contexts = {grant.request.request_id: grant.has_context for grant in tick.grants}
+    assert contexts == {"equal": False, "shorter": True, "longer": True, "differs": True}
+    assert {revoke.request_id for revoke in tick.revokes} == {"longer", "differs"}
+
+
+def test_placement_prefers_the_worker_that_holds_the_kv_cache() -> None:
+    core = scheduler()
+    request, _ = scheduler().submit(spec("a"), 0.0)
+    assert request is not None
+    request.output = bytearray(pack(7))
+    core.restore(Recovered(requests=[request]), 0.0)
+    core.worker_joined(worker("many", 4), [], 0.0)
+    core.worker_joined(worker("holder", 1), [Resident("a", 1, zlib.crc32(pack(7)))], 0.0)
+    assert [(grant.worker_id, grant.has_context) for grant in core.tick(0.0).grants] == [("holder", False)]
+
+
+def test_a_draining_worker_gets_nothing_new() -> None:
+    core, fake = scheduler(), FakeWorker("w", 2)
+    core.submit(spec("a", max_tokens=2), 0.0)
+    running(core, fake)
+    core.worker_draining("w", 0.1)
+    core.submit(spec("b"), 0.1)
+    assert not core.tick(0.1).grants
+    core.report(fake.step(2), 0.2)
+    tick = core.tick(0.2)
+    assert len(tick.commit.finished) == 1
+    assert not tick.grants
+    core.worker_left("w", 0.3)
+    assert core.tick(0.3).commit.workers_gone == ["w"]
+
+
+def test_missing_kv_cache_is_sent_again_under_the_same_lease() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    core.submit(spec("a"), 0.0)
+    running(core, fake)
+    lease_id = next(iter(core.requests.values())).lease_id
+    core.report(StepReport("w", missing=[lease_id, 999]), 0.1)
+    tick = core.tick(0.1)
+    assert [(grant.lease_id, grant.slot, grant.has_context) for grant in tick.grants] == [(lease_id, 0, True)]
+
+
+def test_an_engine_error_fails_the_request() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    core.report(StepReport("w", errors={request.lease_id: "out of memory"}), 0.1)
+    assert request.finish_reason is FinishReason.ERROR
+    assert request.error == "out of memory"
+
+
+def test_evicted_kv_cache_is_sent_with_the_next_grant() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    core.report(StepReport("w", released=[request.lease_id], evicted=["a", "b"]), 0.1)
+    assert request.state is RequestState.PREEMPTED
+    assert [grant.has_context for grant in core.tick(0.1).grants] == [True]
+
+
+@pytest.mark.parametrize(
+    ("offset", "emitted", "drafted", "accepted"),
+    [(1, 1, 4, 0), (0, 3, 4, 1), (0, 21, 30, 20), (0, 1, 0, 1), (0, 1, 4, -1), (-1, 1, 4, 0)],
+)
+def test_rows_that_contradict_the_store_are_refused(
+    offset: int, emitted: int, drafted: int, accepted: int
+) -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    for attempt in range(1, 4):
+        core.report(
+            StepReport(
+                "w",
+                [request.lease_id],
+                [offset],
+                [emitted],
+                [drafted],
+                [accepted],
+                token_ids=pack(*range(emitted)),
+            ),
+            0.1,
+        )
+        assert core.counters.rows_refused == attempt
+        assert request.output_tokens == 0
+        if attempt < 3:
+            tick = core.tick(0.1)
+            assert [revoke.reason for revoke in tick.revokes] == [RevokeReason.ENDED]
+            assert [grant.has_context for grant in tick.grants] == [True]
+            core.check_invariants()
+    assert request.finish_reason is FinishReason.ERROR
+
+
+def test_columns_that_do_not_fit_together_are_refused() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    lease = request.lease_id
+    core.report(StepReport("w", [lease], [0], [2], [4], [1], token_ids=pack(1)), 0.1)
+    assert core.counters.reports_refused == 1
+    core.tick(0.1)
+    lease = request.lease_id
+    core.report(StepReport("w", [lease, lease], [0, 1], [1, 1], [4, 4], [0, 0], token_ids=pack(1, 2)), 0.1)
+    assert core.counters.reports_refused == 2
+    assert request.output_tokens == 0
+    core.check_invariants()
+
+
+def test_a_repeated_report_changes_nothing() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    report = fake.step(2)
+    core.report(report, 0.1)
+    core.report(report, 0.1)
+    assert request.output_tokens == 2
+    assert core.counters.rows_stale == 1
+    assert core.counters.rows_refused == 0
+
+
+def test_several_steps_in_one_tick_make_one_log_entry_unless_they_carry_logprobs() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    core.submit(spec("a"), 0.0)
+    running(core, fake)
+    core.report(fake.step(2), 0.1)
+    core.report(fake.step(1), 0.1)
+    with_logprobs = fake.step(1)
+    with_logprobs.logprobs = {0: b"x"}
+    core.report(with_logprobs, 0.1)
+    core.report(fake.step(1), 0.1)
+    appended = core.tick(0.2).commit.appended
+    assert [(entry.entry, entry.offset, len(entry.token_ids) // 4, entry.logprobs) for entry in appended] == [
+        (1, 0, 3, b""),
+        (2, 3, 1, b"x"),
+        (3, 4, 1, b""),
+    ]
+
+
+def test_steps_without_tokens_are_steps() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    core.report(fake.step(0), 0.1)
+    assert request.steps == 1
+    assert request.first_token_s is None
+    assert not core.tick(0.1).commit.appended
+
+
+def test_a_stop_carries_what_matched() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a"), 0.0)
+    assert request is not None
+    running(core, fake)
+    report = fake.step(1)
+    report.finishes = {0: RowFinish(FinishReason.STOP, "END", 7)}
+    core.report(report, 0.1)
+    assert (request.finish_reason, request.matched_stop, request.matched_stop_token_id) == (
+        FinishReason.STOP,
+        "END",
+        7,
+    )
+
+
+def test_a_running_record_is_written_now_and_then() -> None:
+    core, fake = scheduler(record_interval_s=0.25), FakeWorker("w", 1)
+    core.submit(spec("a", max_tokens=500), 0.0)
+    running(core, fake)
+    written = 0
+    for step in range(1, 101):
+        core.report(fake.step(1), step * 0.01)
+        written += len(core.tick(step * 0.01).commit.changed)
+    assert written == 4
+
+
+def test_retention_is_bounded_in_time_and_number() -> None:
+    core = scheduler(retention_s=10.0, max_retained=2)
+    for number in range(3):
+        core.submit(spec(f"r{number}"), float(number))
+        core.cancel(f"r{number}", float(number))
+        forgotten = core.tick(float(number)).commit.forgotten
+    assert forgotten == ["r0"]
+    assert core.next_timer_s() == 11.0
+    assert core.tick(11.0).commit.forgotten == ["r1"]
+    assert core.retained("r2") == Retained("r2", "digest of r2", 2.0)
+
+
+def test_restoring_brings_everything_back() -> None:
+    store, core, fake = Store(), scheduler(), FakeWorker("w", 1)
+    core.worker_joined(worker(), [], 0.0)
+    for name in ("a", "b", "c"):
+        core.submit(spec(name), 0.0)
+    tick = core.tick(0.0)
+    store.apply(tick.commit)
+    fake.apply(tick)
+    core.report(fake.step(2), 0.1)
+    core.cancel("c", 0.1)
+    store.apply(core.tick(0.1).commit)
+
+    core = scheduler(epoch=2)
+    core.restore(store.recover(), 1.0)
+    core.check_invariants()
+    assert [(request.request_id, request.state.value) for request in core.waiting_order()] == [
+        ("a", "preempted"),
+        ("b", "queued"),
+    ]
+    store.apply(core.tick(1.0).commit)
+    assert list(store.waiting) == ["a", "b"]
+    assert core.submit(spec("c"), 1.0) == (None, True)
+    core.worker_joined(worker(), fake.residents(), 1.1)
+    tick = core.tick(1.1)
+    assert [(grant.lease_id >> 32, grant.has_context) for grant in tick.grants] == [(2, False)]
+    core.submit(spec("d"), 1.2)
+    assert [request.arrival_seq for request in core.waiting_order()] == [2, 3]
+
+
+def test_the_starvation_bound_puts_the_oldest_first() -> None:
+    core, fake = scheduler("laps-sd", starvation_bound_s=3.0), FakeWorker("w", 1)
+    long, _ = core.submit(spec("long", predicted_output_tokens=500.0, max_tokens=600), 0.0)
+    core.submit(spec("short", predicted_output_tokens=5.0, max_tokens=600), 0.5)
+    running(core, fake, 0.5)
+    assert [request.request_id for request in core.waiting_order()] == ["long"]
+    core.submit(spec("short too", predicted_output_tokens=5.0), 1.0)
+    core.heartbeat("w", 2.9)
+    core.tick(2.9)
+    assert [request.request_id for request in core.waiting_order()] == ["short too", "long"]
+    core.heartbeat("w", 3.0)
+    assert core.next_timer_s() == pytest.approx(3.0)
+    tick = core.tick(3.0)
+    assert [grant.request for grant in tick.grants] == [long]
+    short = core.get("short")
+    assert short is not None
+    assert short.preempted_because == "long is past the starvation bound"
+    core.heartbeat("w", 4.0)
+    assert not core.tick(4.0).grants, "it is preempted no more"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("draft_tokens", 0),
+        ("draft_tokens", 1.5),
+        ("session_timeout_s", 0.0),
+        ("starvation_bound_s", -1.0),
+        ("lease_duration_s", 1.0),
+        ("retention_s", float("nan")),
+    ],
+)
+def test_settings_are_checked(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        SchedulerSettings(**{name: value})  # type: ignore[arg-type]
+
+
+def test_a_spec_that_no_gateway_lets_through() -> None:
+    with pytest.raises(ValueError, match="max_tokens"):
+        scheduler().submit(spec("a", max_tokens=0), 0.0)
+    with pytest.raises(ValueError, match="slots"):
+        scheduler().worker_joined(worker(slots=0), [], 0.0)
