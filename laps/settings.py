@@ -156,6 +156,9 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "console"] = setting("json", "Form of the logs", SERVICES)
 
+    # Clients.
+    server: str = setting("", "Gateway that client commands call; empty: this host's, by port", ("client",))
+
     # Identity.
     gateway_id: str = setting("", "Name of this gateway; empty: host name and process id", _G)
     scheduler_id: str = setting("", "Name of this scheduler; empty: host name and process id", _S)
@@ -203,6 +206,11 @@ class Settings(BaseSettings):
         """HOST:PORT at which a client on this machine reaches the gateway."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "[::]", "::") else self.host
         return f"{host}:{self.port}"
+
+    @property
+    def client_server(self) -> str:
+        """HOST:PORT that the client commands call."""
+        return self.server or self.gateway_address
 
     @property
     def draft_model(self) -> str | None:

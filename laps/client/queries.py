@@ -88,6 +88,8 @@ def name_server(error: LapsError, server: str) -> LapsError:
     """A missing connection said in a person's words; other errors as they are."""
     if not (isinstance(error, Unavailable) and error.from_transport):
         return error
-    named = Unavailable(f"there is no connection to {server} ({error.message})", reason=Reason.UNREACHABLE)
+    # gRPC lists what it tried on the way; the last part is why.
+    why = error.message.rsplit(": ", 1)[-1]
+    named = Unavailable(f"there is no connection to {server} ({why})", reason=Reason.UNREACHABLE)
     named.from_transport = True
     return named

@@ -162,8 +162,8 @@ def _complete(finish_reason: int, tokens: int) -> Any:
 def request_info(request_id: str) -> queue_pb2.RequestInfo:
     return queue_pb2.RequestInfo(
         request_id=request_id, pool="default", state=queue_pb2.REQUEST_STATE_RUNNING, arrival_s=1.0,
-        prompt_tokens=3, max_tokens=10, output_tokens=4, acceptance_estimate=0.5, worker_id="w0", num_draft_tokens=8,
-        num_accepted_tokens=4,
+        prompt_tokens=3, max_tokens=10, output_tokens=4, acceptance_estimate=0.5, worker_id="w0",
+        num_draft_tokens=8, num_accepted_tokens=4,
     )  # fmt: skip
 
 

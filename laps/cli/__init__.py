@@ -1,0 +1,112 @@
+"""The command line `laps`. Commands are imported when they are used, so that `laps --help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from laps.errors import LocalError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+# Name: (module:attribute, one line of help). The order is that of `laps --help`.
+_COMMANDS = {
+    "up": ("laps.cli.services:up", "Run the whole stack until Ctrl-C."),
+    "demo": ("laps.cli.services:demo", "Start the stack, serve a burst of requests, show it, end."),
+    "generate": ("laps.cli.generate:generate", "Generate text for a prompt."),
+    "queue": ("laps.cli.inspect:queue", "Show the queue, level by level."),
+    "request": ("laps.cli.inspect:request", "Show one request."),
+    "cancel": ("laps.cli.inspect:cancel", "Cancel a request."),
+    "workers": ("laps.cli.inspect:workers", "Show workers and their slots."),
+    "models": ("laps.cli.inspect:models", "Show the models that can be asked for."),
+    "top": ("laps.cli.top:top", "Watch queue, slots and acceptance live."),
+    "simulate": ("simulator.cli:simulate", "Replay a workload under scheduling policies."),
+    "gateway": ("laps.cli.services:gateway", "Run a gateway."),
+    "scheduler": ("laps.cli.services:scheduler", "Run a scheduler."),
+    "worker": ("laps.cli.services:worker", "Run a worker."),
+    "config": ("laps.cli.config:config", "Show the settings in force and where each comes from."),
+}
+
+
+class _LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute = _COMMANDS[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"laps {version('laps')}")
+        ctx.exit()
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """LAPS serves large language models by speculative decoding."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 0, 1 for an error, 2 for wrong usage."""
+    # gRPC's own lines on stderr repeat what our errors say.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        # Not standalone: click would end the process, and print errors in another form than ours.
+        code = cli.main(args=None if argv is None else list(argv), prog_name="laps", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of `laps queue | head` is gone. Python would complain at exit about what it cannot flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (LocalError, OSError) as error:
+        _complain(str(error))
+        return EXIT_FAILED
+    except Exception as error:
+        return _defect(error)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(message: str) -> None:
+    click.echo(f"laps: {' '.join(message.split())}", err=True)
+
+
+def _defect(error: Exception) -> int:
+    """Something that should not happen. A service logs where it did; a person gets one line."""
+    if sys.flags.dev_mode:
+        raise error
+    import structlog
+
+    if structlog.is_configured():
+        structlog.get_logger().error("ended by a defect", exc_info=error)
+    _complain(f"defect: {type(error).__name__}: {error} (python -X dev -m laps.cli shows where)")
+    return EXIT_FAILED

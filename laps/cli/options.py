@@ -1,0 +1,99 @@
+"""Options made from the settings, and those that all client commands share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from laps.setting import Service, flag_name, type_name, used_by
+from laps.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from laps.client import Client
+
+Command = Callable[..., Any]
+
+_CLIENT_CONNECT_ATTEMPTS = 3
+
+
+def settings_options(*services: Service, hide: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
+    """Gives a command a flag for each setting that one of these services reads, and the argument `settings`.
+
+    No service named: all settings.
+    """
+    names = [
+        name
+        for name, field in Settings.model_fields.items()
+        if name not in hide and (not services or set(services) & set(used_by(field)))
+    ]
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(*, config_file: Path | None, **values: Any) -> Any:
+            flags = {name: values.pop(name) for name in names}
+            return command(settings=load_settings(flags, config_file), **values)
+
+        wrapped: Command = run
+        for name in reversed(names):
+            wrapped = _option(name)(wrapped)
+        return click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="TOML file of settings.",
+        )(wrapped)
+
+    return decorate
+
+
+def _option(name: str) -> Callable[[Command], Command]:
+    field = Settings.model_fields[name]
+    shown = "" if field.default in ("", None) else f"  [default: {field.default}]"
+    # Values go on as text: the settings judge them, and say in one form which source was wrong.
+    return click.option(
+        flag_name(name),
+        name,
+        metavar=type_name(field).upper(),
+        help=f"{field.description}.{shown}",
+        default=None,
+    )
+
+
+def client_options(command: Command) -> Command:
+    """Gives a command `--server` and `--json`, and the arguments `client` and `as_json`."""
+
+    @functools.wraps(command)
+    def run(*, server: str | None, as_json: bool, **values: Any) -> Any:
+        with open_client(server) as client:
+            return command(client=client, as_json=as_json, **values)
+
+    wrapped = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
+    return click.option("--server", metavar="HOST:PORT", help="The gateway.  [default: from the settings]")(
+        wrapped
+    )
+
+
+def open_client(server: str | None) -> Client:
+    from laps.client import Client, RetryPolicy
+
+    settings = load_settings({"server": server})
+    retry = RetryPolicy(connect_attempts=_CLIENT_CONNECT_ATTEMPTS)
+    return Client(settings.client_server, retry=retry, max_message_bytes=settings.max_message_bytes)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """Prints dataclasses and plain values as JSON."""
+    click.echo(json.dumps(value, default=_plain, indent=indent, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)

@@ -1,0 +1,167 @@
+"""What the inspecting commands and the live view show, made with rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from laps.client.results import Model, PoolQueues, Request, RequestDetail, Snapshot, Worker
+
+
+def show(*parts: RenderableType) -> None:
+    """Prints to standard output. Not to a terminal: without colours and not cut to a width."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    console.print(*parts)
+
+
+def pool_header(pool: PoolQueues) -> Text:
+    leader = f"led by {pool.leader} in epoch {pool.epoch}" if pool.leader else f"epoch {pool.epoch}"
+    return Text.assemble(
+        (pool.pool, "bold"),
+        f": {pool.policy}, {leader}, commit {pool.commit_seq}; {pool.waiting} waiting, "
+        f"{pool.running} running, backlog {pool.backlog_s:.1f} s",
+    )
+
+
+def levels(pool: PoolQueues) -> Table:
+    """One bar a queue level."""
+    table = _table("level", "leaves at", "waiting", "")
+    longest = max((level.waiting for level in pool.levels), default=0)
+    for level in pool.levels:
+        bar = "█" * max(round(30 * level.waiting / longest), 1) if level.waiting else ""
+        threshold = f"{level.threshold_s:g} s" if level.threshold_s else "never"
+        table.add_row(str(level.level), threshold, str(level.waiting), bar)
+    return table
+
+
+def waiting(pools: Sequence[PoolQueues]) -> Table:
+    """The heads of all levels in the order in which they will run."""
+    table = _table(
+        "level", "waiting request", "state", "rank", "priority", "tokens", "predicted", "acceptance",
+        "still needs", "had", "preempted",
+    )  # fmt: skip
+    for pool in pools:
+        for level in pool.levels:
+            for item in level.head:
+                table.add_row(
+                    str(level.level), item.request_id, item.state, f"{item.rank:.4g}", str(item.priority),
+                    f"{item.output_tokens}/{item.max_tokens}", f"{item.predicted_output_tokens:.0f}",
+                    acceptance(item), f"{item.perceived_service_s:.2f} s", f"{item.attained_service_s:.2f} s",
+                    str(item.preemptions),
+                )  # fmt: skip
+            if level.waiting > len(level.head) > 0:
+                table.add_row("", f"... {level.waiting - len(level.head)} more", *[""] * 9)
+    return table
+
+
+def requests(found: Sequence[Request]) -> Table:
+    """Running requests, with the tokens that each step gave."""
+    table = _table("running request", "worker", "slot", "tokens", "acceptance", "tokens/step", "still needs",
+                   "preempted")  # fmt: skip
+    for item in found:
+        per_step = f"{1 + item.num_accepted_tokens / item.num_steps:.2f}" if item.num_steps else "-"
+        table.add_row(
+            item.request_id, item.worker_id, str(item.slot), f"{item.output_tokens}/{item.max_tokens}",
+            acceptance(item), per_step, f"{item.perceived_service_s:.2f} s", str(item.preemptions),
+        )  # fmt: skip
+    return table
+
+
+def request(detail: RequestDetail, now_s: float) -> Table:
+    """Every field of a request that says something, instants as ages."""
+    table = _table("", "")
+    table.show_header = False
+    item = detail.request
+    for name in Request.__dataclass_fields__:
+        value = getattr(item, name)
+        if value in ("", 0, 0.0) and name not in ("level", "rank", "output_tokens"):
+            continue
+        if name in ("arrival_s", "deadline_s", "first_scheduled_s", "first_token_s", "finished_s"):
+            shown = age(value, now_s)
+        elif name.endswith("_s"):
+            shown = f"{value:.3f}"
+        elif isinstance(value, float):
+            shown = f"{value:.4g}"
+        else:
+            shown = str(value)
+        table.add_row(name, shown)
+    return table
+
+
+def workers(found: Sequence[Worker], now_s: float) -> Table:
+    table = _table("worker", "pool", "device", "slots", "KV", "draft", "verify", "switch", "steps", "seen")
+    for worker in found:
+        busy = sum(1 for slot in worker.slots if slot.request_id)
+        kv = f"{worker.kv_used_tokens}/{worker.kv_capacity_tokens}" if worker.kv_capacity_tokens else "-"
+        table.add_row(
+            worker.worker_id + (" (draining)" if worker.draining else ""), worker.pool, worker.device,
+            f"{busy}/{len(worker.slots)}", kv, f"{worker.draft_ms:.2f} ms", f"{worker.verify_ms:.2f} ms",
+            f"{worker.switch_ms:.2f} ms", str(worker.num_steps), age(worker.last_seen_s, now_s),
+        )  # fmt: skip
+    return table
+
+
+def slots(found: Sequence[Worker], running: Sequence[Request]) -> Table:
+    """One row a slot: what runs there and how well it speculates."""
+    by_id = {item.request_id: item for item in running}
+    table = _table("worker", "slot", "request", "tokens", "", "acceptance", "tokens/step", "still needs")
+    for worker in found:
+        for slot in worker.slots:
+            item = by_id.get(slot.request_id)
+            if item is None:
+                table.add_row(worker.worker_id, str(slot.slot), Text(slot.request_id or "free", style="dim"),
+                              *[""] * 5)  # fmt: skip
+                continue
+            share = min(item.output_tokens / item.max_tokens, 1.0) if item.max_tokens else 0.0
+            per_step = f"{1 + item.num_accepted_tokens / item.num_steps:.2f}" if item.num_steps else "-"
+            table.add_row(
+                worker.worker_id, str(slot.slot), item.request_id, f"{item.output_tokens}/{item.max_tokens}",
+                Text("█" * round(12 * share), style="green"), acceptance(item), per_step,
+                f"{item.perceived_service_s:.2f} s",
+            )  # fmt: skip
+    return table
+
+
+def models(found: Sequence[Model]) -> Table:
+    table = _table("model", "pool", "target", "draft", "vocabulary", "context", "workers", "slots")
+    for model in found:
+        table.add_row(
+            model.name, model.pool, model.target, model.draft or "-", str(model.vocabulary_size),
+            str(model.context_tokens), str(model.workers), str(model.slots),
+        )  # fmt: skip
+    return table
+
+
+def picture(snapshot: Snapshot) -> Group:
+    """The live view: queue levels, slots, acceptance of each running request."""
+    parts: list[RenderableType] = []
+    for pool in snapshot.pools:
+        parts += [pool_header(pool), levels(pool)]
+    parts.append(slots(snapshot.workers, snapshot.running))
+    return Group(*parts)
+
+
+def acceptance(item: Request) -> str:
+    """Measured where there is something measured, else the estimate, marked as such."""
+    if item.num_draft_tokens:
+        return f"{item.num_accepted_tokens / item.num_draft_tokens:.0%}"
+    return f"~{item.acceptance_estimate:.0%}"
+
+
+def age(instant_s: float, now_s: float) -> str:
+    if not instant_s:
+        return "-"
+    passed_s = now_s - instant_s
+    return f"{passed_s:.1f} s ago" if passed_s >= 0 else f"in {-passed_s:.1f} s"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table

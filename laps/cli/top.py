@@ -1,0 +1,44 @@
+"""`laps top`: the queue live."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import click
+
+from laps.cli.options import client_options, print_json
+
+if TYPE_CHECKING:
+    from laps.client import Client
+
+
+@click.command()
+@click.option("--pool", default="", help="Only this pool.")
+@click.option("--interval-s", type=click.FloatRange(0.05, 60), default=0.5, show_default=True,
+              help="Time between two pictures.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1), help="End after so many pictures.")
+@client_options
+def top(client: Client, as_json: bool, pool: str, interval_s: float, count: int | None) -> None:
+    """Watch queue levels, slots and each request's acceptance until Ctrl-C.
+
+    With --json one line a picture.
+    """
+    snapshots = itertools.islice(client.watch(pool, interval_s=interval_s), count)
+    if as_json:
+        for snapshot in snapshots:
+            print_json(snapshot, indent=None)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    from laps.cli import tables
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        for snapshot in snapshots:
+            tables.show(tables.picture(snapshot), "")
+        return
+    with Live(console=console, screen=count is None, auto_refresh=False) as live:
+        for snapshot in snapshots:
+            live.update(tables.picture(snapshot), refresh=True)
