@@ -1,0 +1,1 @@
+"""A pool's durable state in Redis: keys, the functions that write them, commit, recovery, inspection."""

@@ -1,0 +1,162 @@
+"""Calls to the store's functions, with one meaning for everything that can go wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgpack
+from redis import exceptions
+from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from scheduler_svc.store import keys, library
+from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
+
+CONNECT_TIMEOUT_S = 2.0
+LEAST_VERSION = (7, 0)
+
+
+def place(url: str) -> str:
+    """Where a URL points, fit for messages: without user and password."""
+    parts = urlsplit(url)
+    if parts.hostname is None:
+        return parts.path
+    return f"{parts.hostname}:{parts.port or 6379}"
+
+
+def make_pool(url: str, timeout_s: float, **options: Any) -> ConnectionPool:
+    """Connections that never try a command twice: redis-py would repeat even one that timed out."""
+    return ConnectionPool.from_url(
+        url,
+        retry=Retry(NoBackoff(), 0),
+        socket_connect_timeout=CONNECT_TIMEOUT_S,
+        socket_timeout=timeout_s,
+        health_check_interval=0,
+        protocol=2,
+        **options,
+    )
+
+
+def translated(error: Exception, url: str) -> StoreError:
+    """What an error of redis-py means to us."""
+    where = place(url)
+    if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
+        return StoreError(f"Redis at {where} refuses the credentials: {error}")
+    if isinstance(error, exceptions.BusyLoadingError):
+        return StoreUnavailable(f"Redis at {where} is still loading its data")
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return from_reply(f"OOM {error}")
+    if isinstance(error, exceptions.ReadOnlyError):
+        return StoreUnavailable(f"Redis at {where} is a read-only replica")
+    if isinstance(error, exceptions.ResponseError):
+        return from_reply(str(error))
+    if isinstance(error, TimeoutError | exceptions.TimeoutError):
+        return StoreUnavailable(f"Redis at {where} does not answer in time")
+    return StoreUnavailable(f"Redis at {where} cannot be reached: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__
+
+
+def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
+    """A command that redis-py has no typed method for."""
+    reply: Awaitable[Any] = redis.execute_command(*command)  # type: ignore[no-untyped-call]
+    return reply
+
+
+class Caller:
+    """One connection for calls that change something, one at a time, each made once."""
+
+    def __init__(self, pool: ConnectionPool, url: str, pool_name: str, timeout_s: float) -> None:
+        self._url = url
+        self._key = keys.meta(pool_name)
+        self._timeout_s = timeout_s
+        self._redis: Redis = Redis(connection_pool=pool)
+        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+        # The timeout here covers a whole call; two more inside it would only cost time.
+        self._connection.socket_timeout = None
+        self._turn = asyncio.Lock()
+
+    async def call(self, function: str, *args: str | bytes | int | float) -> Any:
+        """Calls a function of the library.
+
+        Raises:
+            StoreUnavailable: no answer; whether the call was carried out is unknown.
+            StoreError: refused; the function's code decides the class.
+        """
+        async with self._turn:
+            try:
+                return await self._once(function, *args)
+            except exceptions.ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise translated(error, self._url) from error
+            # The server was replaced or emptied. Nothing was carried out, so this is no repetition.
+            try:
+                await library.load(self._redis)
+                return await self._once(function, *args)
+            except exceptions.RedisError as error:
+                raise translated(error, self._url) from error
+
+    async def _once(self, function: str, *args: str | bytes | int | float) -> Any:
+        connection = self._connection
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if not connection.is_connected:
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                packed = connection.pack_command("FCALL", function, 1, self._key, *args)
+                await connection.send_packed_command(packed, check_health=False)
+                return await connection.read_response()
+        except exceptions.ResponseError as error:
+            if isinstance(error, exceptions.AuthenticationError):
+                await connection.disconnect(nowait=True)
+            raise
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            await connection.disconnect(nowait=True)
+            raise translated(error, self._url) from error
+        except BaseException:
+            # Cancelled: the answer may still come, and must not be taken for the next call's.
+            await connection.disconnect(nowait=True)
+            raise
+
+    async def close(self) -> None:
+        await self._connection.disconnect()
+
+
+class Reader:
+    """Calls that change nothing, from a pool of connections."""
+
+    def __init__(self, redis: Redis, url: str, pool_name: str) -> None:
+        self.redis = redis
+        self._url = url
+        self._key = keys.meta(pool_name)
+
+    async def ask(self, function: str, *args: str | int, raw: bool = False) -> Any:
+        """Calls a read-only function and unpacks its answer; `raw`: strings come as bytes.
+
+        Raises:
+            StoreUnavailable: no answer.
+        """
+        command = ("FCALL_RO", function, 1, self._key, *args)
+        try:
+            packed = await self.read(command_reply(self.redis, *command))
+        except StoreError as error:
+            if "Function not found" not in str(error):
+                raise
+            await self.read(library.load(self.redis))
+            packed = await self.read(command_reply(self.redis, *command))
+        return msgpack.unpackb(packed, raw=raw, strict_map_key=False)
+
+    async def read(self, reply: Awaitable[Any]) -> Any:
+        """Awaits a reply of redis-py; its errors become ours."""
+        try:
+            return await reply
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
+            raise translated(error, self._url) from error

@@ -1,0 +1,325 @@
+#!lua name=laps
+--[[
+Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is atomic.
+
+  Key, after laps:{POOL}:  Type        Members or fields
+  meta                     hash        schema, commit_seq, commit_digest, committed_ms, policy, level_thresholds_s, levels, backlog_us
+  leader                   hash        epoch, holder, address, expires_ms
+  queue:LEVEL              sorted set  request_id of the waiting, in run order (see queue_score)
+  live                     sorted set  request_id of all that are not finished, by arrival_seq
+  leases                   sorted set  request_id of those that hold a slot, by expiry in ms
+  finished                 sorted set  request_id of the ended that are still kept, by finish in ms
+  workers                  sorted set  worker_id, by expiry of the session in ms
+  worker:WORKER            hash        the worker
+  request:REQUEST          hash        the request and what is believed about it
+  prompt:REQUEST           string      prompt token ids, decimal
+  params:REQUEST           string      sampling and stopping parameters, JSON
+  tokens:REQUEST           stream      the token log: id ENTRY-0 from 1, fields offset, tokens, logprobs
+  events                   stream      kind, request_id, worker_id, detail; the last EVENTS_KEPT or so
+  learnt                   hash        what the policy has learnt, by name
+
+Every function takes the meta key as its only key and finds the others by its prefix. A write
+checks the epoch first, then everything else, and only then changes anything: a refusal leaves
+no trace. Refusals are error replies that begin with a code (errors.py).
+]]
+
+local SCHEMA = '1'
+local EVENTS_KEPT = '10000'
+local PRIORITY_STEP = 1e10      -- distance in score between two priorities
+local RANK_LIMIT = 4.9e9        -- ranks beyond it count as it, so that priorities cannot overlap
+local WORKER_KEPT_MS = 3600000  -- a worker's record outlives its session for an hour
+local BATCH = 1000              -- arguments per call; Lua's stack holds 8000
+
+local function refuse(code, text)
+  error({ laps = code .. ' ' .. text })
+end
+
+-- Registers a function whose refusals become error replies.
+local function register(name, body)
+  redis.register_function(name, function(keys, args)
+    local prefix = string.sub(keys[1], 1, -5) -- without 'meta'
+    local ok, result = pcall(body, prefix, args)
+    if ok then return result end
+    if type(result) == 'table' and result.laps then return redis.error_reply(result.laps) end
+    error(result)
+  end)
+end
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+end
+
+local function call_batched(command, key, list)
+  for first = 1, #list, BATCH do
+    redis.call(command, key, unpack(list, first, math.min(first + BATCH - 1, #list)))
+  end
+end
+
+-- Priority first (higher is earlier), then rank (lower is earlier), then arrival. Arrival counts
+-- in units of the last place of the number, so it decides only between ranks that are equal.
+local function queue_score(priority, rank, arrival_seq)
+  rank = math.max(-RANK_LIMIT, math.min(RANK_LIMIT, rank))
+  local base = rank - priority * PRIORITY_STEP
+  local _, exponent = math.frexp(math.max(math.abs(base), 1))
+  return base + math.ldexp(arrival_seq, exponent - 53)
+end
+
+-- Whole microseconds, so that the sum over all requests does not drift.
+local function microseconds(seconds)
+  if not seconds or seconds ~= seconds or seconds <= 0 then return 0 end
+  return math.floor(math.min(seconds, 1e9) * 1e6 + 0.5)
+end
+
+-- Leadership ---------------------------------------------------------------------------------
+
+local function fence(prefix, epoch, holder)
+  local leader = redis.call('HMGET', prefix .. 'leader', 'epoch', 'holder')
+  local stored = tonumber(leader[1] or 0)
+  if stored < epoch then
+    refuse('HISTORY_WENT_BACK', 'epoch ' .. stored .. ' is stored, this leader has epoch ' .. epoch)
+  end
+  if stored > epoch or leader[2] ~= holder then
+    refuse('STALE_EPOCH', 'epoch ' .. stored .. ' of ' .. tostring(leader[2]) .. ' leads, not epoch ' .. epoch .. ' of ' .. holder)
+  end
+end
+
+-- args: holder, address, ttl_ms, and the greatest epoch and commit_seq that the caller has seen.
+-- Returns {1, epoch, expires_ms, commit_seq}, or {0, epoch, expires_ms, holder} if another one leads.
+register('laps_lead', function(prefix, args)
+  local holder, address, ttl_ms = args[1], args[2], tonumber(args[3])
+  local leader = redis.call('HMGET', prefix .. 'leader', 'epoch', 'holder', 'expires_ms')
+  local meta = redis.call('HMGET', prefix .. 'meta', 'schema', 'commit_seq')
+  local epoch, commit_seq = tonumber(leader[1] or 0), tonumber(meta[2] or 0)
+  if meta[1] and meta[1] ~= SCHEMA then
+    refuse('SCHEMA', 'the store has schema ' .. meta[1] .. ', this version needs ' .. SCHEMA)
+  end
+  if epoch < tonumber(args[4]) or commit_seq < tonumber(args[5]) then
+    refuse('HISTORY_WENT_BACK', 'epoch ' .. epoch .. ', commit ' .. commit_seq .. ' are stored; epoch ' .. args[4] .. ', commit ' .. args[5] .. ' were seen')
+  end
+  local now = now_ms()
+  local expires = tonumber(leader[3] or 0)
+  if leader[2] and leader[2] ~= '' and leader[2] ~= holder and expires > now then
+    return { 0, epoch, expires, leader[2] }
+  end
+  epoch, expires = epoch + 1, now + ttl_ms
+  redis.call('HSET', prefix .. 'leader', 'epoch', epoch, 'holder', holder, 'address', address, 'expires_ms', expires)
+  redis.call('HSETNX', prefix .. 'meta', 'schema', SCHEMA)
+  redis.call('HSETNX', prefix .. 'meta', 'commit_seq', 0)
+  -- Leases carry the epoch that granted them: those of an earlier one are void.
+  redis.call('DEL', prefix .. 'leases')
+  return { 1, epoch, expires, commit_seq }
+end)
+
+-- args: epoch, holder, ttl_ms. An expired leadership that nobody took is good again.
+register('laps_renew', function(prefix, args)
+  fence(prefix, tonumber(args[1]), args[2])
+  local expires = now_ms() + tonumber(args[3])
+  redis.call('HSET', prefix .. 'leader', 'expires_ms', expires)
+  return expires
+end)
+
+-- args: epoch, holder. The next one need not wait for the expiry. Returns 0 if it was not ours.
+register('laps_resign', function(prefix, args)
+  local leader = redis.call('HMGET', prefix .. 'leader', 'epoch', 'holder')
+  if leader[1] ~= args[1] or leader[2] ~= args[2] then return 0 end
+  redis.call('HSET', prefix .. 'leader', 'holder', '', 'address', '', 'expires_ms', 0)
+  return 1
+end)
+
+-- args: epoch, holder, name of the policy, its level thresholds as JSON. For people only.
+register('laps_describe', function(prefix, args)
+  fence(prefix, tonumber(args[1]), args[2])
+  redis.call('HSET', prefix .. 'meta', 'policy', args[3], 'level_thresholds_s', args[4])
+  return 'OK'
+end)
+
+-- Commit -------------------------------------------------------------------------------------
+
+-- What is stored about a request, and what this commit makes of it.
+local function records(prefix)
+  local all, order = {}, {}
+  local function add(id, record)
+    record.id = id
+    record.key = prefix .. 'request:' .. id
+    all[id] = record
+    order[#order + 1] = record
+    return record
+  end
+  local function known(id)
+    local record = all[id]
+    if record == nil then
+      local stored = redis.call('HMGET', prefix .. 'request:' .. id,
+        'state', 'log_entries', 'output_tokens', 'queue', 'priority', 'arrival_seq', 'perceived_s')
+      if not stored[1] then refuse('UNKNOWN_REQUEST', id) end
+      record = add(id, {
+        finished = stored[1] == 'finished', entries = tonumber(stored[2]), tokens = tonumber(stored[3]),
+        queue = stored[4], priority = tonumber(stored[5]), arrival_seq = tonumber(stored[6]),
+        perceived_s = tonumber(stored[7]),
+      })
+    end
+    return record
+  end
+  local function unfinished(id)
+    local record = known(id)
+    if record.finished then refuse('ALREADY_FINISHED', id) end
+    return record
+  end
+  return add, known, unfinished, all, order
+end
+
+local function set_fields(record, fields)
+  if record.fields then -- submitted and ended in one tick
+    for _, text in ipairs(fields) do table.insert(record.fields, text) end
+  else
+    record.fields = fields
+  end
+end
+
+-- A log entry is new and the next one, or it is there already and the same. Returns whether it is new.
+local function check_entry(prefix, record, entry)
+  local number, offset, count, tokens, logprobs = entry[2], entry[3], entry[4], entry[5], entry[6]
+  if number > record.entries then
+    if number ~= record.entries + 1 then
+      refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. record.entries .. ' of ' .. record.id)
+    end
+    if offset ~= record.tokens then
+      refuse('LOG_CONFLICT', 'offset ' .. offset .. ' where ' .. record.tokens .. ' tokens are stored of ' .. record.id)
+    end
+    if record.finished then refuse('ALREADY_FINISHED', record.id) end
+    record.entries, record.tokens, record.grown = number, offset + count, true
+    return true
+  end
+  local entry_id = string.format('%.0f-0', number)
+  local found = redis.call('XRANGE', prefix .. 'tokens:' .. record.id, entry_id, entry_id)[1]
+  local stored = {}
+  for i = 1, found and #found[2] or 0, 2 do stored[found[2][i]] = found[2][i + 1] end
+  if tonumber(stored.offset) ~= offset or stored.tokens ~= tokens or (stored.logprobs or '') ~= logprobs then
+    refuse('LOG_CONFLICT', 'entry ' .. number .. ' of ' .. record.id .. ' is stored with other content')
+  end
+  return false
+end
+
+-- args: epoch, holder, seq, the greatest seq that this leader knows to be stored, digest, and the
+-- commit packed by packing.py. Returns {seq, 1}, or {seq, 0} if this very commit was stored already.
+register('laps_commit', function(prefix, args)
+  local seq, acknowledged, digest = tonumber(args[3]), tonumber(args[4]), args[5]
+  fence(prefix, tonumber(args[1]), args[2])
+  local meta = redis.call('HMGET', prefix .. 'meta', 'commit_seq', 'commit_digest', 'backlog_us', 'levels')
+  local stored_seq = tonumber(meta[1] or 0)
+  if stored_seq < acknowledged then
+    refuse('HISTORY_WENT_BACK', 'commit ' .. stored_seq .. ' is the last one stored, ' .. acknowledged .. ' was acknowledged')
+  end
+  if seq == stored_seq and digest == meta[2] then return { seq, 0 } end
+  if seq <= stored_seq then refuse('SEQ_CONFLICT', 'commit ' .. seq .. ' when ' .. stored_seq .. ' is stored, with other content') end
+  if seq > stored_seq + 1 then refuse('SEQ_GAP', 'commit ' .. seq .. ' after ' .. stored_seq) end
+  local now, submitted, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt =
+    unpack(cmsgpack.unpack(args[6]), 1, 13)
+
+  -- Check. Nothing is written here.
+  local add, known, unfinished, all, order = records(prefix)
+  for _, new in ipairs(submitted) do -- id, arrival_seq, priority, perceived_s, prompt, params, fields
+    local id = new[1]
+    if all[id] or redis.call('EXISTS', prefix .. 'request:' .. id) == 1 then refuse('REQUEST_EXISTS', id) end
+    add(id, { entries = 0, tokens = 0, queue = '', arrival_seq = new[2], priority = new[3], perceived_s = 0,
+      perceives_s = new[4], fields = new[7] })
+  end
+  local entries = {}
+  for _, entry in ipairs(appended) do -- id, number, offset, count, tokens, logprobs
+    if check_entry(prefix, known(entry[1]), entry) then entries[#entries + 1] = entry end
+  end
+  for _, change in ipairs(changed) do -- id, perceived_s, fields
+    local record = unfinished(change[1])
+    record.perceives_s = change[2]
+    set_fields(record, change[3])
+  end
+  local levels = tonumber(meta[4] or 0)
+  for _, move in ipairs(moves) do -- id, level or false, rank, rank as text
+    local record = known(move[1])
+    record.move = move
+    if move[2] then
+      if record.finished then refuse('ALREADY_FINISHED', record.id) end
+      levels = math.max(levels, move[2] + 1)
+    end
+  end
+  for i = 2, #leased, 2 do unfinished(leased[i]) end -- expiry_ms, id, ...
+  for _, ending in ipairs(finished) do -- id, finished_ms, fields
+    local record = unfinished(ending[1])
+    record.finished, record.finishes, record.perceives_s = true, ending[2], 0
+    set_fields(record, ending[3])
+  end
+  for _, id in ipairs(forgotten) do
+    if not known(id).finished then refuse('NOT_FINISHED', id) end
+    all[id].forgotten = true
+  end
+
+  -- Write.
+  for _, new in ipairs(submitted) do
+    redis.call('SET', prefix .. 'prompt:' .. new[1], new[5])
+    redis.call('SET', prefix .. 'params:' .. new[1], new[6])
+    redis.call('ZADD', prefix .. 'live', new[2], new[1])
+  end
+  for _, entry in ipairs(entries) do
+    local key, entry_id = prefix .. 'tokens:' .. entry[1], string.format('%.0f-0', entry[2])
+    if entry[6] == '' then
+      redis.call('XADD', key, entry_id, 'offset', entry[3], 'tokens', entry[5])
+    else
+      redis.call('XADD', key, entry_id, 'offset', entry[3], 'tokens', entry[5], 'logprobs', entry[6])
+    end
+  end
+  call_batched('ZADD', prefix .. 'leases', leased)
+  call_batched('ZREM', prefix .. 'leases', unleased)
+  local backlog_us = tonumber(meta[3] or 0)
+  for _, record in ipairs(order) do
+    local fields = record.fields or {}
+    if record.grown then
+      local n = #fields
+      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', record.entries, 'output_tokens', record.tokens
+    end
+    local level, move = nil, record.move
+    if record.finishes then level = '' elseif move then level = move[2] and tostring(move[2]) or '' end
+    if level then
+      if record.queue ~= '' and record.queue ~= level then redis.call('ZREM', prefix .. 'queue:' .. record.queue, record.id) end
+      fields[#fields + 1], fields[#fields + 2] = 'queue', level
+      if level ~= '' then
+        redis.call('ZADD', prefix .. 'queue:' .. level, queue_score(record.priority, move[3], record.arrival_seq), record.id)
+        local n = #fields
+        fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'level', level, 'rank', move[4]
+      end
+    end
+    if record.finishes then
+      redis.call('ZREM', prefix .. 'live', record.id)
+      redis.call('ZREM', prefix .. 'leases', record.id)
+      redis.call('ZADD', prefix .. 'finished', record.finishes, record.id)
+    end
+    if record.perceives_s then
+      backlog_us = backlog_us + microseconds(record.perceives_s) - microseconds(record.perceived_s)
+    end
+    if #fields > 0 then redis.call('HSET', record.key, unpack(fields)) end
+    if record.forgotten then
+      redis.call('UNLINK', record.key, prefix .. 'tokens:' .. record.id, prefix .. 'prompt:' .. record.id, prefix .. 'params:' .. record.id)
+      redis.call('ZREM', prefix .. 'finished', record.id)
+    end
+  end
+  for _, worker in ipairs(workers) do -- id, expires_ms, fields
+    redis.call('ZADD', prefix .. 'workers', worker[2], worker[1])
+    redis.call('HSET', prefix .. 'worker:' .. worker[1], unpack(worker[3]))
+  end
+  if #workers > 0 then
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', prefix .. 'workers', '-inf', now - WORKER_KEPT_MS, 'LIMIT', 0, 16)) do
+      workers_gone[#workers_gone + 1] = id
+    end
+  end
+  for _, id in ipairs(workers_gone) do
+    redis.call('ZREM', prefix .. 'workers', id)
+    redis.call('UNLINK', prefix .. 'worker:' .. id)
+  end
+  for _, event in ipairs(events) do -- field, value, ...
+    redis.call('XADD', prefix .. 'events', 'MAXLEN', '~', EVENTS_KEPT, '*', unpack(event))
+  end
+  call_batched('HSET', prefix .. 'learnt', learnt) -- name, value, ...
+  -- Last: were a write above to fail, the same commit could be tried again.
+  redis.call('HSET', prefix .. 'meta', 'commit_seq', seq, 'commit_digest', digest, 'committed_ms', now,
+    'backlog_us', backlog_us, 'levels', levels)
+  return { seq, 1 }
+end)

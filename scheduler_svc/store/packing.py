@@ -1,0 +1,143 @@
+"""Packs a tick's commit into the one argument of the commit function.
+
+Packing happens at the tick, at once: the records go on changing while the store is asked.
+Of a request that was written before only what has changed is packed. That is safe because
+the store takes commits only in unbroken sequence, so what was packed before has been stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from scheduler_svc.core.records import TOKEN_BYTES, Commit, Event, QueueMove, Request
+from scheduler_svc.store import codec
+
+_HEAD = struct.Struct(">QQ")
+_PERCEIVED = codec.CHANGING_NAMES.index("perceived_s")
+_COLUMNS = tuple(zip(codec.CHANGING_NAMES, codec.CHANGING_ENCODERS, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """What `CommitPacker.pack` has made, taken apart again."""
+
+    epoch: int
+    seq: int
+    digest: str
+    body: bytes
+
+
+def unpack(encoded: bytes) -> Packed:
+    epoch, seq = _HEAD.unpack_from(encoded)
+    digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
+    return Packed(epoch, seq, digest, encoded[_HEAD.size :])
+
+
+class CommitPacker:
+    """Numbers and packs the commits of one leadership, in their order."""
+
+    def __init__(self, epoch: int, last_seq: int) -> None:
+        self.epoch = epoch
+        self.last_seq = last_seq
+        """Of the last commit that was packed."""
+        self._written: dict[str, tuple[Any, ...]] = {}
+        """Values of the changing fields as they were packed last, of live requests that have changed."""
+        # Valkey's decoder does not know the newer type for bytes.
+        self._pack = msgpack.Packer(use_bin_type=False).pack
+
+    def pack(self, commit: Commit, now_s: float) -> bytes:
+        """Every packed commit must be stored before the next one can be."""
+        submitted = [self._submission(request) for request in commit.submitted]
+        finished_ids = {request.request_id for request in commit.finished}
+        body = (
+            _ms(now_s),
+            submitted,
+            [
+                (
+                    entry.request_id,
+                    entry.entry,
+                    entry.offset,
+                    len(entry.token_ids) // TOKEN_BYTES,
+                    codec.tokens_to_text(entry.token_ids),
+                    entry.logprobs,
+                )
+                for entry in commit.appended
+            ],
+            [self._change(request) for request in commit.changed if request.request_id not in finished_ids],
+            [_move(move) for move in commit.moves],
+            [value for request_id, expiry_s in commit.leased for value in (_ms(expiry_s), request_id)],
+            commit.unleased,
+            [self._ending(request, now_s) for request in commit.finished],
+            commit.forgotten,
+            [
+                (worker.worker_id, _ms(expiry_s), codec.worker_fields(worker))
+                for worker, expiry_s in commit.workers
+            ],
+            commit.workers_gone,
+            [_event(event) for event in commit.events],
+            [text for item in commit.learnt.items() for text in item],
+        )
+        self.last_seq += 1
+        packed: bytes = self._pack(body)
+        return _HEAD.pack(self.epoch, self.last_seq) + packed
+
+    def _submission(self, request: Request) -> tuple[Any, ...]:
+        # Not kept in `_written`: of the many that only wait it would cost more memory than it saves.
+        return (
+            request.request_id,
+            request.arrival_seq,
+            request.spec.priority,
+            float(request.perceived_s),
+            codec.tokens_to_text(request.spec.prompt),
+            request.spec.params_json,
+            codec.new_request_fields(request),
+        )
+
+    def _change(self, request: Request) -> tuple[Any, ...]:
+        values = codec.changing_values(request)
+        before = self._written.get(request.request_id)
+        self._written[request.request_id] = values
+        fields: list[str] = []
+        if before is None:
+            for (name, encode), value in zip(_COLUMNS, values, strict=True):
+                fields += name, encode(value)
+        elif before != values:
+            for (name, encode), value, old in zip(_COLUMNS, values, before, strict=True):
+                if value is not old and value != old:
+                    fields += name, encode(value)
+        return request.request_id, float(values[_PERCEIVED]), fields
+
+    def _ending(self, request: Request, now_s: float) -> tuple[Any, ...]:
+        _, _, fields = self._change(request)
+        del self._written[request.request_id]
+        ended_s = now_s if request.finished_s is None else request.finished_s
+        return request.request_id, _ms(ended_s), fields
+
+
+def _ms(instant_s: float) -> int:
+    return int(instant_s * 1e3)
+
+
+def _move(move: QueueMove) -> tuple[str, int | bool, float, str]:
+    rank = float(move.rank)
+    return move.request_id, False if move.level is None else move.level, rank, repr(rank)
+
+
+def _event(event: Event) -> list[str]:
+    fields = ["kind", event.kind]
+    for name in ("request_id", "worker_id", "detail"):
+        if value := getattr(event, name):
+            fields += name, value
+    return fields
+
+
+def pairs(flat: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
+    """(a, b), (c, d), ... of a, b, c, d, ..."""
+    iterator = iter(flat)
+    return zip(iterator, iterator, strict=True)

@@ -1,0 +1,89 @@
+"""Reading a whole pool back, for a new leader."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
+
+from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
+from scheduler_svc.store import codec, keys
+from scheduler_svc.store.connection import Reader
+from scheduler_svc.store.errors import LogConflict
+
+BATCH_REQUESTS = 500
+"""Requests per call: some 10 ms in which the store does nothing else."""
+
+
+async def read_live(reader: Reader) -> list[Request]:
+    """All requests that are not finished, by arrival.
+
+    Raises:
+        LogConflict: a token log does not agree with its request.
+    """
+    requests: list[Request] = []
+    async for row in _rows(reader, "live", True, codec.REQUEST_NAMES, columns=5):
+        requests.append(_live_request(*row))
+    return requests
+
+
+async def read_retained(reader: Reader) -> list[Retained]:
+    """Finished requests that are still kept, by time of finish."""
+    retained = []
+    async for request_id, values in _rows(reader, "finished", False, ("digest", "finished_s"), columns=2):
+        retained.append(Retained(request_id, values[0], float(values[1])))
+    return retained
+
+
+async def recover(reader: Reader, pool: str) -> Recovered:
+    learnt = await reader.read(reader.redis.hgetall(keys.learnt(pool)))
+    return Recovered(
+        requests=await read_live(reader),
+        retained=await read_retained(reader),
+        learnt={name.decode(): value.decode() for name, value in learnt.items()},
+    )
+
+
+async def _rows(
+    reader: Reader, source: str, whole: bool, names: tuple[str, ...], columns: int
+) -> AsyncIterator[tuple[Any, ...]]:
+    first = 0
+    while True:
+        flat = await reader.ask("laps_load", source, first, BATCH_REQUESTS, int(whole), *names)
+        for row in _chunks(flat, columns):
+            yield row
+        if len(flat) < BATCH_REQUESTS * columns:
+            return
+        first += BATCH_REQUESTS
+
+
+def _chunks(flat: list[Any], columns: int) -> Iterator[tuple[Any, ...]]:
+    iterator = iter(flat)
+    return zip(*[iterator] * columns, strict=True)
+
+
+def _live_request(
+    request_id: str, values: list[str | Literal[False]], prompt: str, params_json: str, log: list[str]
+) -> Request:
+    if False in values:
+        missing = ", ".join(
+            name for name, value in zip(codec.REQUEST_NAMES, values, strict=True) if value is False
+        )
+        raise LogConflict(f"request {request_id} is stored without {missing}")
+    stored = {name: str(value) for name, value in zip(codec.REQUEST_NAMES, values, strict=True)}
+    output = codec.tokens_from_text(" ".join(log))
+    if len(log) != int(stored["log_entries"]) or len(output) != TOKEN_BYTES * int(stored["output_tokens"]):
+        raise LogConflict(
+            f"request {request_id} has {len(log)} log entries with {len(output) // TOKEN_BYTES} tokens, "
+            f"its record tells of {stored['log_entries']} with {stored['output_tokens']}"
+        )
+    request = codec.request_from_fields(
+        request_id, stored, prompt=codec.tokens_from_text(prompt), params_json=params_json, output=output
+    )
+    # No lease outlives the leadership that granted it.
+    if request.state is RequestState.RUNNING:
+        request.state = RequestState.PREEMPTED
+    request.slot = 0
+    request.lease_id = 0
+    request.releasing = False
+    request.kv_resident = False
+    return request

@@ -1,0 +1,254 @@
+"""The durable state of a pool, in Redis. Written by the pool's leader alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis import exceptions
+from redis.asyncio import Redis
+
+from scheduler_svc.core.records import TOKEN_BYTES, Commit, Recovered, Request
+from scheduler_svc.store import codec, connection, inspector_proto, library, packing, recovery
+from scheduler_svc.store.errors import StaleLeader, StoreError
+
+LOG_BATCH_ENTRIES = 5000
+
+
+@dataclass(frozen=True, slots=True)
+class Leadership:
+    """The right to write. It ends when someone else takes it, which can happen from its expiry on."""
+
+    epoch: int
+    expires_s: float
+    """Instant on this process's clock, told on the safe side: nobody else leads before it."""
+    commit_seq: int
+    """Of the last commit that was stored when it began."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """An entry of a request's token log."""
+
+    entry: int
+    offset: int
+    """Output tokens before these."""
+    token_ids: bytes
+    logprobs: bytes
+
+    @property
+    def end(self) -> int:
+        return self.offset + len(self.token_ids) // TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    version: str
+    warnings: list[str]
+    """What in the server's settings does not fit a durable store, in words."""
+
+
+class Store:
+    """One pool's state. Not for use by several event loops."""
+
+    def __init__(self, url: str, pool: str, *, timeout_s: float = 5.0, **connection_options: Any) -> None:
+        """`connection_options` go to redis-py, for example TLS files."""
+        self.pool = pool
+        self._url = url
+        self._timeout_s = timeout_s
+        self._connections = connection.make_pool(url, timeout_s, **connection_options)
+        self._redis: Redis = Redis(connection_pool=self._connections)
+        self.reader = connection.Reader(self._redis, url, pool)
+        # Two connections: a renewal must not wait behind a long commit.
+        self._commits = connection.Caller(self._connections, url, pool, timeout_s)
+        self._terms = connection.Caller(self._connections, url, pool, timeout_s)
+        self._holder = ""
+        self._ttl_s = 0.0
+        self._packer: packing.CommitPacker | None = None
+        # The furthest that this process has ever seen the store: falling behind it is an alarm.
+        self._seen_epoch = 0
+        self._seen_seq = 0
+
+    # --- Connection --------------------------------------------------------------------------
+
+    async def connect(self) -> ServerInfo:
+        """Makes sure that a fitting server answers.
+
+        Raises:
+            StoreUnavailable: it does not answer; the message is one clear line.
+            StoreError: it refuses us, or is too old.
+        """
+        info = await self.reader.read(self._redis.info())
+        version = str(info.get("redis_version", "0"))
+        if tuple(int(part) for part in version.split(".")[:2]) < connection.LEAST_VERSION:
+            raise StoreError(f"Redis at {connection.place(self._url)} is {version}; 7.0 or later is needed")
+        return ServerInfo(str(info.get("valkey_version", version)), await self._warnings(info))
+
+    async def load_functions(self) -> None:
+        await self.reader.read(library.load(self._redis))
+
+    async def close(self) -> None:
+        await self._commits.close()
+        await self._terms.close()
+        await self._redis.aclose()
+        await self._connections.aclose()
+
+    async def _warnings(self, info: dict[str, Any]) -> list[str]:
+        warnings = []
+        if not info.get("aof_enabled"):
+            warnings.append(
+                "appendonly is off: a crash of the store loses everything since its last snapshot"
+            )
+        else:
+            try:
+                fsync = (await self._redis.config_get("appendfsync")).get("appendfsync")
+            except exceptions.RedisError:
+                fsync = None  # Managed servers hide their settings.
+            if fsync not in (None, "always", b"always"):
+                warnings.append("appendfsync is not always: a crash of the store can lose its last second")
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            warnings.append("maxmemory-policy is not noeviction: the store may throw requests away")
+        return warnings
+
+    # --- Leadership --------------------------------------------------------------------------
+
+    async def lead(self, holder: str, address: str, ttl_s: float) -> Leadership | None:
+        """Takes the leadership if nobody else has it. `holder` names this process; the holder
+        of before may take it again at once. Every success is a new epoch.
+
+        Raises:
+            HistoryWentBack: the store is older than what this process has seen of it.
+        """
+        asked_s = time.time()
+        reply = await self._terms.call(
+            "laps_lead", holder, address, int(ttl_s * 1e3), self._seen_epoch, self._seen_seq
+        )
+        taken, epoch, _expires_ms, commit_seq = reply
+        if not taken:
+            return None
+        self._holder = holder
+        self._ttl_s = ttl_s
+        self._packer = packing.CommitPacker(epoch, commit_seq)
+        self._seen_epoch, self._seen_seq = epoch, commit_seq
+        return Leadership(epoch, asked_s + ttl_s, commit_seq)
+
+    async def renew(self) -> Leadership:
+        """Leads for another `ttl_s`.
+
+        Raises:
+            StaleLeader: the leadership was lost.
+        """
+        packer = self._leading()
+        asked_s = time.time()
+        await self._terms.call("laps_renew", packer.epoch, self._holder, int(self._ttl_s * 1e3))
+        return Leadership(packer.epoch, asked_s + self._ttl_s, self._seen_seq)
+
+    async def resign(self) -> None:
+        """Lets others lead at once. Does nothing if this process does not lead."""
+        packer, self._packer = self._packer, None
+        if packer is not None:
+            await self._terms.call("laps_resign", packer.epoch, self._holder)
+
+    async def describe(self, policy: str, level_thresholds_s: Sequence[float] = ()) -> None:
+        """Writes down what the queues mean under the policy in force, for readers.
+
+        Raises:
+            StaleLeader: the leadership was lost.
+        """
+        thresholds = json.dumps(list(level_thresholds_s))
+        await self._terms.call("laps_describe", self._leading().epoch, self._holder, policy, thresholds)
+
+    def _leading(self) -> packing.CommitPacker:
+        if self._packer is None:
+            raise StaleLeader("STALE_EPOCH this process does not lead")
+        return self._packer
+
+    # --- Writing -----------------------------------------------------------------------------
+
+    def encode(self, commit: Commit, now_s: float) -> bytes:
+        """Packs a tick as it is now. Every packed commit must then be committed, in order.
+
+        Raises:
+            StaleLeader: this process does not lead.
+        """
+        return self._leading().pack(commit, now_s)
+
+    async def commit(self, encoded: bytes) -> bool:
+        """Stores a packed tick, all of it or nothing. False: this very commit was stored already.
+
+        Raises:
+            StoreUnavailable: the outcome is unknown. Calling again with the same bytes is safe.
+            StaleLeader: another scheduler leads now.
+            HistoryWentBack, LogConflict: the store is not what this process wrote. Stop.
+        """
+        packed = packing.unpack(encoded)
+        _, new = await self._commits.call(
+            "laps_commit", packed.epoch, self._holder, packed.seq, self._seen_seq, packed.digest, packed.body
+        )
+        self._seen_seq = max(self._seen_seq, packed.seq)
+        return bool(new)
+
+    # --- Reading -----------------------------------------------------------------------------
+
+    async def recover(self) -> Recovered:
+        """Everything that a new leader must know. To be called right after `lead`.
+
+        Raises:
+            LogConflict: a token log does not agree with its request.
+        """
+        return await recovery.recover(self.reader, self.pool)
+
+    async def read_request(self, request_id: str) -> Request | None:
+        """A live or retained request with prompt and output, or None if it is not known."""
+        flat, log, prompt, params = await self.reader.ask(
+            "laps_read", request_id, 0, LOG_BATCH_ENTRIES, 1, raw=True
+        )
+        if not flat:
+            return None
+        entries = _entries(log)
+        if len(entries) == LOG_BATCH_ENTRIES:
+            entries += await self.read_entries(request_id, entries[-1].end)
+        return codec.request_from_fields(
+            request_id,
+            {name.decode(): value.decode() for name, value in packing.pairs(flat)},
+            prompt=codec.tokens_from_text(prompt),
+            params_json=params.decode(),
+            output=b"".join(entry.token_ids for entry in entries),
+        )
+
+    async def read_entries(self, request_id: str, from_offset: int = 0) -> list[LogEntry]:
+        """The log entries that hold output tokens from `from_offset` on. The first one may
+        begin before it."""
+        entries: list[LogEntry] = []
+        while True:
+            _, log, _, _ = await self.reader.ask(
+                "laps_read", request_id, from_offset, LOG_BATCH_ENTRIES, 0, raw=True
+            )
+            batch = _entries(log)
+            entries += [entry for entry in batch if entry.end > from_offset]
+            if len(batch) < LOG_BATCH_ENTRIES:
+                return entries
+            from_offset = batch[-1].end
+
+    async def read_log(self, request_id: str, from_offset: int = 0) -> tuple[bytes, bytes]:
+        """Packed output tokens from `from_offset` on, and their log probabilities (a serialized
+        `TokenLogprobs`) if they were stored."""
+        entries = await self.read_entries(request_id, from_offset)
+        tokens = b"".join(entry.token_ids for entry in entries)
+        # Serialized messages, put one behind the other, are their concatenation.
+        logprobs = b"".join(entry.logprobs for entry in entries)
+        surplus = max(0, from_offset - entries[0].offset) if entries else 0
+        if surplus and logprobs:
+            logprobs = inspector_proto.without_first_logprobs(logprobs, surplus)
+        return tokens[surplus * TOKEN_BYTES :], logprobs
+
+
+def _entries(flat: list[Any]) -> list[LogEntry]:
+    iterator = iter(flat)
+    return [
+        LogEntry(number, offset, codec.tokens_from_text(tokens), logprobs)
+        for number, offset, tokens, logprobs in zip(*[iterator] * 4, strict=True)
+    ]
