@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from laps.v1 import scheduler_pb2
@@ -132,7 +132,7 @@ class DeliveryHub:
         if request is not None:
             self._orphan(request, now_s, 0.0)
 
-    def lost(self, follower: Follower, live: dict[str, Request], now_s: float) -> None:
+    def lost(self, follower: Follower, live: Mapping[str, Request], now_s: float) -> None:
         """A gateway's stream broke: it may come back, or be dead with all its clients."""
         for request_id in list(follower.followed):
             followers = self._followers.get(request_id, set())

@@ -22,7 +22,8 @@ from laps.v1 import (
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.errors import StoreAlarm
+from scheduler_svc.store.errors import Alarm
+from scheduler_svc.store.inspector import Inspector
 from scheduler_svc.store.store import Store
 from scheduler_svc.term import Terms
 from scheduler_svc.worker_service import WorkerService
@@ -101,7 +102,9 @@ async def serve(settings: Settings) -> SchedulerServer:
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
         WorkerService(terms, settings.heartbeat_interval_s), server
     )
-    queue_pb2_grpc.add_QueueServiceServicer_to_server(QueueService(terms), server)
+    queue_pb2_grpc.add_QueueServiceServicer_to_server(
+        QueueService(Inspector(store.reader, settings.pool)), server
+    )
     reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), server)
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
@@ -112,7 +115,7 @@ async def serve(settings: Settings) -> SchedulerServer:
 async def _lead(terms: Terms) -> None:
     try:
         await terms.run()
-    except StoreAlarm as alarm:
+    except Alarm as alarm:
         # Leading on would tell clients two different stories. A person has to look, and until
         # then this process stays up, not serving, so that nothing restarts it into the same.
         log.critical("pool stopped: the store does not hold what was written to it", error=str(alarm))

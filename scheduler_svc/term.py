@@ -112,7 +112,7 @@ class Terms:
         complained = False
         while True:
             try:
-                await self.store.connect()
+                server = await self.store.connect()
                 await self.store.load_functions()
             except StoreUnavailable as error:
                 if not complained:
@@ -120,6 +120,9 @@ class Terms:
                     complained = True
                 await asyncio.sleep(STORE_RETRY_S)
             else:
+                for warning in server.warnings:
+                    log.warning("store is not durable", warning=warning)
+                log.info("store connected", version=server.version)
                 return
 
     async def _until_leading(self) -> Leadership:
@@ -142,6 +145,7 @@ class Terms:
         recovered = await self.store.recover()
         core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, leadership.epoch)
         core.restore(recovered, time.time())
+        await self.store.describe(core.policy.name, core.policy.level_thresholds_s)
         leader = Leader(
             core,
             self.store,

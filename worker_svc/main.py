@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
+import torch
 
 from laps import channels, logs, runtime
 from laps.settings import Settings
@@ -70,12 +71,11 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
 async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) -> WorkerServer:
     """Starts the engine's thread and the session."""
     loop = asyncio.get_running_loop()
-    driver = EngineDriver(
-        engine,
-        on_failure=lambda error: loop.call_soon_threadsafe(
-            lifetime.end, runtime.EXIT_FAILED, f"engine failed: {error}"
-        ),
-    )
+
+    def on_failure(error: BaseException) -> None:
+        loop.call_soon_threadsafe(lifetime.end, runtime.EXIT_FAILED, f"engine failed: {error}")
+
+    driver = EngineDriver(engine, on_failure)
     driver.start()
     worker_id = settings.instance_id("worker")
     link = WorkerLink(settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id))
@@ -117,15 +117,26 @@ def hello(settings: Settings, engine: Engine, worker_id: str) -> worker_pb2.Work
     )
 
 
+def device(settings: Settings) -> str:
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def dtype(settings: Settings) -> str:
+    """float32 on a CPU, where greedy output is promised to be exactly the target's; on a GPU bfloat16."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float32" if device(settings) == "cpu" else "bfloat16"
+
+
 def run(settings: Settings) -> int:
     """`laps worker`: runs until SIGTERM or SIGINT; returns the exit code."""
-    logs.configure_logging(
-        "worker", pool=settings.pool, level=settings.log_level, form=settings.log_format
-    )
+    logs.configure_logging("worker", pool=settings.pool, level=settings.log_level, form=settings.log_format)
     try:
         settings.check_models()
         pair = load_pair(
-            settings.target, settings.draft_model, dtype=settings.dtype, device=settings.device
+            settings.target, settings.draft_model, dtype=dtype(settings), device=device(settings)
         )
         engine = make_engine(settings, pair)
     except ModelError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -22,6 +22,7 @@ RECONNECT_LAST_S = 2.0
 DETACH_TIMEOUT_S = 60.0
 
 Outbox = asyncio.Queue[worker_pb2.SessionRequest]
+Call = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
 
 
 class RefusedByScheduler(Exception):
@@ -47,7 +48,7 @@ class WorkerLink:
         """
         wait_s = RECONNECT_FIRST_S
         complained = False
-        async with grpc.aio.insecure_channel(self.address, options=channels.CLIENT_OPTIONS) as channel:
+        async with channels.open_channel(self.address) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             while True:
                 try:
@@ -76,25 +77,25 @@ class WorkerLink:
         if self._outbox is not None:
             self._outbox.put_nowait(worker_pb2.SessionRequest(drain=worker_pb2.Drain()))
 
-    async def _session(self, stub: worker_pb2_grpc.WorkerServiceStub) -> None:
+    async def _session(self, stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> None:
         outbox: Outbox = asyncio.Queue()
         hello = self.hello()
         hello.resident.extend(self.driver.resident())
         outbox.put_nowait(worker_pb2.SessionRequest(hello=hello))
-        call = stub.Session(self._outgoing(outbox))
-        beating: asyncio.Task[None] | None = None
+        call: Call = stub.Session()  # type: ignore[call-arg]  # the stubs do not know that it is optional
+        tasks = [asyncio.create_task(self._write(call, outbox))]
         try:
             async for message in call:
                 if message.WhichOneof("message") == "leases":
                     self.driver.post(message.leases)
                     continue
-                welcome = message.welcome
-                self._open(outbox, welcome)
-                beating = asyncio.create_task(self._beat(outbox, call, welcome))
+                self._open(outbox, message.welcome)
+                tasks.append(asyncio.create_task(self._beat(outbox, message.welcome)))
         finally:
-            if beating is not None:
-                beating.cancel()
+            for task in tasks:
+                task.cancel()
             call.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._outbox = None
             self.driver.post(SessionLost())
             if not await asyncio.to_thread(self.driver.wait_detached, DETACH_TIMEOUT_S):
@@ -115,17 +116,13 @@ class WorkerLink:
             self.drain()
 
     @staticmethod
-    async def _outgoing(outbox: Outbox) -> AsyncIterator[worker_pb2.SessionRequest]:
+    async def _write(call: Call, outbox: Outbox) -> None:
         while True:
-            yield await outbox.get()
+            await call.write(await outbox.get())
 
     @staticmethod
-    async def _beat(
-        outbox: Outbox,
-        call: grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse],
-        welcome: worker_pb2.SessionWelcome,
-    ) -> None:
+    async def _beat(outbox: Outbox, welcome: worker_pb2.SessionWelcome) -> None:
         """A heartbeat of our own: gRPC's keepalive is answered by a process whose event loop is blocked."""
-        while not call.done():
+        while True:
             await asyncio.sleep(welcome.heartbeat_interval_s)
             outbox.put_nowait(worker_pb2.SessionRequest(heartbeat=worker_pb2.Heartbeat()))
