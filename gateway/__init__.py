@@ -1,0 +1,1 @@
+"""The client's edge: validates, tokenizes, submits, streams and resumes."""

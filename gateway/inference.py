@@ -1,0 +1,315 @@
+"""InferenceService: what clients call."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import NamedTuple
+
+from gateway.admission import admit, unpack
+from gateway.detokenizer import Detokenizer, Release
+from gateway.metrics import Metrics
+from gateway.rpc import Call, Handler
+from gateway.scheduler_link import SchedulerLink
+from gateway.streams import Limit, Reader
+from gateway.tokenizer import Tokenizer
+from gateway.validation import Bounds, check_request_id
+from laps.errors import FieldViolation, LapsError, OutOfRange, Reason, ResourceExhausted, Unavailable
+from laps.logs import bind_context
+from laps.settings import Settings
+from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
+
+RETRY_AFTER_S = 1.0
+"""What a client is told that comes when all streams are taken or the gateway is being stopped."""
+REQUEST_ID_KEY = "laps-request-id"
+"""Initial metadata of a stream: comes when the request is stored, before any token."""
+_REMEMBERED_STOPS = 10_000
+
+Response = type[inference_pb2.GenerateResponse] | type[inference_pb2.ResumeResponse]
+
+
+class Stops(NamedTuple):
+    """What may end an output, as far as text is concerned."""
+
+    strings: tuple[str, ...]
+    token_ids: frozenset[int]
+
+
+class InferenceService:
+    def __init__(
+        self, settings: Settings, tokenizer: Tokenizer, link: SchedulerLink, metrics: Metrics
+    ) -> None:
+        self.draining = False
+        self.streams = Limit(settings.max_streams, _streams_full)
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._link = link
+        self._metrics = metrics
+        self._readers: set[Reader] = set()
+        self._stops: OrderedDict[str, Stops] = OrderedDict()
+        """Of the requests that came in here last."""
+        self._submitting: set[asyncio.Task[scheduler_pb2.SubmitResponse]] = set()
+
+    def methods(self) -> dict[str, Handler]:
+        return {
+            "Generate": self.generate,
+            "Resume": self.resume,
+            "Cancel": self.cancel,
+            "GetRequest": self.get_request,
+            "ListModels": self.list_models,
+        }
+
+    @property
+    def bounds(self) -> Bounds:
+        """The strictest of what settings, model and workers allow."""
+        pool, model = self._link.pool, self._tokenizer.limits
+        contexts = (self._settings.context_tokens, model.context_tokens, pool.context_tokens if pool else 0)
+        vocabularies = (self._tokenizer.vocabulary_size, pool.vocabulary_size if pool else 0)
+        return Bounds(
+            model_name=self._settings.model_name,
+            vocabulary_size=min(size for size in vocabularies if size),
+            context_tokens=min(tokens for tokens in contexts if tokens),
+            default_max_tokens=self._settings.default_max_tokens,
+        )
+
+    async def generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
+        self._refuse_while_draining()
+        with self.streams:
+            self._metrics.streams.set(self.streams.count)
+            try:
+                await self._generate(request, call)
+            finally:
+                self._metrics.streams.set(self.streams.count - 1)
+
+    async def resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
+        check_request_id(request.request_id)
+        self._refuse_while_draining()
+        with self.streams, bind_context(request_id=request.request_id):
+            self._metrics.streams.set(self.streams.count)
+            try:
+                await self._resume(request, call)
+            finally:
+                self._metrics.streams.set(self.streams.count - 1)
+
+    async def cancel(self, request: inference_pb2.CancelRequest, call: Call) -> inference_pb2.CancelResponse:
+        check_request_id(request.request_id)
+        call.fields["request_id"] = request.request_id
+        answer = await self._link.cancel(request.request_id, call.deadline_s())
+        return inference_pb2.CancelResponse(state=answer.state)
+
+    async def get_request(
+        self, request: inference_pb2.GetRequestRequest, call: Call
+    ) -> inference_pb2.GetRequestResponse:
+        check_request_id(request.request_id)
+        call.fields["request_id"] = request.request_id
+        stored = await self._link.read(
+            request.request_id, include_output=request.include_output, until_s=call.deadline_s()
+        )
+        response = inference_pb2.GetRequestResponse(request=stored.request)
+        if stored.HasField("complete"):
+            response.complete.CopyFrom(stored.complete)
+        if request.include_output:
+            tokens = unpack(stored.output_token_ids)
+            response.output.ids.extend(tokens)
+            detokenizer = self._detokenizer(self._stops_of(request.request_id, stored))
+            response.text = detokenizer.push(tokens).text
+            if stored.HasField("complete"):
+                response.text += _finish(detokenizer, stored.complete).text
+        return response
+
+    async def list_models(
+        self, request: inference_pb2.ListModelsRequest, call: Call
+    ) -> inference_pb2.ListModelsResponse:
+        bounds = self.bounds
+        model = inference_pb2.Model(
+            name=self._settings.model_name,
+            pool=self._settings.pool,
+            target=self._settings.target,
+            vocabulary_size=bounds.vocabulary_size,
+            context_tokens=bounds.context_tokens,
+        )
+        pool = self._link.pool
+        if pool is not None and self._link.connected:
+            model.target = pool.target or model.target
+            model.draft, model.workers, model.slots = pool.draft, pool.workers, pool.slots
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    def drop_streams(self) -> None:
+        """Ends every client stream; their clients resume elsewhere."""
+        for reader in tuple(self._readers):
+            reader.lose(_shutting_down())
+
+    async def _generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
+        spec = await admit(
+            request,
+            self.bounds,
+            self._tokenizer,
+            pool=self._settings.pool,
+            disconnect_grace_s=self._settings.disconnect_grace_s,
+            call_time_left_s=call.time_left_s(),
+        )
+        call.fields["request_id"] = spec.request_id
+        call.fields["prompt_tokens"] = len(spec.prompt_token_ids) // 4
+        with bind_context(request_id=spec.request_id):
+            answer = await self._submit(spec)
+            if not answer.joined:
+                self._metrics.prompt_tokens.inc(call.fields["prompt_tokens"])
+            stops = self._stops_from(spec.stopping)
+            self._remember(spec.request_id, stops)
+            # Who only reads slowly did not leave: it has learnt the id, and its request waits for it.
+            implicit = not request.request_id and not request.HasField("cancel_on_disconnect")
+            linger_s = self._settings.disconnect_grace_s if implicit else 0.0
+            await self._stream(call, spec.request_id, stops, 0, inference_pb2.GenerateResponse, linger_s)
+
+    async def _resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
+        call.fields |= {"request_id": request.request_id, "offset": request.offset}
+        stored = await self._link.read(request.request_id, include_output=False, until_s=call.deadline_s())
+        if request.offset > stored.request.output_tokens:
+            raise _offset_beyond(request.offset, stored.request.output_tokens)
+        stops = self._stops_of(request.request_id, stored)
+        await self._stream(call, request.request_id, stops, request.offset, inference_pb2.ResumeResponse, 0.0)
+
+    async def _submit(self, spec: scheduler_pb2.RequestSpec) -> scheduler_pb2.SubmitResponse:
+        submitting = asyncio.create_task(self._link.submit(spec))
+        self._submitting.add(submitting)
+        submitting.add_done_callback(self._submitting.discard)
+        try:
+            return await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            # The client left, but the request may be stored by now, or soon. The scheduler must hear that
+            # nobody is there for it.
+            submitting.add_done_callback(lambda task: self._abandon(task, spec.request_id))
+            raise
+
+    def _abandon(self, submitting: asyncio.Task[scheduler_pb2.SubmitResponse], request_id: str) -> None:
+        if not submitting.cancelled() and submitting.exception() is None:
+            self._link.detach(self._link.attach(request_id), done=False)
+
+    async def _stream(
+        self, call: Call, request_id: str, stops: Stops, offset: int, response: Response, linger_s: float
+    ) -> None:
+        await call.context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        reader = self._link.attach(request_id)
+        self._readers.add(reader)
+        done = False
+        try:
+            await self._pump(call, reader, self._detokenizer(stops), offset, response)
+            done = True
+        except asyncio.CancelledError:
+            if reader.lost is None:
+                raise
+            # Not the client's doing: the task was waiting for a client that does not read.
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+            raise reader.lost from None
+        finally:
+            self._readers.discard(reader)
+            if reader.lost is not None and reader.lost.reason is Reason.CLIENT_TOO_SLOW:
+                self._metrics.streams_lost.inc()
+            self._link.detach(reader, done=done, linger_s=linger_s if reader.lost is not None else 0.0)
+
+    async def _pump(
+        self, call: Call, reader: Reader, detokenizer: Detokenizer, offset: int, response: Response
+    ) -> None:
+        """Sends the output from `offset` on until it ends."""
+        feed, sent, to_skip = reader.feed, offset, offset
+        last_s = 0.0
+        while True:
+            tokens, completion = await reader.take()
+            if to_skip:
+                detokenizer.skip(tokens[:to_skip])
+                tokens, to_skip = tokens[to_skip:], max(to_skip - len(tokens), 0)
+                if completion is not None and to_skip:
+                    raise _offset_beyond(offset, len(feed.tokens))
+            count, text = detokenizer.push(tokens)
+            if completion is not None:
+                rest = _finish(detokenizer, completion)
+                count, text = count + rest.tokens, text + rest.text
+            if count or text:
+                chunk = generation_pb2.Chunk(
+                    token_ids=feed.tokens[sent : sent + count],
+                    text=text,
+                    logprobs=feed.logprobs[sent : sent + count],
+                )
+                await call.write(response(request_id=feed.request_id, offset=sent, chunk=chunk))
+                sent += count
+                last_s = self._sent(call, count, last_s)
+            if completion is not None:
+                await call.write(response(request_id=feed.request_id, offset=sent, complete=completion))
+                reason = generation_pb2.FinishReason.Name(completion.finish_reason)
+                self._metrics.requests.labels(reason.removeprefix("FINISH_REASON_")).inc()
+                call.fields["finish_reason"] = reason.removeprefix("FINISH_REASON_")
+                return
+
+    def _sent(self, call: Call, tokens: int, last_s: float) -> float:
+        """Counts a chunk that was written; returns when that was."""
+        now_s = time.monotonic()
+        if tokens:
+            self._metrics.tokens.inc(tokens)
+            call.fields["output_tokens"] = call.fields.get("output_tokens", 0) + tokens
+            if last_s == 0.0:
+                call.fields["ttft_ms"] = round((now_s - call.began_s) * 1e3, 1)
+                self._metrics.time_to_first_token.observe(now_s - call.began_s)
+            else:
+                self._metrics.inter_token_latency.observe((now_s - last_s) / tokens)
+        return now_s
+
+    def _detokenizer(self, stops: Stops) -> Detokenizer:
+        return Detokenizer(self._tokenizer.decoder(), stops.strings, stops.token_ids)
+
+    def _stops_from(self, stopping: generation_pb2.StoppingParams) -> Stops:
+        eos = frozenset[int]() if stopping.ignore_eos else self._tokenizer.limits.eos_token_ids
+        return Stops(tuple(stopping.stop), frozenset(stopping.stop_token_ids) | eos)
+
+    def _remember(self, request_id: str, stops: Stops) -> None:
+        self._stops[request_id] = stops
+        self._stops.move_to_end(request_id)
+        if len(self._stops) > _REMEMBERED_STOPS:
+            self._stops.popitem(last=False)
+
+    def _stops_of(self, request_id: str, stored: scheduler_pb2.ReadRequestResponse) -> Stops:
+        """What may end a request that perhaps came in through another gateway."""
+        known = self._stops.get(request_id)
+        if known is not None:
+            return known
+        if "stopping" in stored.DESCRIPTOR.fields_by_name:
+            stopping: generation_pb2.StoppingParams = getattr(stored, "stopping")  # noqa: B009
+            return self._stops_from(stopping)
+        matched = stored.complete.matched_stop
+        return Stops((matched,) if matched else (), self._tokenizer.limits.eos_token_ids)
+
+    def _refuse_while_draining(self) -> None:
+        if self.draining:
+            raise _shutting_down()
+
+
+def _finish(detokenizer: Detokenizer, completion: generation_pb2.Complete) -> Release:
+    token_id = completion.matched_stop_token_id if completion.HasField("matched_stop_token_id") else None
+    return detokenizer.finish(completion.matched_stop, token_id)
+
+
+def _offset_beyond(offset: int, output_tokens: int) -> OutOfRange:
+    return OutOfRange(
+        f"offset: {offset} lies beyond the {output_tokens} tokens of the output",
+        metadata={"output_tokens": output_tokens},
+        violations=(FieldViolation("offset", f"must be at most {output_tokens}"),),
+    )
+
+
+def _streams_full(most: int) -> LapsError:
+    return ResourceExhausted(
+        f"the gateway serves {most} streams, as many as it may; come back later",
+        reason=Reason.STREAMS_FULL,
+        retry_after_s=RETRY_AFTER_S,
+        quota_subject="max_streams",
+        metadata={"limit": most},
+    )
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable(
+        "the gateway is being stopped; resume through another one",
+        reason=Reason.SHUTTING_DOWN,
+        retry_after_s=RETRY_AFTER_S,
+    )

@@ -1,0 +1,125 @@
+"""Tokens to text, one token at a time.
+
+A decoder gives out a character when its last byte is there. Joined, its texts are the decode of
+all its tokens; where a byte sequence can never become a character, U+FFFD stands for it.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tokenizers import Tokenizer as BackendTokenizer
+
+REPLACEMENT = "\ufffd"
+
+_WINDOW_TOKENS = 6
+"""Tokens before the unread ones that are decoded with them: many tokenizers space words by what precedes."""
+_MAX_PENDING_TOKENS = 16
+"""Longer than any character's bytes: what is incomplete after so many tokens will stay so."""
+
+
+class TextDecoder(Protocol):
+    """The text of one output, in order."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether the last token ends inside a character."""
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes."""
+
+    def flush(self) -> str:
+        """What stands for an incomplete character at the end of the output."""
+
+
+class ByteLevelDecoder:
+    """For byte-level BPE: every token is a fixed string of bytes, so decoding costs O(1) per token."""
+
+    __slots__ = ("_decode", "_token_bytes", "pending")
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes = token_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace")
+        self.pending = False
+
+    def push(self, token_id: int) -> str:
+        raw = self._token_bytes[token_id]
+        if not raw:
+            return ""
+        text = self._decode.decode(raw)
+        self.pending = bool(self._decode.getstate()[0])
+        return text
+
+    def flush(self) -> str:
+        self.pending = False
+        return self._decode.decode(b"", final=True)
+
+
+class TokenBytes(dict[int, bytes]):
+    """The bytes of each token of a byte-level vocabulary, filled in as they are asked for.
+
+    Special tokens and ids without a token have no text.
+    """
+
+    def __init__(self, backend: BackendTokenizer) -> None:
+        super().__init__()
+        self._backend = backend
+        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    def __missing__(self, token_id: int) -> bytes:
+        token = None if token_id in self._special else self._backend.id_to_token(token_id)
+        raw = self[token_id] = b"" if token is None else token_to_bytes(token)
+        return raw
+
+
+def token_to_bytes(token: str) -> bytes:
+    """A byte-level token's bytes. Added tokens are plain text: a character outside the alphabet tells."""
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:
+        return token.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    # GPT-2's mapping: printable bytes stand for themselves, the others for the code points from 256 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_alphabet()
+
+
+class WindowDecoder:
+    """For any other tokenizer: decodes each token together with a few before it and takes what is new."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._known_tokens = 0
+        """Of `_ids`, those whose text has been given out."""
+        self._known = ""
+
+    @property
+    def pending(self) -> bool:
+        return self._known_tokens < len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        unread = len(self._ids) - self._known_tokens
+        if text.endswith(REPLACEMENT) and unread < _MAX_PENDING_TOKENS:
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        return self._advance(self._decode(self._ids)) if self.pending else ""
+
+    def _advance(self, text: str) -> str:
+        new = text[len(self._known) :]
+        self._ids = self._ids[-_WINDOW_TOKENS:]
+        self._known_tokens = len(self._ids)
+        self._known = self._decode(self._ids)
+        return new

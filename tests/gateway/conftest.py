@@ -1,0 +1,106 @@
+"""A gateway over a fake scheduler, in one event loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+import pytest_asyncio
+from tokenizers import Tokenizer as BackendTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_scheduler import FakeScheduler
+from models import make_model_folder, stop_end
+
+from gateway.main import Gateway, serve
+from gateway.tokenizer import Tokenizer, load_tokenizer
+from laps.settings import Settings
+from laps.v1 import inference_pb2_grpc, queue_pb2_grpc
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def backend(model_folder: Path) -> BackendTokenizer:
+    return BackendTokenizer.from_file(str(model_folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return load_tokenizer(str(model_folder))
+
+
+@pytest_asyncio.fixture
+async def scheduler(backend: BackendTokenizer) -> AsyncIterator[FakeScheduler]:
+    size = backend.get_vocab_size(with_added_tokens=True)
+    fake = FakeScheduler(size, lambda planned, stopping: stop_end(backend, planned, stopping))
+    await fake.start()
+    yield fake
+    await fake.stop()
+
+
+@pytest.fixture
+def settings(model_folder: Path) -> Callable[..., Settings]:
+    """Settings of a gateway on any free port."""
+
+    def make(**changes: Any) -> Settings:
+        given: dict[str, Any] = {
+            "target": str(model_folder),
+            "port": 0,
+            "default_max_tokens": 40,
+            "drain_s": 1.0,
+        }
+        return Settings(**(given | changes))
+
+    return make
+
+
+class Harness:
+    """A running gateway with stubs to call it."""
+
+    def __init__(self, gateway: Gateway, scheduler: FakeScheduler, **options: Any) -> None:
+        self.gateway = gateway
+        self.scheduler = scheduler
+        self.address = f"127.0.0.1:{gateway.port}"
+        self.channel = grpc.aio.insecure_channel(self.address, options=list(options.items()))
+        self.inference: Any = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self.queue: Any = queue_pb2_grpc.QueueServiceStub(self.channel)
+
+
+@pytest_asyncio.fixture
+async def start_gateway(
+    scheduler: FakeScheduler, settings: Callable[..., Settings]
+) -> AsyncIterator[Callable[..., Any]]:
+    """Starts a gateway that is connected to the fake scheduler."""
+    running: list[Harness] = []
+
+    async def start(*, wait: bool = True, **changes: Any) -> Harness:
+        address = f"127.0.0.1:{scheduler.port}"
+        gateway = await serve(settings(**({"scheduler_address": address} | changes)))
+        # Reconnecting must not take a test's time.
+        gateway.link._heartbeat_interval_s = 0.1
+        gateway.link._heartbeat_timeout_s = 0.5
+        gateway.link._retry_s = 2.0
+        harness = Harness(gateway, scheduler)
+        running.append(harness)
+        if wait:
+            await scheduler.until(lambda: scheduler.streams)
+        return harness
+
+    yield start
+    for harness in running:
+        await harness.channel.close()
+        await harness.gateway.stop(0.0)
+
+
+@pytest_asyncio.fixture
+async def harness(start_gateway: Callable[..., Any]) -> Harness:
+    return await start_gateway()  # type: ignore[no-any-return]
