@@ -1,0 +1,140 @@
+"""One child process: started again when it dies, stopped in order, never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from laps.logs import get_logger
+
+_LAUNCHER = str(Path(__file__).with_name("launcher.py"))
+FIRST_BACKOFF_S = 0.2
+MAX_BACKOFF_S = 5.0
+HEALTHY_AFTER_S = 10.0
+"""A child that ran this long begins with the first backoff again."""
+MAX_LOG_BYTES = 16 << 20
+"""A larger log moves to NAME.log.1 when its child starts."""
+
+
+async def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class ChildSpec:
+    """What to run. `is_ready` says whether it does its work."""
+
+    name: str
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    is_ready: Callable[[], Awaitable[bool]] = _always
+
+
+class Child:
+    """Runs a command until `stop`. Use it in the thread that lives longest: a child ends with its thread."""
+
+    def __init__(self, spec: ChildSpec, log_path: Path) -> None:
+        self.spec = spec
+        self.log_path = log_path
+        self.starts = 0
+        self.exit_code: int | None = None
+        """Of the last run: negative is a signal."""
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def pid(self) -> int | None:
+        """None between two runs."""
+        running = self._process is not None and self._process.returncode is None
+        return self._process.pid if running and self._process is not None else None
+
+    async def start(self) -> None:
+        await self._spawn()
+        self._keeping = asyncio.create_task(self._keep(), name=f"child {self.name}")
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after `grace_s` seconds. Returns when it is gone."""
+        self._stopping = True
+        if self._keeping is not None:
+            if self.pid is None:
+                self._keeping.cancel()
+            else:
+                self.signal(signal.SIGTERM)
+            done, _ = await asyncio.wait([self._keeping], timeout=grace_s)
+            if not done:
+                get_logger().warning("child does not stop, killing it", child=self.name, grace_s=grace_s)
+                self._kill_group()
+                await asyncio.wait([self._keeping])
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the present process, if there is one."""
+        if (pid := self.pid) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def last_words(self, lines: int = 3) -> str:
+        """The end of its log."""
+        try:
+            with self.log_path.open(errors="replace") as log:
+                return " | ".join(line.strip() for line in deque(log, lines) if line.strip())
+        except OSError:
+            return ""
+
+    async def _spawn(self) -> None:
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
+            self.log_path.replace(self.log_path.with_name(self.log_path.name + ".1"))
+        launch = [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *self.spec.argv]
+        with self.log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *launch,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.spec.env},
+                # Ctrl-C in a terminal goes to the supervisor alone, which knows the right order.
+                start_new_session=True,
+            )
+        self.starts += 1
+
+    async def _keep(self) -> None:
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            assert self._process is not None
+            began_s = time.monotonic()
+            code = await self._process.wait()
+            self.exit_code = code
+            self._kill_group()
+            if self._stopping:
+                return
+            if time.monotonic() - began_s > HEALTHY_AFTER_S:
+                backoff_s = FIRST_BACKOFF_S
+            get_logger().warning(
+                "child ended, starting it again",
+                child=self.name,
+                exit_code=code,
+                backoff_s=backoff_s,
+                log=str(self.log_path),
+            )
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+            await self._spawn()
+
+    def _kill_group(self) -> None:
+        """The process and whatever it started and did not end."""
+        if self._process is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)

@@ -1,0 +1,37 @@
+"""Free TCP ports for processes that are about to be started."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import Collection
+
+# Below the range from which systems take the local ports of outgoing connections: a child that is started
+# again finds its port free.
+_FIRST, _LAST = 20_000, 32_000
+_TRIES = 1_000
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on it now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError:
+            return False
+    return True
+
+
+def free_ports(count: int, host: str = "127.0.0.1", *, avoid: Collection[int] = ()) -> list[int]:
+    """Different ports that are free at this moment, none of them in `avoid`."""
+    rng = random.Random()
+    found: list[int] = []
+    for _ in range(_TRIES):
+        if len(found) == count:
+            return found
+        port = rng.randrange(_FIRST, _LAST)
+        if port not in found and port not in avoid and is_free(port, host):
+            found.append(port)
+    raise OSError(f"no {count} free ports between {_FIRST} and {_LAST}")

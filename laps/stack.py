@@ -1,0 +1,245 @@
+"""The whole of LAPS on one machine: store, scheduler, gateway and workers, each a process.
+
+    async with Stack(load_settings(), any_ports=True) as stack:
+        client = AsyncClient(stack.gateway_address)
+
+Behind `laps up`, the demonstration and the tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Protocol, Self
+
+from laps.child import Child, ChildSpec
+from laps.errors import LocalError
+from laps.logs import get_logger
+from laps.ports import free_ports, is_free
+from laps.settings import Settings
+
+READY_TIMEOUT_S = 120.0
+"""Workers load models before they are ready."""
+_POLL_S = 0.05
+_PATIENCE_S = 10.0
+"""After this long, and again, it says what it waits for."""
+_LEAST_KILL_GRACE_S = 0.5
+_CHILD_DRAIN_SHARE = 0.4
+"""Of the time to stop: gateways drain, then workers, then the rest goes."""
+
+
+class StackError(LocalError):
+    """The stack cannot start. One line."""
+
+
+class Managed(Protocol):
+    """What the stack needs of a child."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def pid(self) -> int | None: ...
+    @property
+    def log_path(self) -> Path: ...
+
+    starts: int
+
+    async def start(self) -> None: ...
+    async def stop(self, grace_s: float) -> None: ...
+    def signal(self, number: int) -> None: ...
+
+
+Command = Callable[[str], list[str]]
+"""The command line of a role: "scheduler", "gateway" or "worker"."""
+ReadyCheck = Callable[[str], Awaitable[bool]]
+"""Whether the server at an address is ready."""
+
+
+def service_command(role: str) -> list[str]:
+    return [sys.executable, "-m", "laps.cli", role]
+
+
+class Stack:
+    """Starts, watches and stops the processes.
+
+    `children` are by name: store, scheduler, gateway, worker-0, ...
+    `any_ports`: gateway and scheduler take free ports whatever the settings say. Use it in the main thread:
+    on Linux the children end with the thread that started them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        any_ports: bool = False,
+        command: Command = service_command,
+        is_ready: ReadyCheck | None = None,
+    ) -> None:
+        self.settings = settings
+        self.children: dict[str, Managed] = {}
+        self.redis_url = settings.redis_url
+        self._any_ports = any_ports
+        self._command = command
+        self._is_ready = is_ready
+        self._lock: IO[str] | None = None
+        self._resources = AsyncExitStack()
+        self.port = 0
+        self.scheduler_port = 0
+
+    @property
+    def gateway_address(self) -> str:
+        return f"{_reachable(self.settings.host)}:{self.port}"
+
+    @property
+    def scheduler_address(self) -> str:
+        return f"{_reachable(self.settings.host)}:{self.scheduler_port}"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.settings.data_dir / "logs"
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+            await self.wait_ready()
+        except BaseException:
+            await self.stop(drain_s=0)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Starts everything at once; services wait for each other. Raises StackError."""
+        settings = self.settings
+        self._take_data_dir()
+        store_port, *worker_ports = self._choose_ports()
+        if not self.redis_url:
+            from laps.store_child import StoreChild
+
+            store = StoreChild(settings.data_dir / "store", store_port)
+            self.children["store"] = store
+            await store.start()
+            self.redis_url = store.url
+        await self._add("scheduler", "scheduler", 1, self.scheduler_port)
+        await self._add("gateway", "gateway", 0, self.port)
+        for number, worker_port in enumerate(worker_ports):
+            await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
+
+    async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Returns when every service says that it is ready.
+
+        Raises StackError when one ends by itself before that, or the time is over.
+        """
+        began_s = time.monotonic()
+        patience_s = began_s + _PATIENCE_S
+        waiting = [child for child in self.children.values() if isinstance(child, Child)]
+        while waiting:
+            for child in list(waiting):
+                if await child.spec.is_ready():
+                    waiting.remove(child)
+                elif child.exit_code is not None and child.exit_code > 0:
+                    raise StackError(
+                        f"{child.name} ended with exit code {child.exit_code}: {child.last_words()} "
+                        f"(log: {child.log_path})"
+                    )
+            now_s = time.monotonic()
+            if waiting and now_s > began_s + timeout_s:
+                names = ", ".join(child.name for child in waiting)
+                raise StackError(f"not ready after {timeout_s:g} s: {names} (logs: {self.log_dir})")
+            if waiting and now_s > patience_s:
+                patience_s = now_s + _PATIENCE_S
+                for child in waiting:
+                    get_logger().warning("still waiting", child=child.name, said=child.last_words(1))
+            if waiting:
+                await asyncio.sleep(_POLL_S)
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Stops gateway, workers, scheduler, store, in this order, within about `drain_s` seconds."""
+        whole_s = self.settings.drain_s if drain_s is None else drain_s
+        deadline_s = time.monotonic() + whole_s
+        for stage in ("gateway", "worker", "scheduler", "store"):
+            members = [child for child in self.children.values() if child.name.split("-")[0] == stage]
+            share_s = whole_s * _CHILD_DRAIN_SHARE + _LEAST_KILL_GRACE_S
+            grace_s = max(min(share_s, deadline_s - time.monotonic()), _LEAST_KILL_GRACE_S)
+            await asyncio.gather(*(child.stop(grace_s) for child in members))
+            for child in members:
+                del self.children[child.name]
+        await self._resources.aclose()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    async def _add(self, name: str, role: str, metrics_offset: int, port: int) -> None:
+        settings = self.settings
+        port_setting = {"gateway": "port", "scheduler": "scheduler_port", "worker": "worker_port"}[role]
+        env = settings.to_env(
+            **{port_setting: port, f"{role}_id": name},
+            redis_url=self.redis_url,
+            scheduler_address=self.scheduler_address,
+            metrics_port=settings.metrics_port + metrics_offset if settings.metrics_port else 0,
+            drain_s=settings.drain_s * _CHILD_DRAIN_SHARE,
+            # Files are read by people and machines alike; the console form is for terminals.
+            log_format="json",
+        )
+        ready = await self._ready_check(f"{_reachable(settings.host)}:{port}")
+        spec = ChildSpec(name, self._command(role), env | {"PYTHONUNBUFFERED": "1"}, ready)
+        child = Child(spec, self.log_dir / f"{name}.log")
+        self.children[name] = child
+        await child.start()
+        get_logger().info("child started", child=name, pid=child.pid, log=str(child.log_path))
+
+    async def _ready_check(self, address: str) -> Callable[[], Awaitable[bool]]:
+        if (check := self._is_ready) is not None:
+            return lambda: check(address)
+        from laps import channels, runtime
+
+        channel = channels.open_channel(address)
+        self._resources.push_async_callback(channel.close, None)
+        return lambda: runtime.is_ready(channel)
+
+    def _choose_ports(self) -> list[int]:
+        """Sets `port` and `scheduler_port`; returns one for the store and one for each worker's health."""
+        settings = self.settings
+        for setting in ("port", "scheduler_port"):
+            wanted = 0 if self._any_ports else getattr(settings, setting)
+            if wanted and not is_free(wanted, settings.host):
+                raise StackError(
+                    f"port {wanted} is in use; choose another with --{setting.replace('_', '-')}"
+                )
+            setattr(self, setting, wanted)
+        free = free_ports(3 + settings.workers, settings.host, avoid=(self.port, self.scheduler_port))
+        self.port = self.port or free[0]
+        self.scheduler_port = self.scheduler_port or free[1]
+        return free[2:]
+
+    def _take_data_dir(self) -> None:
+        """Two stacks on one folder would write one append-only file."""
+        folder = self.settings.data_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise StackError(f"data_dir: {folder} cannot be used: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise StackError(f"data_dir: {folder} is used by another 'laps up'") from None
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host

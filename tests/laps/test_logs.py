@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from laps.logs import bind_context, configure_logging, get_logger
+
+
+@pytest.fixture
+def out() -> Iterator[io.StringIO]:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    configure_logging("gateway", pool="default", stream=stream)
+    yield stream
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_says_when_who_and_about_what(out: io.StringIO) -> None:
+    with bind_context(request_id="r1", epoch=3, trace_id="t"):
+        get_logger().info("accepted", prompt_tokens=5)
+    get_logger().debug("not logged at this level")
+    (line,) = lines(out)
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "event": "accepted", "level": "info", "service": "gateway", "pool": "default", "request_id": "r1",
+        "epoch": 3, "trace_id": "t", "prompt_tokens": 5,
+    }  # fmt: skip
+
+
+def test_nothing_that_a_user_wrote_is_logged(out: io.StringIO) -> None:
+    def fail(prompt: str) -> None:
+        raise ValueError("bad")
+
+    get_logger().warning("refused", text="secret words", token_ids=[1, 2], prompt="secret words")
+    logging.getLogger("library").warning("seen", extra={"prompt": "secret words"})
+    try:
+        fail("secret" + " words")
+    except ValueError:
+        get_logger().exception("failed")
+    assert "secret words" not in out.getvalue()
+    assert lines(out)[2]["exception"][0]["exc_type"] == "ValueError"
+
+
+def test_libraries_log_in_the_same_form(out: io.StringIO) -> None:
+    logging.getLogger("some.library").warning("careful with %s", "that")
+    logging.getLogger("some.library").info("chatter")
+    assert [(line["event"], line["service"]) for line in lines(out)] == [("careful with that", "gateway")]
+
+
+async def test_context_stays_with_its_task(out: io.StringIO) -> None:
+    async def one(request_id: str, first: asyncio.Event, second: asyncio.Event) -> None:
+        with bind_context(request_id=request_id):
+            first.set()
+            await second.wait()
+            get_logger().info("done", mine=request_id)
+
+    a, b = asyncio.Event(), asyncio.Event()
+    await asyncio.gather(one("a", a, b), one("b", b, a))
+    assert [line["request_id"] for line in lines(out)] == [line["mine"] for line in lines(out)]
