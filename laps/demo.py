@@ -1,0 +1,263 @@
+"""`laps demo`: the whole stack on this machine, a burst of requests, what happens to them, the end.
+
+Everything is real: separate processes that speak gRPC, a store, the built-in models. Nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from laps import demo_summary, logs, runtime
+from laps.cli import tables
+from laps.client import AsyncClient
+from laps.client.requests import GenerateOptions, Prompt
+from laps.client.results import Completion, Snapshot
+from laps.errors import LapsError, LocalError
+from laps.settings import BUILT_IN_TARGET, Settings
+from laps.stack import Stack
+
+PROMPTS = Path(BUILT_IN_TARGET).parent / "prompts.jsonl"
+AT_ONCE = 24
+"""Requests of the first burst; the others come one by one while it is being served."""
+ARRIVAL_INTERVAL_S = 0.15
+PICTURE_INTERVAL_S = 0.2
+LINE_INTERVAL_S = 1.0
+INTERRUPTED = 130
+SHOWN_CHARS = 600
+
+
+class DemoError(LocalError):
+    """The demonstration cannot run. One line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt of the burst."""
+
+    number: int
+    kind: str
+    prompt: Prompt
+    max_tokens: int
+    streamed: bool = False
+    """Shown token by token."""
+
+    @property
+    def request_id(self) -> str:
+        return f"{self.kind}-{self.number:02}"
+
+    def options(self) -> GenerateOptions:
+        options: GenerateOptions = {
+            "request_id": self.request_id,
+            "max_tokens": self.max_tokens,
+            "request_class": self.kind,
+        }
+        if self.streamed:
+            # Somebody is watching this one: it goes before the others.
+            options["priority"] = 1
+        if self.number % 3 == 2:
+            # Every third one is sampled; the seed makes the demonstration repeat itself.
+            options |= {"temperature": 0.8, "top_p": 0.95, "seed": self.number}
+        return options
+
+
+@dataclass(slots=True)
+class Served:
+    """A request as its client saw it."""
+
+    item: Item
+    latency_s: float
+    first_token_s: float
+    completion: Completion
+
+
+@dataclass
+class Burst:
+    """The run as it is: filled by the clients, read by the view."""
+
+    items: Sequence[Item]
+    served: list[Served] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    streamed: str = ""
+    snapshot: Snapshot | None = None
+
+    @property
+    def shown(self) -> Item:
+        return next(item for item in self.items if item.streamed)
+
+    @property
+    def finished(self) -> bool:
+        return len(self.served) + len(self.failed) == len(self.items)
+
+
+def run(settings: Settings) -> int:
+    """Runs the demonstration; returns the exit code."""
+    logs.configure_logging("demo", level="error", form="console" if sys.stderr.isatty() else "json")
+    settings.check_models()
+    items = load_items(PROMPTS)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=150)
+    return runtime.run(_interruptible(settings, items, console))
+
+
+def load_items(path: Path) -> list[Item]:
+    """The prompts of the burst. Raises DemoError if the file is not there."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DemoError(f"the demonstration's prompts cannot be read: {error}") from None
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+    longest = max(range(AT_ONCE), key=lambda number: records[number]["max_tokens"])
+    return [
+        Item(
+            number,
+            record["kind"],
+            record.get("text") or record["messages"],
+            record["max_tokens"],
+            streamed=number == longest,
+        )
+        for number, record in enumerate(records)
+    ]
+
+
+async def _interruptible(settings: Settings, items: Sequence[Item], console: Console) -> int:
+    """Ctrl-C and SIGTERM end the demonstration, and all that it started, cleanly."""
+    demo = asyncio.ensure_future(_demo(settings, items, console))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, demo.cancel)
+    try:
+        return await demo
+    except asyncio.CancelledError:
+        console.print("Interrupted; everything is stopped.")
+        return INTERRUPTED
+
+
+async def _demo(settings: Settings, items: Sequence[Item], console: Console) -> int:
+    with tempfile.TemporaryDirectory(prefix="laps-demo-") as folder:
+        settings = settings.model_copy(update={"data_dir": Path(folder)})
+        began_s = time.monotonic()
+        console.print(
+            f"Starting store, scheduler ({settings.policy}), gateway and {settings.workers} workers "
+            f"with {settings.slots} slots each ..."
+        )
+        async with Stack(settings, any_ports=True) as stack, AsyncClient(stack.gateway_address) as client:
+            console.print(
+                f"Ready after {time.monotonic() - began_s:.1f} s: gateway {stack.gateway_address}, "
+                f"store {stack.redis_url}"
+            )
+            burst = Burst(items)
+            burst_began_s = time.monotonic()
+            await _serve(client, burst, console)
+            wall_s = time.monotonic() - burst_began_s
+            counters = await client.queues()
+            console.print(
+                Panel(Text(_tail(burst.streamed)), title=f"{burst.shown.request_id}, as it was streamed")
+            )
+            console.print(*demo_summary.summary(burst.served, wall_s, counters), sep="\n")
+    for line in burst.failed:
+        console.print(f"failed: {line}", style="red")
+    console.print(
+        f"Everything is stopped; {time.monotonic() - began_s:.1f} s in all. `make up` keeps it running."
+    )
+    return 1 if burst.failed else 0
+
+
+async def _serve(client: AsyncClient, burst: Burst, console: Console) -> None:
+    """Sends the burst and shows it until every request has ended."""
+    watching = asyncio.create_task(_watch(client, burst))
+    try:
+        async with asyncio.TaskGroup() as clients:
+            clients.create_task(_show(burst, console))
+            for item in burst.items:
+                if item.number >= AT_ONCE:
+                    await asyncio.sleep(ARRIVAL_INTERVAL_S)
+                clients.create_task(_one(client, burst, item))
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+async def _one(client: AsyncClient, burst: Burst, item: Item) -> None:
+    began_s = time.monotonic()
+    first_s = 0.0
+    try:
+        async with client.stream(item.prompt, **item.options()) as stream:
+            async for chunk in stream:
+                first_s = first_s or time.monotonic()
+                if item is burst.shown:
+                    burst.streamed += chunk.text
+            completion = stream.result
+    except LapsError as error:
+        burst.failed.append(f"{item.request_id}: {error}")
+        return
+    if completion.finish_reason not in ("stop", "length"):
+        burst.failed.append(f"{item.request_id}: {completion.finish_reason} {completion.error}")
+        return
+    now_s = time.monotonic()
+    burst.served.append(Served(item, now_s - began_s, (first_s or now_s) - began_s, completion))
+
+
+async def _watch(client: AsyncClient, burst: Burst) -> None:
+    async for snapshot in client.watch(interval_s=PICTURE_INTERVAL_S, head_limit=3):
+        burst.snapshot = snapshot
+
+
+async def _show(burst: Burst, console: Console) -> None:
+    if not console.is_terminal:
+        await _show_lines(burst, console)
+        return
+    with Live(_picture(burst), console=console, auto_refresh=False, transient=True) as live:
+        while not burst.finished:
+            await asyncio.sleep(PICTURE_INTERVAL_S / 2)
+            live.update(_picture(burst), refresh=True)
+
+
+async def _show_lines(burst: Burst, console: Console) -> None:
+    """Where there is no terminal: a line a second, and the stream's new text below it."""
+    began_s = time.monotonic()
+    printed = 0
+    while not burst.finished:
+        await asyncio.sleep(LINE_INTERVAL_S)
+        if burst.snapshot is not None:
+            console.print(
+                f"{time.monotonic() - began_s:5.1f} s  {demo_summary.line(burst.snapshot, len(burst.served))}"
+            )
+        if len(burst.streamed) > printed:
+            console.print(
+                Text(f"         {burst.shown.request_id} +{burst.streamed[printed:]!r}", style="dim")
+            )
+            printed = len(burst.streamed)
+
+
+def _picture(burst: Burst) -> Group:
+    return Group(*_parts(burst))
+
+
+def _parts(burst: Burst) -> Iterator[RenderableType]:
+    if burst.snapshot is not None:
+        yield tables.picture(burst.snapshot)
+    progress = Progress(TextColumn("served"), BarColumn(), MofNCompleteColumn())
+    progress.add_task("", total=len(burst.items), completed=len(burst.served))
+    yield progress
+    yield Panel(Text(_tail(burst.streamed)), title=f"{burst.shown.request_id}, token by token", height=12)
+
+
+def _tail(text: str) -> str:
+    """The last lines that fit the panel."""
+    return "\n".join(text[-SHOWN_CHARS:].splitlines()[-10:])
