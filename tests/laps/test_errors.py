@@ -60,8 +60,8 @@ async def test_round_trip(error: LapsError) -> None:
     back = await through_a_server(error)
     assert isinstance(back, type(error))
     for name in (
-        "message", "reason", "status", "metadata", "retry_after_s", "violations", "resource_type", "resource_name",
-        "quota_subject", "from_transport",
+        "message", "reason", "status", "metadata", "retry_after_s", "violations", "resource_type",
+        "resource_name", "quota_subject", "from_transport",
     ):  # fmt: skip
         assert getattr(back, name) == getattr(error, name), name
 

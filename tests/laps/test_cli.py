@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laps.cli import main
+from laps.errors import InvalidArgument
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith("LAPS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def gateway(serve: Any, script: Any) -> Callable[..., Any]:
+    """A fake gateway in a thread of its own, for the command line's blocking calls."""
+
+    @contextmanager
+    def start(**played: Any) -> Iterator[Any]:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        thread.start()
+        context = serve(script(**played))
+        try:
+            yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
+        finally:
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    return start
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from laps.cli import main; main(['--help']); "
+        "heavy = {'grpc', 'torch', 'pydantic', 'rich', 'structlog'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    began_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    took_s = time.monotonic() - began_s
+    assert "generate" in done.stdout
+    # The bound for a person is 0.4 s; a loaded machine gets more.
+    assert took_s < 2
+
+
+def test_every_command_of_this_package_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from laps.cli import _COMMANDS
+
+    for name, (target, _) in _COMMANDS.items():
+        if target.startswith("laps."):
+            assert main([name, "--help"]) == 0
+            assert "Usage: laps " + name in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("laps ")
+
+
+@pytest.mark.parametrize("wrong", [["nonsense"], ["generate"], ["queue", "--head", "x"], ["cancel"]])
+def test_wrong_usage_exits_with_2(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(wrong) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_no_server_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["queue", "--server", "127.0.0.1:1"]) == 1
+    error = capsys.readouterr().err
+    assert error == "laps: there is no connection to 127.0.0.1:1 (Connection refused)\n"
+
+
+def test_a_bad_setting_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--port", "x"]) == 1
+    assert capsys.readouterr().err.startswith("laps: port: ")
+
+
+def test_generate_streams_text_and_sums_up_on_stderr(
+    gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway(breaks=[(2, "status")]) as served:
+        assert main(["generate", "hello", "--server", served.address, "--seed", "3", "--stop", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "one two three four\n"
+    assert "stop, 4 tokens" in err
+    assert "resumed 1 times" in err
+    request = served.calls[0][1]
+    assert (request.text, request.sampling.seed, list(request.stopping.stop)) == ("hello", 3, ["x"])
+    assert not request.sampling.HasField("temperature")
+
+
+def test_generate_json(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway() as served:
+        assert main(["generate", "hi", "--json", "--server", served.address, "--request-id", "r7"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["request_id"] == "r7"
+    assert answer["text"] == "one two three four"
+    assert answer["token_ids"] == [0, 1, 2, 3]
+    assert answer["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["speculation"]["acceptance_histogram"] == [0, 0, 2]
+
+
+def test_generate_chat_sends_messages(gateway: Any) -> None:
+    with gateway() as served:
+        assert main(["generate", "hi", "--chat", "--temperature", "0", "--server", served.address]) == 0
+    request = served.calls[0][1]
+    assert [(m.role, m.content) for m in request.messages.messages] == [("user", "hi")]
+    assert request.sampling.HasField("temperature")
+
+
+def test_what_the_server_refuses_is_one_line(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway(error=InvalidArgument("sampling.top_p", "must be in (0, 1]")) as served:
+        assert main(["generate", "hi", "--top-p", "7", "--server", served.address]) == 1
+    assert capsys.readouterr().err == "laps: sampling.top_p: must be in (0, 1]\n"
+
+
+def test_what_cannot_be_sent_is_one_line(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway() as served:
+        assert main(["generate", "hi", "--seed", "-1", "--server", served.address]) == 1
+        assert main(["generate", "\udcff", "--server", served.address]) == 1
+    assert not served.calls
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("laps: sampling.seed: -1 cannot be sent")
+    assert second.startswith("laps: text: ")
+
+
+def test_a_request_that_failed_exits_with_1(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway(finish_reason=5) as served:
+        assert main(["generate", "hi", "--server", served.address]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "key", "shown"),
+    [
+        (["queue"], "pools", "laps-sd"),
+        (["workers"], "workers", "w0"),
+        (["models"], "models", "tiny"),
+        (["request", "r1"], "request", "acceptance_estimate"),
+        (["cancel", "r1"], "state", "r1: finished"),
+    ],
+)
+def test_inspecting_commands(
+    command: list[str], key: str, shown: str, gateway: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with gateway() as served:
+        assert main([*command, "--server", served.address]) == 0
+        assert shown in capsys.readouterr().out
+        assert main([*command, "--json", "--server", served.address]) == 0
+        assert key in json.loads(capsys.readouterr().out)
+
+
+def test_request_output(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway() as served:
+        assert main(["request", "r1", "--output", "--json", "--server", served.address]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["text"], answer["completion"]["finish_reason"]) == ("one two three four", "stop")
+
+
+def test_an_unknown_request_is_one_line(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway() as served:
+        assert main(["request", "unknown", "--server", served.address]) == 1
+    assert capsys.readouterr().err == "laps: there is no request 'unknown'\n"
+
+
+def test_top(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with gateway() as served:
+        # Each of the fake's streams has two pictures: the third needs another connection.
+        assert main(["top", "--json", "--count", "3", "--server", served.address]) == 0
+        pictures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [picture["time_s"] for picture in pictures] == [0, 1, 0]
+        assert pictures[0]["running"][0]["request_id"] == "r1"
+        assert main(["top", "--count", "1", "--server", served.address]) == 0
+    out = capsys.readouterr().out
+    assert "w0" in out
+    assert "50%" in out
+
+
+def test_config_shows_values_and_origins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAPS_REDIS_URL", "redis://me:hidden@host")
+    monkeypatch.setenv("LAPS_PROT", "1")
+    Path("laps.toml").write_text("slots = 2\n")
+    assert main(["config", "--port", "7", "--json"]) == 0
+    out, err = capsys.readouterr()
+    by_name = {row["name"]: row for row in json.loads(out)}
+    assert (by_name["port"]["value"], by_name["port"]["source"]) == (7, "flag")
+    assert (by_name["slots"]["value"], by_name["slots"]["origin"]) == (2, "laps.toml")
+    assert by_name["redis_url"]["value"] == "redis://me:***@host"
+    assert by_name["pool"]["source"] == "default"
+    assert "LAPS_PROT" in err
+    assert main(["config", "--port", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "hidden" not in out
+    assert any(line.split() == ["port", "7", "flag", "--port"] for line in out.splitlines())

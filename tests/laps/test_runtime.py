@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from laps import channels, runtime
+
+
+def service(
+    log: list[str], then: Callable[[runtime.Lifetime], None]
+) -> Callable[[runtime.Lifetime], Awaitable[runtime.Stop]]:
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        log.append("started")
+        then(lifetime)
+
+        async def stop(drain_s: float) -> None:
+            log.append(f"stopped within {drain_s:g}")
+
+        return stop
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_stops_the_service_in_good_order(number: signal.Signals) -> None:
+    log: list[str] = []
+    start = service(log, lambda _: os.kill(os.getpid(), number))
+    assert await runtime.run_until_signalled(start, 3) == 0
+    assert log == ["started", "stopped within 3"]
+
+
+async def test_a_service_may_end_itself() -> None:
+    log: list[str] = []
+    start = service(log, lambda lifetime: lifetime.end(4, "enough"))
+    assert await runtime.run_until_signalled(start, 1) == 4
+
+
+async def test_a_failed_task_ends_the_service() -> None:
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    log: list[str] = []
+    start = service(log, lambda lifetime: lifetime.watch(asyncio.create_task(fail())))
+    assert await runtime.run_until_signalled(start, 1) == runtime.EXIT_FAILED
+    assert log == ["started", "stopped within 1"]
+
+
+async def test_a_signal_cancels_the_start() -> None:
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    assert await runtime.run_until_signalled(start, 1) == 0
+
+
+async def test_a_failed_start_is_the_callers() -> None:
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        raise OSError("port in use")
+
+    with pytest.raises(OSError, match="port in use"):
+        await runtime.run_until_signalled(start, 1)
+
+
+async def test_a_stop_that_hangs_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "_STOP_MARGIN_S", 0.01)
+
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        lifetime.end()
+
+        async def stop(drain_s: float) -> None:
+            await asyncio.Event().wait()
+
+        return stop
+
+    assert await runtime.run_until_signalled(start, 0) == 0
+
+
+async def test_health_is_not_serving_until_said() -> None:
+    server = channels.new_server()
+    readiness = await runtime.add_readiness(server, "laps.v1.InferenceService")
+    port = channels.bind(server, "127.0.0.1", 0)
+    await server.start()
+    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+        assert not await runtime.is_ready(channel)
+        await readiness.set(True)
+        assert await runtime.is_ready(channel)
+        assert await runtime.is_ready(channel, "laps.v1.InferenceService")
+        assert not await runtime.is_ready(channel, "another")
+        await readiness.set(False)
+        assert not await runtime.is_ready(channel)
+    await server.stop(0)
+
+
+async def test_a_taken_port_is_one_clear_error() -> None:
+    first, second = channels.new_server(), channels.new_server()
+    port = channels.bind(first, "127.0.0.1", 0)
+    await first.start()
+    with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is in use"):
+        channels.bind(second, "127.0.0.1", port)
+    await first.stop(0)

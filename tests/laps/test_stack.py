@@ -1,0 +1,256 @@
+"""The supervisor, with children that do nothing: started again, stopped in order, never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from laps import child as child_module
+from laps.child import Child, ChildSpec
+from laps.ports import free_ports, is_free
+from laps.settings import Settings
+from laps.stack import Stack, StackError
+
+pytestmark = pytest.mark.stack
+
+# Says that it runs, notes when it is told to stop.
+IDLE = """
+import os, signal, sys
+def end(*_):
+    open(os.environ["STOPPED"], "a").write(sys.argv[1] + "\\n")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("running", sys.argv[1], flush=True)
+while True:
+    signal.pause()
+"""
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("up", flush=True)
+time.sleep(99)
+"""
+
+
+async def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "condition not met in time"
+        await asyncio.sleep(0.01)
+
+
+def idle(role: str) -> list[str]:
+    return [sys.executable, "-c", IDLE, role]
+
+
+async def always_ready(address: str) -> bool:
+    return True
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(child_module, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setenv("STOPPED", str(tmp_path / "stopped"))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data", redis_url="redis://elsewhere", workers=2, drain_s=2)
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Stack]:
+    async with Stack(settings, any_ports=True, command=idle, is_ready=always_ready) as stack:
+        for each in stack.children.values():
+            await eventually(lambda log=each.log_path: log.exists() and "running" in log.read_text())
+        yield stack
+
+
+async def test_a_killed_child_is_started_again(settings: Settings) -> None:
+    async with running(settings) as stack:
+        worker = stack.children["worker-1"]
+        old = worker.pid
+        worker.signal(signal.SIGKILL)
+        await eventually(lambda: worker.starts == 2 and worker.pid not in (None, old))
+        assert [each.starts for each in stack.children.values()].count(1) == 3
+
+
+async def test_children_stop_in_order_and_are_gone(settings: Settings, tmp_path: Path) -> None:
+    async with running(settings) as stack:
+        pids = [each.pid for each in stack.children.values()]
+        assert list(stack.children) == ["scheduler", "gateway", "worker-0", "worker-1"]
+    assert (tmp_path / "stopped").read_text().split() == ["gateway", "worker", "worker", "scheduler"]
+    assert not any(psutil.pid_exists(pid) for pid in pids if pid)
+    assert not stack.children
+
+
+async def test_children_get_their_settings(settings: Settings) -> None:
+    async with running(settings) as stack:
+        worker = stack.children["worker-1"]
+        assert isinstance(worker, Child)
+        env = psutil.Process(worker.pid).environ()
+        assert env["LAPS_SCHEDULER_ADDRESS"] == stack.scheduler_address
+        assert env["LAPS_WORKER_ID"] == "worker-1"
+        assert env["LAPS_REDIS_URL"] == "redis://elsewhere"
+
+
+async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
+    stubborn = Child(ChildSpec("stubborn", [sys.executable, "-c", STUBBORN]), tmp_path / "log")
+    await stubborn.start()
+    await eventually(lambda: "up" in stubborn.last_words())
+    pid = stubborn.pid
+    assert pid is not None
+    await stubborn.stop(0.1)
+    assert not psutil.pid_exists(pid)
+    assert stubborn.exit_code == -signal.SIGKILL
+
+
+async def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
+    code = f"""
+import subprocess, sys, time
+print(subprocess.Popen([sys.executable, "-c", {STUBBORN!r}]).pid, flush=True)
+time.sleep(99)
+"""
+    parent = Child(ChildSpec("parent", [sys.executable, "-c", code]), tmp_path / "log")
+    await parent.start()
+    await eventually(lambda: parent.last_words())
+    grandchild = int(parent.last_words().split()[0])
+    await parent.stop(1)
+    await eventually(lambda: not _alive(grandchild))
+
+
+async def test_a_child_that_fails_at_the_start_is_named_with_its_last_words(settings: Settings) -> None:
+    def failing(role: str) -> list[str]:
+        return (
+            [sys.executable, "-c", "import sys; sys.exit('no such model')"]
+            if role == "worker"
+            else idle(role)
+        )
+
+    async def not_workers(address: str) -> bool:
+        return False
+
+    with pytest.raises(StackError, match=r"worker-\d ended with exit code 1: no such model"):
+        async with Stack(settings, any_ports=True, command=failing, is_ready=not_workers):
+            pass
+
+
+async def test_what_is_never_ready_is_named(settings: Settings) -> None:
+    async def never(address: str) -> bool:
+        return False
+
+    stack = Stack(settings, any_ports=True, command=idle, is_ready=never)
+    await stack.start()
+    with pytest.raises(StackError, match="not ready after 0 s: scheduler, gateway, worker-0"):
+        await stack.wait_ready(timeout_s=0)
+    await stack.stop(0)
+
+
+async def test_a_taken_port_is_named(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        stack = Stack(settings.model_copy(update={"port": port}), command=idle)
+        with pytest.raises(StackError, match=f"port {port} is in use; choose another with --port"):
+            await stack.start()
+        await stack.stop()
+
+
+async def test_one_data_folder_serves_one_stack(settings: Settings) -> None:
+    async with running(settings):
+        second = Stack(settings, any_ports=True, command=idle)
+        with pytest.raises(StackError, match="used by another"):
+            await second.start()
+    async with running(settings):
+        pass
+
+
+async def test_the_store_comes_back_with_its_data(tmp_path: Path) -> None:
+    pytest.importorskip("scheduler_svc.store.server")
+    import redis
+
+    settings = Settings(data_dir=tmp_path / "data", workers=0)
+    async with Stack(settings, any_ports=True, command=idle, is_ready=always_ready) as stack:
+        store = stack.children["store"]
+        client = redis.Redis.from_url(stack.redis_url)
+        client.set("kept", "yes")
+        store.signal(signal.SIGKILL)
+        await eventually(lambda: store.starts == 2)
+        assert client.get("kept") == b"yes"
+        client.close()
+        pid = store.pid
+    assert pid is not None
+    assert not _alive(pid)
+
+
+SUPERVISOR = """
+import asyncio, sys
+from pathlib import Path
+from laps.logs import configure_logging
+from laps.settings import Settings
+from laps.stack import Stack
+from tests_idle import idle, always_ready
+
+async def main():
+    configure_logging("test")
+    settings = Settings(data_dir=Path(sys.argv[1]), workers=2, redis_url=sys.argv[2])
+    async with Stack(settings, any_ports=True, command=idle, is_ready=always_ready) as stack:
+        print(*(child.pid for child in stack.children.values()), flush=True)
+        await asyncio.sleep(99)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    helper = f"import sys\nIDLE = {IDLE!r}\n"
+    helper += (
+        "def idle(role): return [sys.executable, '-c', IDLE, role]\nasync def always_ready(_): return True\n"
+    )
+    (tmp_path / "tests_idle.py").write_text(helper)
+    with subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR, str(tmp_path / "data"), ""],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    ) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
+async def test_nothing_outlives_a_killed_supervisor(
+    supervisor: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    assert supervisor.stdout is not None
+    pids = [int(pid) for pid in (await asyncio.to_thread(supervisor.stdout.readline)).split()]
+    assert len(pids) == 5
+    assert all(map(_alive, pids))
+    supervisor.send_signal(signal.SIGKILL)
+    supervisor.wait()
+    await eventually(lambda: not any(map(_alive, pids)))
+
+
+def _alive(pid: int) -> bool:
+    # Where nobody reaps orphans they stay as zombies.
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_ports_are_free_and_different() -> None:
+    ports = free_ports(20)
+    assert len(set(ports)) == 20
+    assert all(map(is_free, ports))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert not is_free(taken.getsockname()[1])
