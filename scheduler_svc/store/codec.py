@@ -74,8 +74,8 @@ def _float_or_none(name: str, meaning: str) -> Field:
 
 LEADING_FIELDS = (
     Field("state", "queued, running, preempted or finished", str, RequestState),
-    _int("log_entries", "entries of the token log; written by the commit function"),
-    _int("output_tokens", "tokens in the log; written by the commit function"),
+    _int("log_entries", "entries of the token log when this record was written; see `progress`"),
+    _int("output_tokens", "tokens in the log when this record was written; see `progress`"),
     _text("queue", "level whose queue it waits in, empty: none; written by the commit function"),
     _int("priority", "higher runs before lower"),
     _int("arrival_seq", "order of acceptance"),

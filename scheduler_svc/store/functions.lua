@@ -15,6 +15,7 @@ Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is
   prompt:REQUEST           string      prompt token ids, decimal
   params:REQUEST           string      sampling and stopping parameters, JSON
   tokens:REQUEST           stream      the token log: id ENTRY-0 from 1, fields offset, tokens, logprobs
+  progress                 hash        by request_id, live ones that have output: 'ENTRIES TOKENS' of its log
   events                   stream      kind, request_id, worker_id, detail; the last EVENTS_KEPT or so
   learnt                   hash        what the policy has learnt, by name
 
@@ -136,23 +137,24 @@ end)
 
 -- Commit -------------------------------------------------------------------------------------
 
--- What is stored about a request, and what this commit makes of it.
+-- What is stored about the requests of a commit, and what the commit makes of them.
 local function records(prefix)
   local all, order = {}, {}
-  local function add(id, record)
+  local self = { all = all, order = order }
+  function self.add(id, record)
     record.id = id
     record.key = prefix .. 'request:' .. id
     all[id] = record
     order[#order + 1] = record
     return record
   end
-  local function known(id)
+  function self.known(id)
     local record = all[id]
     if record == nil then
       local stored = redis.call('HMGET', prefix .. 'request:' .. id,
         'state', 'log_entries', 'output_tokens', 'queue', 'priority', 'arrival_seq', 'perceived_s')
       if not stored[1] then refuse('UNKNOWN_REQUEST', id) end
-      record = add(id, {
+      record = self.add(id, {
         finished = stored[1] == 'finished', entries = tonumber(stored[2]), tokens = tonumber(stored[3]),
         queue = stored[4], priority = tonumber(stored[5]), arrival_seq = tonumber(stored[6]),
         perceived_s = tonumber(stored[7]),
@@ -160,12 +162,12 @@ local function records(prefix)
     end
     return record
   end
-  local function unfinished(id)
-    local record = known(id)
+  function self.unfinished(id)
+    local record = self.known(id)
     if record.finished then refuse('ALREADY_FINISHED', id) end
     return record
   end
-  return add, known, unfinished, all, order
+  return self
 end
 
 local function set_fields(record, fields)
@@ -176,28 +178,60 @@ local function set_fields(record, fields)
   end
 end
 
--- A log entry is new and the next one, or it is there already and the same. Returns whether it is new.
-local function check_entry(prefix, record, entry)
-  local number, offset, count, tokens, logprobs = entry[2], entry[3], entry[4], entry[5], entry[6]
-  if number > record.entries then
-    if number ~= record.entries + 1 then
-      refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. record.entries .. ' of ' .. record.id)
+-- How far each log is stored, of the requests in `ids`: entries and tokens by id. For a request that
+-- has no line in `progress` the record in its hash is right.
+local function read_progress(prefix, ids)
+  local entries, tokens = {}, {}
+  for first = 1, #ids, BATCH do
+    local last = math.min(first + BATCH - 1, #ids)
+    for i, line in ipairs(redis.call('HMGET', prefix .. 'progress', unpack(ids, first, last))) do
+      if line then
+        local id = ids[first + i - 1]
+        local n, m = string.match(line, '^(%d+) (%d+)$')
+        entries[id], tokens[id] = tonumber(n), tonumber(m)
+      end
     end
-    if offset ~= record.tokens then
-      refuse('LOG_CONFLICT', 'offset ' .. offset .. ' where ' .. record.tokens .. ' tokens are stored of ' .. record.id)
-    end
-    if record.finished then refuse('ALREADY_FINISHED', record.id) end
-    record.entries, record.tokens, record.grown = number, offset + count, true
-    return true
   end
+  return entries, tokens
+end
+
+-- A repeated entry must be the stored one.
+local function check_repeated(prefix, id, number, offset, tokens, logprobs)
   local entry_id = string.format('%.0f-0', number)
-  local found = redis.call('XRANGE', prefix .. 'tokens:' .. record.id, entry_id, entry_id)[1]
+  local found = redis.call('XRANGE', prefix .. 'tokens:' .. id, entry_id, entry_id)[1]
   local stored = {}
   for i = 1, found and #found[2] or 0, 2 do stored[found[2][i]] = found[2][i + 1] end
   if tonumber(stored.offset) ~= offset or stored.tokens ~= tokens or (stored.logprobs or '') ~= logprobs then
-    refuse('LOG_CONFLICT', 'entry ' .. number .. ' of ' .. record.id .. ' is stored with other content')
+    refuse('LOG_CONFLICT', 'entry ' .. number .. ' of ' .. id .. ' is stored with other content')
   end
-  return false
+end
+
+-- Checks log entries: each is new and the next one, or it is there already and the same. `appended`
+-- is id, number, offset, count, tokens, logprobs, ... Returns where in it the new ones begin,
+-- and the log's new ends as they are to be written to `progress`.
+local function check_log(prefix, appended, entries, tokens, requests)
+  local new, grown = {}, {}
+  for i = 1, #appended, 6 do
+    local id, number, offset = appended[i], appended[i + 1], appended[i + 2]
+    if not entries[id] then
+      local record = requests.known(id)
+      entries[id], tokens[id] = record.entries, record.tokens
+    end
+    if number > entries[id] then
+      if number ~= entries[id] + 1 then refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. entries[id] .. ' of ' .. id) end
+      if offset ~= tokens[id] then
+        refuse('LOG_CONFLICT', 'offset ' .. offset .. ' where ' .. tokens[id] .. ' tokens are stored of ' .. id)
+      end
+      if requests.all[id] and requests.all[id].finished then refuse('ALREADY_FINISHED', id) end
+      entries[id], tokens[id] = number, offset + appended[i + 3]
+      new[#new + 1] = i
+      local n = #grown
+      grown[n + 1], grown[n + 2] = id, string.format('%.0f %.0f', number, tokens[id])
+    else
+      check_repeated(prefix, id, number, offset, appended[i + 4], appended[i + 5])
+    end
+  end
+  return new, grown
 end
 
 -- args: epoch, holder, seq, the greatest seq that this leader knows to be stored, digest, and the
@@ -213,21 +247,20 @@ register('laps_commit', function(prefix, args)
   if seq == stored_seq and digest == meta[2] then return { seq, 0 } end
   if seq <= stored_seq then refuse('SEQ_CONFLICT', 'commit ' .. seq .. ' when ' .. stored_seq .. ' is stored, with other content') end
   if seq > stored_seq + 1 then refuse('SEQ_GAP', 'commit ' .. seq .. ' after ' .. stored_seq) end
-  local now, submitted, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt =
-    unpack(cmsgpack.unpack(args[6]), 1, 13)
+  local now, submitted, logged, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt =
+    unpack(cmsgpack.unpack(args[6]), 1, 14)
 
   -- Check. Nothing is written here.
-  local add, known, unfinished, all, order = records(prefix)
+  local requests = records(prefix)
+  local known, unfinished = requests.known, requests.unfinished
   for _, new in ipairs(submitted) do -- id, arrival_seq, priority, perceived_s, prompt, params, fields
     local id = new[1]
-    if all[id] or redis.call('EXISTS', prefix .. 'request:' .. id) == 1 then refuse('REQUEST_EXISTS', id) end
-    add(id, { entries = 0, tokens = 0, queue = '', arrival_seq = new[2], priority = new[3], perceived_s = 0,
+    if requests.all[id] or redis.call('EXISTS', prefix .. 'request:' .. id) == 1 then refuse('REQUEST_EXISTS', id) end
+    requests.add(id, { entries = 0, tokens = 0, queue = '', arrival_seq = new[2], priority = new[3], perceived_s = 0,
       perceives_s = new[4], fields = new[7] })
   end
-  local entries = {}
-  for _, entry in ipairs(appended) do -- id, number, offset, count, tokens, logprobs
-    if check_entry(prefix, known(entry[1]), entry) then entries[#entries + 1] = entry end
-  end
+  local entries, tokens = read_progress(prefix, logged) -- of all in appended, changed and finished
+  local new_entries, grown = check_log(prefix, appended, entries, tokens, requests)
   for _, change in ipairs(changed) do -- id, perceived_s, fields
     local record = unfinished(change[1])
     record.perceives_s = change[2]
@@ -242,7 +275,9 @@ register('laps_commit', function(prefix, args)
       levels = math.max(levels, move[2] + 1)
     end
   end
-  for i = 2, #leased, 2 do unfinished(leased[i]) end -- expiry_ms, id, ...
+  for i = 2, #leased, 2 do -- expiry_ms, id, ...
+    if not requests.all[leased[i]] and not redis.call('ZSCORE', prefix .. 'live', leased[i]) then unfinished(leased[i]) end
+  end
   for _, ending in ipairs(finished) do -- id, finished_ms, fields
     local record = unfinished(ending[1])
     record.finished, record.finishes, record.perceives_s = true, ending[2], 0
@@ -250,7 +285,7 @@ register('laps_commit', function(prefix, args)
   end
   for _, id in ipairs(forgotten) do
     if not known(id).finished then refuse('NOT_FINISHED', id) end
-    all[id].forgotten = true
+    requests.all[id].forgotten = true
   end
 
   -- Write.
@@ -259,46 +294,47 @@ register('laps_commit', function(prefix, args)
     redis.call('SET', prefix .. 'params:' .. new[1], new[6])
     redis.call('ZADD', prefix .. 'live', new[2], new[1])
   end
-  for _, entry in ipairs(entries) do
-    local key, entry_id = prefix .. 'tokens:' .. entry[1], string.format('%.0f-0', entry[2])
-    if entry[6] == '' then
-      redis.call('XADD', key, entry_id, 'offset', entry[3], 'tokens', entry[5])
+  for _, i in ipairs(new_entries) do
+    local key, entry_id = prefix .. 'tokens:' .. appended[i], string.format('%.0f-0', appended[i + 1])
+    if appended[i + 5] == '' then
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4])
     else
-      redis.call('XADD', key, entry_id, 'offset', entry[3], 'tokens', entry[5], 'logprobs', entry[6])
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4], 'logprobs', appended[i + 5])
     end
   end
+  call_batched('HSET', prefix .. 'progress', grown)
   call_batched('ZADD', prefix .. 'leases', leased)
   call_batched('ZREM', prefix .. 'leases', unleased)
   local backlog_us = tonumber(meta[3] or 0)
-  for _, record in ipairs(order) do
-    local fields = record.fields or {}
-    if record.grown then
-      local n = #fields
-      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', record.entries, 'output_tokens', record.tokens
-    end
-    local level, move = nil, record.move
+  for _, record in ipairs(requests.order) do
+    local id, fields, level, move = record.id, record.fields or {}, nil, record.move
     if record.finishes then level = '' elseif move then level = move[2] and tostring(move[2]) or '' end
     if level then
-      if record.queue ~= '' and record.queue ~= level then redis.call('ZREM', prefix .. 'queue:' .. record.queue, record.id) end
+      if record.queue ~= '' and record.queue ~= level then redis.call('ZREM', prefix .. 'queue:' .. record.queue, id) end
       fields[#fields + 1], fields[#fields + 2] = 'queue', level
       if level ~= '' then
-        redis.call('ZADD', prefix .. 'queue:' .. level, queue_score(record.priority, move[3], record.arrival_seq), record.id)
+        redis.call('ZADD', prefix .. 'queue:' .. level, queue_score(record.priority, move[3], record.arrival_seq), id)
         local n = #fields
         fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'level', level, 'rank', move[4]
       end
     end
-    if record.finishes then
-      redis.call('ZREM', prefix .. 'live', record.id)
-      redis.call('ZREM', prefix .. 'leases', record.id)
-      redis.call('ZADD', prefix .. 'finished', record.finishes, record.id)
-    end
     if record.perceives_s then
       backlog_us = backlog_us + microseconds(record.perceives_s) - microseconds(record.perceived_s)
     end
+    if record.fields and entries[id] then
+      local n = #fields
+      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', entries[id], 'output_tokens', tokens[id]
+    end
     if #fields > 0 then redis.call('HSET', record.key, unpack(fields)) end
+    if record.finishes then
+      redis.call('ZREM', prefix .. 'live', id)
+      redis.call('ZREM', prefix .. 'leases', id)
+      redis.call('HDEL', prefix .. 'progress', id)
+      redis.call('ZADD', prefix .. 'finished', record.finishes, id)
+    end
     if record.forgotten then
-      redis.call('UNLINK', record.key, prefix .. 'tokens:' .. record.id, prefix .. 'prompt:' .. record.id, prefix .. 'params:' .. record.id)
-      redis.call('ZREM', prefix .. 'finished', record.id)
+      redis.call('UNLINK', record.key, prefix .. 'tokens:' .. id, prefix .. 'prompt:' .. id, prefix .. 'params:' .. id)
+      redis.call('ZREM', prefix .. 'finished', id)
     end
   end
   for _, worker in ipairs(workers) do -- id, expires_ms, fields

@@ -20,8 +20,19 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
+-- How far a live request's log is stored is not in its hash at every step, but in `progress`.
+local function progress(prefix, id)
+  local line = redis.call('HGET', prefix .. 'progress', id)
+  if line then return string.match(line, '^(%d+) (%d+)$') end
+end
+
 local function request(prefix, id)
-  return redis.call('HGETALL', prefix .. 'request:' .. id)
+  local fields = redis.call('HGETALL', prefix .. 'request:' .. id)
+  local entries, tokens = progress(prefix, id)
+  if entries then
+    for _, value in ipairs { 'log_entries', entries, 'output_tokens', tokens } do fields[#fields + 1] = value end
+  end
+  return fields
 end
 
 -- args: requests to return per level, and of the running ones.
@@ -150,10 +161,10 @@ end)
 -- output; names of fields. Returns {id, {value, ...}, prompt, params, {tokens, ...}, ...}.
 register('laps_load', function(prefix, args)
   local first, count, whole = tonumber(args[2]), tonumber(args[3]), args[4] == '1'
-  local names, entries_at, all = {}, nil, {}
+  local names, at, all = {}, {}, {}
   for i = 5, #args do
     names[i - 4] = args[i]
-    if args[i] == 'log_entries' then entries_at = i - 4 end
+    at[args[i]] = i - 4
   end
   for _, id in ipairs(redis.call('ZRANGE', prefix .. args[1], first, first + count - 1)) do
     local n, values, log = #all, redis.call('HMGET', prefix .. 'request:' .. id, unpack(names)), {}
@@ -161,7 +172,9 @@ register('laps_load', function(prefix, args)
     if whole then
       all[n + 3] = redis.call('GET', prefix .. 'prompt:' .. id) or ''
       all[n + 4] = redis.call('GET', prefix .. 'params:' .. id) or '{}'
-      if values[entries_at] ~= '0' then
+      local entries, tokens = progress(prefix, id)
+      if entries then values[at.log_entries], values[at.output_tokens] = entries, tokens end
+      if values[at.log_entries] ~= '0' then
         for i, item in ipairs(redis.call('XRANGE', prefix .. 'tokens:' .. id, '-', '+')) do log[i] = item[2][4] end
       end
       all[n + 5] = log

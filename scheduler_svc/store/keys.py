@@ -84,6 +84,13 @@ def tokens(pool: str, request_id: str) -> str:
     return f"{prefix(pool)}tokens:{request_id}"
 
 
+def progress(pool: str) -> str:
+    """Hash. How far the token log of each live request is stored, by request_id: `ENTRIES TOKENS`.
+    In one key, so that a step of many requests is checked and noted by two commands. Read by: commit,
+    recovery, inspection."""
+    return prefix(pool) + "progress"
+
+
 def events(pool: str) -> str:
     """Stream, capped. What happened: fields kind, request_id, worker_id, detail. Read by: people."""
     return prefix(pool) + "events"

@@ -55,20 +55,25 @@ class CommitPacker:
         """Every packed commit must be stored before the next one can be."""
         submitted = [self._submission(request) for request in commit.submitted]
         finished_ids = {request.request_id for request in commit.finished}
+        appended: list[str | int | bytes] = []
+        logged: dict[str, None] = {}
+        for entry in commit.appended:
+            logged[entry.request_id] = None
+            appended += (
+                entry.request_id,
+                entry.entry,
+                entry.offset,
+                len(entry.token_ids) // TOKEN_BYTES,
+                codec.tokens_to_text(entry.token_ids),
+                entry.logprobs,
+            )
+        for request in (*commit.changed, *commit.finished):
+            logged[request.request_id] = None
         body = (
             _ms(now_s),
             submitted,
-            [
-                (
-                    entry.request_id,
-                    entry.entry,
-                    entry.offset,
-                    len(entry.token_ids) // TOKEN_BYTES,
-                    codec.tokens_to_text(entry.token_ids),
-                    entry.logprobs,
-                )
-                for entry in commit.appended
-            ],
+            list(logged),
+            appended,
             [self._change(request) for request in commit.changed if request.request_id not in finished_ids],
             [_move(move) for move in commit.moves],
             [value for request_id, expiry_s in commit.leased for value in (_ms(expiry_s), request_id)],

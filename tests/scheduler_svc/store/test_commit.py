@@ -1,0 +1,228 @@
+"""What a commit may do, and that a refused one does nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler_svc.core.records import (
+    Append,
+    Commit,
+    Event,
+    FinishReason,
+    QueueMove,
+    RequestState,
+    StepCosts,
+    Worker,
+)
+from scheduler_svc.store import packing
+from scheduler_svc.store.errors import (
+    AlreadyFinished,
+    AlreadyStored,
+    LogConflict,
+    SequenceGap,
+    UnknownRequest,
+)
+
+NOW_S = 1_700_000_000.25
+
+
+def finish(request, reason=FinishReason.STOP):
+    request.state = RequestState.FINISHED
+    request.finish_reason = reason
+    request.finished_s = NOW_S + 9
+    request.perceived_s = 0.0
+    return request
+
+
+async def test_the_same_commit_twice_is_one(leading, make_request, tokens, dump):
+    encoded = leading.encode(
+        Commit(
+            submitted=[make_request()],
+            appended=[Append("req-1", 1, 0, tokens(5))],
+            moves=[QueueMove("req-1", 0, 1.0)],
+            events=[Event("accepted", "req-1")],
+        ),
+        NOW_S,
+    )
+    assert await leading.commit(encoded)
+    before = dump(leading.pool)
+    assert not await leading.commit(encoded)
+    assert dump(leading.pool) == before
+
+
+async def test_another_commit_of_a_stored_number_is_an_alarm(leading, make_request, dump):
+    first = leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
+    await leading.commit(first)
+    leading._packer = packing.CommitPacker(1, 0)
+    other = leading.encode(Commit(submitted=[make_request(2)]), NOW_S)
+    before = dump(leading.pool)
+    with pytest.raises(LogConflict, match="SEQ_CONFLICT"):
+        await leading.commit(other)
+    assert dump(leading.pool) == before
+
+
+async def test_an_older_commit_is_an_alarm(leading, make_request):
+    first = leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
+    await leading.commit(first)
+    await leading.commit(leading.encode(Commit(submitted=[make_request(2)]), NOW_S))
+    with pytest.raises(LogConflict, match="SEQ_CONFLICT"):
+        await leading.commit(first)
+
+
+async def test_a_commit_that_was_left_out_is_an_alarm(leading, make_request, dump):
+    leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
+    before = dump(leading.pool)
+    with pytest.raises(SequenceGap, match="SEQ_GAP"):
+        await leading.commit(leading.encode(Commit(submitted=[make_request(2)]), NOW_S))
+    assert dump(leading.pool) == before
+
+
+REFUSALS = {
+    "log gap": (SequenceGap, lambda t: {"appended": [Append("req-1", 3, 2, t(9))]}),
+    "wrong offset": (LogConflict, lambda t: {"appended": [Append("req-1", 2, 1, t(9))]}),
+    "entry rewritten": (LogConflict, lambda t: {"appended": [Append("req-1", 1, 0, t(7, 9))]}),
+    "entry with other logprobs": (LogConflict, lambda t: {"appended": [Append("req-1", 1, 0, t(7, 8), b"x")]}),
+    "append to an unknown request": (UnknownRequest, lambda t: {"appended": [Append("nobody", 1, 0, t(9))]}),
+    "append to a finished request": (AlreadyFinished, lambda t: {"appended": [Append("req-2", 1, 0, t(9))]}),
+    "move of a finished request": (AlreadyFinished, lambda t: {"moves": [QueueMove("req-2", 0)]}),
+    "move of an unknown request": (UnknownRequest, lambda t: {"moves": [QueueMove("nobody", 0)]}),
+    "lease of a finished request": (AlreadyFinished, lambda t: {"leased": [("req-2", NOW_S)]}),
+    "lease of an unknown request": (UnknownRequest, lambda t: {"leased": [("nobody", NOW_S)]}),
+    "forgetting a live request": (LogConflict, lambda t: {"forgotten": ["req-1"]}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+async def test_a_refusal_leaves_nothing_half_done(case, leading, apply, make_request, tokens, dump):
+    error, bad = REFUSALS[case]
+    one, two = make_request(1), make_request(2)
+    await apply(leading, submitted=[one, two], moves=[QueueMove("req-1", 0, 1.0), QueueMove("req-2", 1, 2.0)])
+    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8))], finished=[finish(two)])
+    before = dump(leading.pool)
+    # Good parts before and after the bad one in the order of writing must not be written either.
+    parts = {
+        "submitted": [make_request(3)],
+        "moves": [QueueMove("req-1", 2, 5.0)],
+        "workers": [(Worker("w", 1, StepCosts(0.001, 0.02)), NOW_S)],
+        "events": [Event("any")],
+        "learnt": {"a": "b"},
+    }
+    for name, items in bad(tokens).items():
+        parts[name] = parts.get(name, []) + items
+    with pytest.raises(error):
+        await apply(leading, **parts)
+    assert dump(leading.pool) == before
+
+
+async def test_a_request_is_submitted_once(leading, apply, make_request, dump):
+    await apply(leading, submitted=[make_request()])
+    before = dump(leading.pool)
+    with pytest.raises(AlreadyStored):
+        await apply(leading, submitted=[make_request(2), make_request()])
+    assert dump(leading.pool) == before
+
+
+async def test_a_request_ends_once(leading, apply, make_request, dump):
+    request = make_request()
+    await apply(leading, submitted=[request])
+    await apply(leading, finished=[finish(request)])
+    before = dump(leading.pool)
+    with pytest.raises(AlreadyFinished):
+        await apply(leading, finished=[finish(request, FinishReason.CANCELLED)])
+    assert dump(leading.pool) == before
+
+
+async def test_a_repeated_log_entry_that_is_equal_changes_nothing(leading, apply, make_request, tokens):
+    await apply(leading, submitted=[make_request()])
+    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 2, 2, tokens(9))])
+    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 3, 3, tokens(1))])
+    found = await leading.read_request("req-1")
+    assert (found.output, found.log_entries) == (tokens(7, 8, 9, 1), 3)
+
+
+async def test_submitted_run_and_ended_in_one_tick(leading, apply, make_request, tokens, dump):
+    request = finish(make_request())
+    await apply(
+        leading,
+        submitted=[request],
+        appended=[Append("req-1", 1, 0, tokens(7))],
+        moves=[QueueMove("req-1", None)],
+        unleased=["req-1"],
+        finished=[request],
+    )
+    stored = dump(leading.pool)
+    assert "live" not in stored
+    assert "progress" not in stored
+    assert [name for name, _ in stored["finished"]] == ["req-1"]
+    found = await leading.read_request("req-1")
+    assert (found.state, found.output, found.finish_reason) == (
+        RequestState.FINISHED,
+        tokens(7),
+        FinishReason.STOP,
+    )
+    await apply(leading, forgotten=["req-1"])
+    assert set(dump(leading.pool)) == {"leader", "meta"}
+
+
+async def test_a_request_moves_between_levels_and_out(leading, apply, make_request, dump):
+    await apply(leading, submitted=[make_request()], moves=[QueueMove("req-1", 0, 1.5)])
+    await apply(leading, moves=[QueueMove("req-1", 3, 2.5)])
+    stored = dump(leading.pool)
+    assert "queue:0" not in stored
+    assert [name for name, _ in stored["queue:3"]] == ["req-1"]
+    assert (stored["request:req-1"]["level"], stored["request:req-1"]["rank"]) == ("3", "2.5")
+    await apply(leading, moves=[QueueMove("req-1", None)])
+    stored = dump(leading.pool)
+    assert "queue:3" not in stored
+    assert stored["request:req-1"]["queue"] == ""
+
+
+async def test_only_what_changed_is_packed(leading, apply, make_request):
+    request = make_request()
+    await apply(leading, submitted=[request])
+    await apply(leading, changed=[request])
+    request.steps += 1
+    small = leading.encode(Commit(changed=[request]), NOW_S)
+    assert b"steps" in small
+    assert b"worker_id" not in small
+    await leading.commit(small)
+    request.worker_id, request.acceptance_histogram = "w-1", [0, 2]
+    await apply(leading, changed=[request])
+    found = await leading.read_request("req-1")
+    assert (found.steps, found.worker_id, found.acceptance_histogram) == (1, "w-1", [0, 2])
+
+
+async def test_packing_takes_the_request_as_it_is_now(leading, make_request):
+    request = make_request()
+    await leading.commit(leading.encode(Commit(submitted=[request]), NOW_S))
+    request.steps = 1
+    encoded = leading.encode(Commit(changed=[request]), NOW_S)
+    request.steps = 2
+    await leading.commit(encoded)
+    assert (await leading.read_request("req-1")).steps == 1
+
+
+async def test_workers_come_and_go_and_are_not_kept_for_ever(leading, apply, dump):
+    def worker(name, last_seen_s):
+        return Worker(name, 2, StepCosts(0.001, 0.02), last_seen_s=last_seen_s)
+
+    await apply(leading, workers=[(worker("a", NOW_S), NOW_S + 5), (worker("b", NOW_S), NOW_S + 5)])
+    await apply(leading, workers_gone=["a"])
+    assert [name for name, _ in dump(leading.pool)["workers"]] == ["b"]
+    later_s = NOW_S + 2 * 3600
+    await apply(leading, now_s=later_s, workers=[(worker("c", later_s), later_s + 5)])
+    stored = dump(leading.pool)
+    assert [name for name, _ in stored["workers"]] == ["c"]
+    assert "worker:b" not in stored
+
+
+async def test_events_are_capped(leading, apply, raw, pool):
+    for _ in range(12):
+        await apply(leading, events=[Event("tick", detail="x")] * 1000)
+    assert await raw.xlen(f"laps:{{{pool}}}:events") <= 10_200
+
+
+async def test_learnt_values_are_merged(leading, apply):
+    await apply(leading, learnt={"a": "1", "b": "2"})
+    await apply(leading, learnt={"b": "3"})
+    assert (await leading.recover()).learnt == {"a": "1", "b": "3"}
