@@ -41,6 +41,7 @@ class Engine:
     kept.
     """
 
+    @torch.inference_mode()
     def __init__(self, pair: ModelPair, config: EngineConfig | None = None) -> None:
         """Raises ModelError for an architecture that the engine cannot run, or a context that no KV budget
         allows.
@@ -83,6 +84,7 @@ class Engine:
         """Requests that may be added now."""
         return self.config.slots - len(self._running)
 
+    @torch.inference_mode()
     def add(self, request: EngineRequest) -> None:
         """Starts a request, or resumes it after the output that it already has.
 
@@ -123,6 +125,7 @@ class Engine:
         self._decoder.forget_batch()
         self._residency.set_idle(row)
 
+    @torch.inference_mode()
     def drop(self, request_id: str) -> None:
         """Forgets a request in any state and frees its KV; unknown ids are ignored."""
         row = self._rows.pop(request_id, None)
@@ -198,6 +201,7 @@ class Engine:
             kv=self._kv_usage(),
         )
 
+    @torch.inference_mode()
     def calibrate(self, budget_s: float = 2.0) -> StepCosts:
         """Measures drafting and verifying at growing batch sizes, for at most about `budget_s` seconds.
 

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ class ModelPair:
     equal folders have equal fingerprints on every machine (large files are sampled, not read whole).
     """
 
-    target: Any
-    draft: Any | None
-    tokenizer: Any | None
+    target: Any = field(repr=False)
+    draft: Any | None = field(repr=False)
+    tokenizer: Any | None = field(repr=False)
     vocabulary_size: int
     context_tokens: int
     eos_token_ids: tuple[int, ...]

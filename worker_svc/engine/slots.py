@@ -42,12 +42,14 @@ class Residency:
         if row.slot >= 0:
             self._idle.pop(row.request_id, None)
         else:
+            # Out of the host first, or making room could push out the very row that comes back.
+            held = self._host.pop(row.request_id, None)
             row.slot = self._free_slot()
             self._by_slot[row.slot] = row
-            held = self._host.pop(row.request_id, None)
             if held is not None:
-                self.host_bytes -= held[1].size_bytes
-                for cache, parts, tokens in zip(self._caches, held[1].parts, row.kv_tokens, strict=False):
+                parked = held[1]
+                self.host_bytes -= parked.size_bytes
+                for cache, parts, tokens in zip(self._caches, parked.parts, row.kv_tokens, strict=False):
                     cache.put_back(row.slot, parts, tokens)
         row.place = Place.RUNNING
 

@@ -167,7 +167,7 @@ def collect(outputs: dict[str, Output], result: Any) -> None:
 def drain(engine: Engine, requests: Iterable[EngineRequest]) -> dict[str, Output]:
     """Runs all requests to their end, as many at a time as there are slots."""
     waiting = list(requests)[::-1]
-    outputs: dict[str, Output] = {}
+    outputs = {request.request_id: Output(list(request.output_token_ids)) for request in waiting}
     while waiting or engine.running:
         while waiting and engine.free_slots:
             engine.add(waiting.pop())

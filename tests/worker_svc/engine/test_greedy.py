@@ -133,10 +133,13 @@ class _Plan:
 
 _actions = st.lists(
     st.tuples(
-        st.sampled_from(["start", "start", "resume", "preempt", "drop", "step", "step", "step"]),
+        st.sampled_from(
+            ["start", "start", "resume", "resume", "preempt", "preempt", "drop", "step", "step", "step"]
+        ),
         st.integers(0, 7),
     ),
-    max_size=60,
+    min_size=10,
+    max_size=80,
 )
 
 

@@ -1,0 +1,208 @@
+"""Where the KV of preempted requests lies, how it comes back, and that none is left behind."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from worker_svc.engine import (
+    EngineConfig,
+    EngineError,
+    EngineRequest,
+    ModelError,
+    ModelPair,
+    NoFreeSlotError,
+    StoppingConfig,
+    UnknownRequestError,
+)
+
+STOPPING = StoppingConfig(max_tokens=40, ignore_eos=True)
+
+
+def _request(name: str, output: list[int] | None = None) -> EngineRequest:
+    prompt = [random.Random(name).randrange(2, 64) for _ in range(20)]
+    return EngineRequest(name, prompt, output or [], stopping=STOPPING)
+
+
+def _run_steps(tools: Any, engine: Any, outputs: dict[str, Any], steps: int) -> None:
+    for _ in range(steps):
+        tools.collect(outputs, engine.step())
+
+
+def _prefilled(tools: Any, engine: Any, outputs: dict[str, Any]) -> int:
+    result = engine.step()
+    tools.collect(outputs, result)
+    return int(result.prefill_tokens)
+
+
+def test_slot_then_host_then_dropped(tools: Any, pair: ModelPair) -> None:
+    # A request of about 28 tokens holds 256 bytes a token in each model, so the host takes two.
+    engine = tools.engine(pair, slots=1, spare_slots=1, host_cache_bytes=35_000)
+    outputs: dict[str, Any] = {}
+    names = ["a", "b", "c", "d", "e", "f"]
+    for name in names:
+        engine.add(_request(name))
+        _run_steps(tools, engine, outputs, 2)
+        engine.preempt(name)
+    where = {name: place for name, (_, place) in engine.resident().items()}
+    assert where["f"] == where["e"] == "slot"
+    assert where["d"] == where["c"] == "host"
+    assert "a" not in where
+    assert "b" not in where
+    assert engine.holds("a") == 0
+    assert engine.holds("f") == 20 + len(outputs["f"].tokens) - 1
+    for name in reversed(names):
+        held = engine.holds(name)
+        engine.add(_request(name, list(outputs[name].tokens)))
+        tokens = 20 + len(outputs[name].tokens)
+        assert _prefilled(tools, engine, outputs) == (0 if held else tokens - 1)
+        engine.drop(name)
+    assert engine.resident() == {}
+
+
+def test_longer_held_sequence_is_cut_back(tools: Any, pair: ModelPair) -> None:
+    """A caller whose log is behind the engine's KV resumes from its own log."""
+    engine = tools.engine(pair, slots=2)
+    outputs: dict[str, Any] = {}
+    engine.add(_request("a"))
+    _run_steps(tools, engine, outputs, 5)
+    reference = list(outputs["a"].tokens)
+    engine.preempt("a")
+    outputs["a"] = tools.Output(reference[:2])
+    engine.add(_request("a", reference[:2]))
+    assert engine.holds("a") == 20 + 2 - 1
+    assert _prefilled(tools, engine, outputs) == 0
+    _run_steps(tools, engine, outputs, 4)
+    shared = min(len(reference), len(outputs["a"].tokens))
+    assert outputs["a"].tokens[:shared] == reference[:shared]
+
+
+def test_shorter_held_sequence_is_extended(tools: Any, pair: ModelPair) -> None:
+    """A request that went on elsewhere needs only the new tokens' prefill here."""
+    reference = tools.drain(tools.engine(pair), [_request("a")])["a"].tokens
+    engine = tools.engine(pair)
+    outputs: dict[str, Any] = {}
+    engine.add(_request("a"))
+    _run_steps(tools, engine, outputs, 1)
+    count = len(outputs["a"].tokens)
+    engine.preempt("a")
+    outputs["a"] = tools.Output(reference[:30])
+    engine.add(_request("a", reference[:30]))
+    assert _prefilled(tools, engine, outputs) == 30 - count
+    while engine.running:
+        tools.collect(outputs, engine.step())
+    assert outputs["a"].tokens == reference
+
+
+def test_another_prompt_under_the_same_id_shares_nothing_wrong(tools: Any, pair: ModelPair) -> None:
+    engine = tools.engine(pair)
+    outputs: dict[str, Any] = {}
+    engine.add(_request("a"))
+    _run_steps(tools, engine, outputs, 3)
+    engine.preempt("a")
+    other = EngineRequest("a", _request("b").prompt_token_ids, stopping=STOPPING)
+    assert (
+        tools.drain(engine, [other])["a"].tokens
+        == tools.drain(tools.engine(pair), [_request("b")])["b"].tokens
+    )
+
+
+def test_200_requests_leave_nothing(tools: Any, pair: ModelPair) -> None:
+    engine = tools.engine(pair, slots=8, spare_slots=4)
+    generator = random.Random(0)
+    requests = [
+        EngineRequest(
+            str(i),
+            [generator.randrange(2, 64) for _ in range(generator.randrange(1, 12))],
+            stopping=StoppingConfig(max_tokens=generator.randrange(1, 12)),
+        )
+        for i in range(200)
+    ]
+    waiting = requests[::-1]
+    outputs: dict[str, Any] = {}
+    while waiting or engine.running:
+        while waiting and engine.free_slots:
+            request = waiting.pop()
+            held = outputs.get(request.request_id)
+            output = held.tokens if held else []
+            engine.add(
+                EngineRequest(request.request_id, request.prompt_token_ids, output, stopping=request.stopping)
+            )
+        result = engine.step()
+        tools.collect(outputs, result)
+        if engine.running and generator.random() < 0.3:
+            name = generator.choice(engine.running)
+            engine.preempt(name)
+            waiting.insert(0, requests[int(name)])
+    assert len(outputs) == 200
+    assert engine.resident() == {}
+    assert result.kv.tokens == result.kv.bytes == result.kv.host_bytes == 0
+    assert result.kv.allocated_bytes <= 12 * 16 * 2 * 256 * 2
+
+
+def test_usage_counts_what_is_held(tools: Any, pair: ModelPair) -> None:
+    engine = tools.engine(pair, slots=2)
+    outputs: dict[str, Any] = {}
+    engine.add(_request("a"))
+    result = engine.step()
+    tools.collect(outputs, result)
+    assert result.switched == 1
+    assert result.switch_s >= 0
+    assert result.kv.tokens == engine.holds("a") == 20 + len(outputs["a"].tokens) - 1
+    # Two layers, two KV heads of 8 values, keys and values, four bytes; the draft has the same shape.
+    per_token = 2 * 2 * 8 * 2 * 4
+    assert per_token * result.kv.tokens <= result.kv.bytes <= 2 * per_token * (result.kv.tokens + 1)
+    again = engine.step()
+    assert again.switched == 0
+    assert again.step_s >= again.draft_s + again.verify_s > 0
+
+
+def test_refusals_leave_the_engine_as_it_was(tools: Any, pair: ModelPair) -> None:
+    engine = tools.engine(pair, slots=1)
+    engine.add(_request("a"))
+    with pytest.raises(EngineError, match="already running"):
+        engine.add(_request("a"))
+    with pytest.raises(NoFreeSlotError, match="all 1 slots"):
+        engine.add(_request("b"))
+    with pytest.raises(UnknownRequestError):
+        engine.preempt("b")
+    with pytest.raises(UnknownRequestError):
+        engine.set_draft_tokens("b", 1)
+    with pytest.raises(EngineError, match="holds no requests"):
+        engine.calibrate()
+    engine.drop("b")
+    assert engine.running == ("a",)
+    assert engine.free_slots == 0
+
+
+def test_an_empty_step_is_allowed(tools: Any, pair: ModelPair) -> None:
+    result = tools.engine(pair).step()
+    assert result.request_ids == ()
+    assert len(result.token_ids) == 0
+
+
+def test_budget_names_the_numbers(tools: Any, pair: ModelPair) -> None:
+    with pytest.raises(ModelError, match=r"6 slots of 160 tokens need \d+ bytes of KV"):
+        tools.engine(pair, kv_limit_bytes=1000)
+    with pytest.raises(ModelError, match="a context of 161 tokens is asked for, but the models take 160"):
+        tools.engine(pair, context_tokens=161)
+    with pytest.raises(ValueError, match="slots"):
+        EngineConfig(slots=0)
+
+
+def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:
+    """A long prompt takes several steps, in which the running request goes on."""
+    engine = tools.engine(pair, prefill_tokens=10)
+    outputs: dict[str, Any] = {}
+    engine.add(EngineRequest("short", [5, 6, 7], stopping=STOPPING))
+    _run_steps(tools, engine, outputs, 1)
+    engine.add(EngineRequest("long", [7] * 55, stopping=STOPPING))
+    before = len(outputs["short"].tokens)
+    for step in range(5):
+        assert _prefilled(tools, engine, outputs) == 10
+        assert "long" not in outputs
+        assert len(outputs["short"].tokens) >= before + step + 1
+    assert _prefilled(tools, engine, outputs) == 4
+    assert outputs["long"].tokens
