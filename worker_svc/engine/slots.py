@@ -43,12 +43,10 @@ class Residency:
             self._idle.pop(row.request_id, None)
         else:
             # Out of the host first, or making room could push out the very row that comes back.
-            held = self._host.pop(row.request_id, None)
+            parked = self._take_from_host(row)
             row.slot = self._free_slot()
             self._by_slot[row.slot] = row
-            if held is not None:
-                parked = held[1]
-                self.host_bytes -= parked.size_bytes
+            if parked is not None:
                 for cache, parts, tokens in zip(self._caches, parked.parts, row.kv_tokens, strict=False):
                     cache.put_back(row.slot, parts, tokens)
         row.place = Place.RUNNING
@@ -61,9 +59,7 @@ class Residency:
     def forget(self, row: Row) -> None:
         """Frees whatever the row holds."""
         self._idle.pop(row.request_id, None)
-        held = self._host.pop(row.request_id, None)
-        if held is not None:
-            self.host_bytes -= held[1].size_bytes
+        self._take_from_host(row)
         if row.slot >= 0:
             self._by_slot[row.slot] = None
             row.slot = -1
@@ -107,6 +103,13 @@ class Residency:
         slot = oldest.slot
         self._park(oldest)
         return slot
+
+    def _take_from_host(self, row: Row) -> _Parked | None:
+        held = self._host.pop(row.request_id, None)
+        if held is None:
+            return None
+        self.host_bytes -= held[1].size_bytes
+        return held[1]
 
     def _park(self, row: Row) -> None:
         """Takes an idle row to host memory, or drops it where it does not fit."""
