@@ -47,9 +47,12 @@ class Child:
         self.starts = 0
         self.exit_code: int | None = None
         """Of the last run: negative is a signal."""
+        self.ended_with = ""
+        """The end of its log."""
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._stopping = False
+        self._log_start_bytes = 0
 
     @property
     def name(self) -> str:
@@ -86,9 +89,10 @@ class Child:
                 os.kill(pid, number)
 
     def last_words(self, lines: int = 3) -> str:
-        """The end of its log."""
+        """The end of what its present run has logged."""
         try:
             with self.log_path.open(errors="replace") as log:
+                log.seek(self._log_start_bytes)
                 return " | ".join(line.strip() for line in deque(log, lines) if line.strip())
         except OSError:
             return ""
@@ -99,6 +103,7 @@ class Child:
             self.log_path.replace(self.log_path.with_name(self.log_path.name + ".1"))
         launch = [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *self.spec.argv]
         with self.log_path.open("ab") as log:
+            self._log_start_bytes = log.tell()
             self._process = await asyncio.create_subprocess_exec(
                 *launch,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -116,7 +121,7 @@ class Child:
             assert self._process is not None
             began_s = time.monotonic()
             code = await self._process.wait()
-            self.exit_code = code
+            self.exit_code, self.ended_with = code, self.last_words()
             self._kill_group()
             if self._stopping:
                 return

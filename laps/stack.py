@@ -150,7 +150,7 @@ class Stack:
                     waiting.remove(child)
                 elif child.exit_code is not None and child.exit_code > 0:
                     raise StackError(
-                        f"{child.name} ended with exit code {child.exit_code}: {child.last_words()} "
+                        f"{child.name} ended with exit code {child.exit_code}: {child.ended_with} "
                         f"(log: {child.log_path})"
                     )
             now_s = time.monotonic()

@@ -27,9 +27,11 @@ def queue(client: Client, as_json: bool, pool: str, head_limit: int) -> None:
     from laps.cli import tables
 
     running = client.requests("running", pool=pool)
-    tables.show(
-        *(tables.pool_header(each) for each in pools), tables.waiting(pools), tables.requests(running)
-    )
+    tables.show(*map(tables.pool_header, pools))
+    if running:
+        tables.show(tables.requests(running))
+    if any(level.head for each in pools for level in each.levels):
+        tables.show(tables.waiting(pools))
 
 
 @click.command()

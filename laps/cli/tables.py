@@ -16,7 +16,8 @@ def show(*parts: RenderableType) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
-    console.print(*parts)
+    for part in parts:
+        console.print(part)
 
 
 def pool_header(pool: PoolQueues) -> Text:
