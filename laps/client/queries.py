@@ -89,7 +89,7 @@ def name_server(error: LapsError, server: str) -> LapsError:
     if not (isinstance(error, Unavailable) and error.from_transport):
         return error
     # gRPC lists what it tried on the way; the last part is why.
-    why = error.message.rsplit(": ", 1)[-1]
+    why = error.message.rsplit(": ", 1)[-1].rstrip("]. ")
     named = Unavailable(f"there is no connection to {server} ({why})", reason=Reason.UNREACHABLE)
     named.from_transport = True
     return named
