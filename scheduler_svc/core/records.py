@@ -267,9 +267,10 @@ class Revoke:
 # --- What must be stored -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Append:
-    """Entry `entry` (from 1) of a request's token log."""
+    """Entry `entry` (from 1) of a request's token log. Not frozen: one is made per request and
+    tick, and a frozen one costs three times as much to make."""
 
     request_id: str
     entry: int

@@ -1,0 +1,1 @@
+"""Drives the real scheduler core on a virtual clock."""

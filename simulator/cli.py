@@ -1,0 +1,187 @@
+"""`laps simulate`: what each policy would have done with a workload."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from scheduler_svc.core.policies import policies
+from simulator.replay import Result
+from simulator.replay import simulate as replay
+from simulator.workload import Workload, read_workload
+
+
+def _policy_names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    known = policies()
+    if names == ["all"]:
+        return list(known)
+    for name in names:
+        if name not in known:
+            raise click.BadParameter(f"{name!r} is not a policy; known are {', '.join(known)}, or all")
+    if not names:
+        raise click.BadParameter("no policy given")
+    return list(dict.fromkeys(names))
+
+
+_POSITIVE = click.FloatRange(min=0.0, min_open=True)
+_AT_LEAST_ZERO = click.FloatRange(min=0.0)
+
+
+@click.command(name="simulate")
+@click.argument("workload", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--policies",
+    "policy_names",
+    callback=_policy_names,
+    default="fcfs,srpt,laps-sd",
+    show_default=True,
+    help="Names separated by commas, or all.",
+)
+@click.option(
+    "--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Slots of the worker."
+)
+@click.option(
+    "--load", type=_POSITIVE, default=0.9, show_default=True, help="Arrivals are stretched to this load."
+)
+@click.option("--as-recorded", is_flag=True, help="Leave the arrivals as they are instead.")
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--draft-ms", type=_AT_LEAST_ZERO, default=2.0, show_default=True, help="One drafted token.")
+@click.option("--verify-ms", type=_POSITIVE, default=24.0, show_default=True, help="One verification.")
+@click.option(
+    "--switch-ms", type=_AT_LEAST_ZERO, default=1.0, show_default=True, help="One return to a slot."
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--length-error",
+    type=_AT_LEAST_ZERO,
+    default=None,
+    help="Predict the true lengths with this log-error, drawn from the seed, instead of as the file says.",
+)
+@click.option(
+    "--starvation-bound-s",
+    type=_POSITIVE,
+    default=None,
+    help="After this wait a request goes before all later ones.",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write figures here."
+)
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), help="Draw a PNG here.")
+def simulate(
+    workload: Path,
+    policy_names: list[str],
+    slots: int,
+    load: float,
+    as_recorded: bool,
+    draft_tokens: int,
+    draft_ms: float,
+    verify_ms: float,
+    switch_ms: float,
+    seed: int,
+    length_error: float | None,
+    starvation_bound_s: float | None,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Replay WORKLOAD (JSON Lines, .gz or not) through the real scheduler under each policy.
+
+    The clock is virtual: nothing sleeps, and the same seed gives the same output, byte for byte.
+    """
+    if plot_path is not None:
+        _require_matplotlib()
+    try:
+        jobs = read_workload(workload)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+    def run(name: str, at_load: float | None, progress: Progress, record_stays: bool = False) -> Result:
+        label = name if at_load is None else f"{name} at load {at_load:g}"
+        task = progress.add_task(label, total=len(jobs))
+        return replay(
+            jobs,
+            name,
+            slots,
+            at_load,
+            draft_tokens,
+            draft_ms,
+            verify_ms,
+            switch_ms,
+            seed,
+            length_error=length_error,
+            starvation_bound_s=starvation_bound_s,
+            progress=lambda finished: progress.update(task, completed=finished),
+            record_stays=record_stays,
+        )
+
+    asked = None if as_recorded else load
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    curves: dict[str, list[tuple[float, float]]] = {}
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            results = {name: run(name, asked, progress, plot_path is not None) for name in policy_names}
+            if plot_path is not None and asked is not None:
+                for name in policy_names:
+                    curves[name] = [
+                        (
+                            at,
+                            results[name].mean_latency_s
+                            if at == asked
+                            else run(name, at, progress).mean_latency_s,
+                        )
+                        for at in sorted({0.5, 0.7, 0.8, 0.9, 1.0, asked})
+                    ]
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    Console().print(_table(results, jobs))
+    if json_path is not None:
+        report = {"policies": {name: result.summary() for name, result in results.items()}}
+        json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if plot_path is not None:
+        from simulator.plots import draw
+
+        draw(plot_path, results, curves, slots)
+        click.echo(f"drawn: {plot_path}", err=True)
+
+
+def _table(results: dict[str, Result], jobs: Workload) -> Table:
+    table = Table(title=f"{len(jobs)} requests")
+    table.add_column("policy")
+    for heading in (
+        "mean s",
+        "p50 s",
+        "p90 s",
+        "p99 s",
+        "slowdown",
+        "max slowdown",
+        "switches",
+        "makespan s",
+    ):
+        table.add_column(heading, justify="right")
+    best = min(result.mean_latency_s for result in results.values())
+    for name, result in results.items():
+        figures = result.summary()
+        table.add_row(
+            name,
+            *(
+                f"{figures[key]:.3f}"
+                for key in ("mean_latency_s", "p50_latency_s", "p90_latency_s", "p99_latency_s")
+            ),
+            f"{figures['mean_slowdown']:.2f}",
+            f"{figures['max_slowdown']:.1f}",
+            str(figures["switches"]),
+            f"{figures['makespan_s']:.1f}",
+            style="bold" if result.mean_latency_s == best else None,
+        )
+    return table
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.ClickException("--plot needs matplotlib: pip install 'laps[plot]'")
