@@ -1,0 +1,118 @@
+"""Lossless through the whole stack: what clients get is what the target alone would write."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from laps.client import AsyncClient
+from laps.client.results import Completion
+from tests.stack import reference
+from tests.stack.conftest import SharedStack, StartStack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+
+MAX_TOKENS = 40
+CONTEXT_TOKENS = 512
+
+
+async def check_greedy(start_stack: StartStack, texts: list[str]) -> None:
+    """Every prompt at once, each of a higher priority than the one before it, so that latecomers
+    push out whoever runs."""
+    encoded = [reference.encode(text, CONTEXT_TOKENS - MAX_TOKENS) for text in texts]
+    settings = {"workers": 2, "slots": 4, "context_tokens": CONTEXT_TOKENS, "policy": "laps-sd-paper"}
+    async with start_stack(**settings) as (_, client):
+
+        async def one(number: int, ids: list[int]) -> Completion:
+            await asyncio.sleep(0.02 * number)
+            return await client.generate(ids, max_tokens=MAX_TOKENS, priority=min(number, 100))
+
+        served = await asyncio.gather(*(one(number, ids) for number, ids in enumerate(encoded)))
+    assert sum(one.timing.preemptions for one in served) > 0
+    assert sum(one.speculation.num_accepted_tokens for one in served) > 0
+    expected = await asyncio.to_thread(lambda: [reference.greedy(ids, MAX_TOKENS) for ids in encoded])
+    different = [number for number, one in enumerate(served) if list(one.token_ids) != expected[number]]
+    assert different == []
+
+
+async def test_greedy_output_is_the_targets_own(start_stack: StartStack, prompts: list[str]) -> None:
+    await check_greedy(start_stack, prompts[:24])
+
+
+async def test_greedy_output_on_spec_bench(start_stack: StartStack, specbench_prompts: list[str]) -> None:
+    await check_greedy(start_stack, specbench_prompts)
+
+
+async def test_a_seed_gives_the_same_output_on_any_stack(start_stack: StartStack, prompts: list[str]) -> None:
+    """Other slots, workers, policies and draft lengths; other neighbours, other preemptions."""
+
+    async def outputs(order: int, **settings: Any) -> list[tuple[int, ...]]:
+        async with start_stack(**settings) as (_, client):
+
+            async def one(number: int) -> tuple[int, ...]:
+                completion = await client.generate(
+                    prompts[number],
+                    max_tokens=48,
+                    temperature=0.9,
+                    top_p=0.95,
+                    seed=number,
+                    priority=order * number,
+                )
+                return completion.token_ids
+
+            return list(await asyncio.gather(*map(one, range(12))))
+
+    first = await outputs(1, workers=1, slots=2, policy="fcfs", draft_tokens=1)
+    second = await outputs(-1, workers=2, slots=5, policy="laps-sd-paper", draft_tokens=6)
+    assert first == second
+    assert len(set(first)) > 6  # some may end at once, alike
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_sampled_output_has_the_targets_distribution(shared_stack: SharedStack) -> None:
+    """Pearson's chi-square over all outputs of three tokens from the two likeliest each."""
+    prompt, draws, length = "def ", 320, 3
+    ids = reference.encode(prompt, CONTEXT_TOKENS)
+    _, client = shared_stack
+    slots = asyncio.Semaphore(32)
+
+    async def one() -> tuple[int, ...]:
+        async with slots:
+            made = await client.generate(ids, temperature=1.0, top_k=2, max_tokens=length, ignore_eos=True)
+            return made.token_ids
+
+    drawn = Counter(await asyncio.gather(*(one() for _ in range(draws))))
+    expected = await asyncio.to_thread(reference.sequence_probabilities, ids, length, 2)
+    assert set(drawn) <= set(expected)
+    # Outcomes too rare for the approximation count together.
+    wanted = {output: probability * draws for output, probability in expected.items()}
+    rare = [output for output in wanted if wanted[output] < 5]
+    cells = [(drawn[output], wanted[output]) for output in wanted if output not in rare]
+    if rare:
+        cells.append((sum(drawn[o] for o in rare), max(sum(wanted[o] for o in rare), 1e-9)))
+    chi_square = sum((seen - mean) ** 2 / mean for seen, mean in cells)
+    # 0.9999 quantiles for up to 7 degrees of freedom: one false alarm in 10,000 runs.
+    quantiles = {1: 15.14, 2: 18.42, 3: 21.11, 4: 23.51, 5: 25.74, 6: 27.86, 7: 29.88}
+    assert chi_square < quantiles[max(1, len(cells) - 1)], cells
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_streams_give_each_token_once(shared_stack: SharedStack, prompts: list[str]) -> None:
+    _, client = shared_stack
+    await asyncio.gather(*(check_stream(client, prompt) for prompt in prompts[:6]))
+
+
+async def check_stream(client: AsyncClient, prompt: str) -> None:
+    offset, text = 0, ""
+    async with client.stream(prompt, max_tokens=32) as stream:
+        async for chunk in stream:
+            assert chunk.offset == offset
+            offset += len(chunk.token_ids)
+            text += chunk.text
+    made = stream.result
+    assert offset == len(made.token_ids)
+    tokenizer = reference.target()[1]
+    assert text == made.text == tokenizer.decode(made.token_ids, skip_special_tokens=True)
