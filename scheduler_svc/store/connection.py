@@ -30,10 +30,11 @@ def place(url: str) -> str:
 
 
 def make_pool(url: str, timeout_s: float, **options: Any) -> ConnectionPool:
-    """Connections that never try a command twice: redis-py would repeat even one that timed out."""
+    """Connections for reading. A lost connection is replaced once, which for reading is harmless. What
+    writes goes through `Caller`: redis-py by itself would repeat a write ten times, on timeouts too."""
     return ConnectionPool.from_url(
         url,
-        retry=Retry(NoBackoff(), 0),
+        retry=Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=timeout_s,
         health_check_interval=0,

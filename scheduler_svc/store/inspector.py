@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ PAGE_DEFAULT = 100
 LOOK_LIMIT = 2000
 """Requests that one call looks at, at most: bounds how long the store is busy with a page."""
 CALLS_PER_PAGE = 5
+
+_TOKEN = re.compile(r"(?P<source>[a-z]+)/(?P<score>[0-9.e+]{0,30})/(?P<id>.*)", re.DOTALL)
 
 LIVE = frozenset(RequestState) - {RequestState.FINISHED}
 
@@ -211,13 +214,10 @@ def _sources(states: frozenset[RequestState]) -> list[str]:
 
 
 def _parse_token(token: str) -> tuple[str, str, str]:
-    source, _, rest = token.partition("/")
-    score, _, last_id = rest.partition("/")
-    try:
-        float(score or 0)
-    except ValueError:
-        raise BadPageToken(f"page_token {token!r} is not one of ours") from None
-    return source, score, last_id
+    found = _TOKEN.fullmatch(token)
+    if found is None:
+        raise BadPageToken(f"page_token {token!r} is not one of ours")
+    return found["source"], found["score"], found["id"]
 
 
 def _triples(flat: list[Any]) -> Any:

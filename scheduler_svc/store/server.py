@@ -153,6 +153,8 @@ class LocalServer:
                 while b"process_id:" not in answer or not answer.endswith(b"\n"):
                     part = connection.recv(4096)
                     answer += part
+                    if answer.startswith(b"-NOAUTH"):
+                        return True
                     if not part or answer.startswith(b"-"):
                         return False
         except OSError:

@@ -81,7 +81,10 @@ REFUSALS = {
     "log gap": (SequenceGap, lambda t: {"appended": [Append("req-1", 3, 2, t(9))]}),
     "wrong offset": (LogConflict, lambda t: {"appended": [Append("req-1", 2, 1, t(9))]}),
     "entry rewritten": (LogConflict, lambda t: {"appended": [Append("req-1", 1, 0, t(7, 9))]}),
-    "entry with other logprobs": (LogConflict, lambda t: {"appended": [Append("req-1", 1, 0, t(7, 8), b"x")]}),
+    "entry with other logprobs": (
+        LogConflict,
+        lambda t: {"appended": [Append("req-1", 1, 0, t(7, 8), b"x")]},
+    ),
     "append to an unknown request": (UnknownRequest, lambda t: {"appended": [Append("nobody", 1, 0, t(9))]}),
     "append to a finished request": (AlreadyFinished, lambda t: {"appended": [Append("req-2", 1, 0, t(9))]}),
     "move of a finished request": (AlreadyFinished, lambda t: {"moves": [QueueMove("req-2", 0)]}),
@@ -134,8 +137,12 @@ async def test_a_request_ends_once(leading, apply, make_request, dump):
 
 async def test_a_repeated_log_entry_that_is_equal_changes_nothing(leading, apply, make_request, tokens):
     await apply(leading, submitted=[make_request()])
-    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 2, 2, tokens(9))])
-    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 3, 3, tokens(1))])
+    await apply(
+        leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 2, 2, tokens(9))]
+    )
+    await apply(
+        leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 3, 3, tokens(1))]
+    )
     found = await leading.read_request("req-1")
     assert (found.output, found.log_entries) == (tokens(7, 8, 9, 1), 3)
 

@@ -1,0 +1,156 @@
+"""The server is killed, frozen and rolled back; nothing that was acknowledged may be lost unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+
+import pytest
+
+from scheduler_svc.core.records import Append, Commit
+from scheduler_svc.store.errors import HistoryWentBack, StoreFull, StoreUnavailable
+from scheduler_svc.store.server import LocalServer
+from scheduler_svc.store.store import Store
+
+
+@pytest.fixture
+def own_server(binary, tmp_path):
+    """A server that a test may treat badly, with every write on disk before it is acknowledged."""
+    server = LocalServer(binary=binary, data_dir=tmp_path / "data", appendfsync="always")
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+async def own_store(own_server):
+    store = Store(own_server.url, "p", timeout_s=2.0)
+    await store.load_functions()
+    await store.lead("a", "here", 60.0)
+    yield store
+    await store.close()
+
+
+async def until_available(call, *args):
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await call(*args)
+            except StoreUnavailable:
+                await asyncio.sleep(0.01)
+
+
+async def commit_until_stored(store, encoded):
+    return await until_available(store.commit, encoded)
+
+
+async def test_kill_9_loses_nothing_acknowledged(own_server, own_store, make_request, tokens):
+    """Three kills in the midst of commits. What was acknowledged is there afterwards, once."""
+    await own_store.commit(own_store.encode(Commit(submitted=[make_request()]), time.time()))
+    loop = asyncio.get_running_loop()
+    acknowledged = 0
+    for round_number in range(3):
+        killed_after = 15 + 10 * round_number
+        killed = asyncio.Event()
+
+        def crash(killed=killed):
+            own_server.kill()
+            own_server.start()
+            killed.set()
+
+        for turn in range(40):
+            entry = Append("req-1", acknowledged + 1, acknowledged, tokens(acknowledged))
+            encoded = own_store.encode(Commit(appended=[entry]), time.time())
+            if turn == killed_after:
+                crashing = loop.run_in_executor(None, crash)
+            await commit_until_stored(own_store, encoded)
+            acknowledged += 1
+        await crashing
+        assert killed.is_set()
+        log = await own_store.read_log("req-1", 0)
+        assert log[0] == tokens(*range(acknowledged))
+    [request] = (await own_store.recover()).requests
+    assert request.output == tokens(*range(acknowledged))
+    assert request.log_entries == acknowledged
+
+
+async def test_a_frozen_server_is_unavailable_and_the_same_bytes_may_be_sent_again(
+    own_server, make_request, inspector_of
+):
+    store = Store(own_server.url, "p", timeout_s=0.2)
+    await store.load_functions()
+    await store.lead("a", "here", 60.0)
+    encoded = store.encode(Commit(submitted=[make_request()]), time.time())
+    own_server.freeze()
+    with pytest.raises(StoreUnavailable, match="does not answer in time"):
+        await store.commit(encoded)
+    with pytest.raises(StoreUnavailable):
+        await store.read_request("req-1")
+    own_server.thaw()
+    await commit_until_stored(store, encoded)
+    assert not await store.commit(encoded)
+    queues = await inspector_of(store).list_queues()
+    assert queues.commit_seq == 1
+    await store.close()
+
+
+async def test_a_cancelled_commit_can_be_made_again(own_server, own_store, make_request):
+    encoded = own_store.encode(Commit(submitted=[make_request()]), time.time())
+    own_server.freeze()
+    task = asyncio.create_task(own_store.commit(encoded))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    own_server.thaw()
+    await commit_until_stored(own_store, encoded)
+    second = own_store.encode(Commit(submitted=[make_request(2)]), time.time())
+    assert await own_store.commit(second)
+
+
+async def test_an_older_copy_of_the_data_is_noticed(own_server, own_store, make_request, tmp_path):
+    await own_store.commit(own_store.encode(Commit(submitted=[make_request(1)]), time.time()))
+    own_server.stop()
+    shutil.copytree(own_server.data_dir, tmp_path / "older")
+    own_server.start()
+    encoded = own_store.encode(Commit(submitted=[make_request(2)]), time.time())
+    await commit_until_stored(own_store, encoded)
+    own_server.kill()
+    shutil.rmtree(own_server.data_dir)
+    shutil.copytree(tmp_path / "older", own_server.data_dir)
+    own_server.start()
+    encoded = own_store.encode(Commit(submitted=[make_request(3)]), time.time())
+    with pytest.raises(HistoryWentBack):
+        await commit_until_stored(own_store, encoded)
+    with pytest.raises(HistoryWentBack):
+        await until_available(own_store.lead, "a", "here", 60.0)
+
+
+async def test_a_full_store_refuses_and_keeps_what_it_has(own_server, own_store, make_request):
+    redis = own_store.reader.redis
+    await redis.config_set("maxmemory", 1)
+    encoded = own_store.encode(Commit(submitted=[make_request()]), time.time())
+    with pytest.raises(StoreFull):
+        await own_store.commit(encoded)
+    await redis.config_set("maxmemory", 0)
+    assert await own_store.commit(encoded)
+
+
+async def test_functions_survive_a_restart(own_server, own_store, make_request):
+    own_server.kill()
+    own_server.start()
+    info = await own_store.connect()
+    assert info.warnings == []
+    libraries = str(await own_store.reader.redis.function_list())
+    assert "laps_inspection" in libraries
+    encoded = own_store.encode(Commit(submitted=[make_request()]), time.time())
+    await commit_until_stored(own_store, encoded)
+
+
+@pytest.fixture
+def inspector_of():
+    from scheduler_svc.store.inspector import Inspector
+
+    return lambda store: Inspector(store.reader, store.pool)
