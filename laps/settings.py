@@ -90,7 +90,6 @@ class Settings(BaseSettings):
     # Network.
     host: str = setting("127.0.0.1", "Address to listen on", SERVICES)
     port: int = port_setting(50051, "The gateway's gRPC port; 0: any free one", _G)
-    http_port: int = port_setting(0, "The gateway's HTTP port; 0: none", _G)
     scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
     worker_port: int = port_setting(
@@ -143,8 +142,8 @@ class Settings(BaseSettings):
         30.0, "A request whose client may come back outlives its stream this long", _G, ge=0
     )
     retention_s: float = setting(600.0, "A finished request can be read this long", _S, ge=0)
-    retention_bytes: int = setting(
-        1 << 28, "Memory of finished requests at most; the oldest go first", _S, ge=0
+    max_retained_requests: int = setting(
+        10_000, "Finished requests kept at most; the oldest go first", _S, ge=0
     )
     drain_s: float = setting(
         10.0, "Time to finish what is begun when a service is told to stop", SERVICES, ge=0
@@ -161,7 +160,7 @@ class Settings(BaseSettings):
 
     # Identity.
     gateway_id: str = setting("", "Name of this gateway; empty: host name and process id", _G)
-    scheduler_id: str = setting("", "Name of this scheduler; empty: host name and process id", _S)
+    scheduler_id: str = setting("", "Name of this scheduler, in the leadership record", _S)
     worker_id: str = setting("", "Name of this worker; empty: host name and process id", _W)
 
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)

@@ -56,7 +56,14 @@ class Leader:
     """Everything that exists only while this process leads the pool."""
 
     def __init__(
-        self, core: Scheduler, store: Store, *, epoch: int, gateway_grace_s: float, leader_ttl_s: float
+        self,
+        core: Scheduler,
+        store: Store,
+        *,
+        epoch: int,
+        tick_interval_s: float,
+        gateway_grace_s: float,
+        leader_ttl_s: float,
     ) -> None:
         self.core = core
         self.epoch = epoch
@@ -66,6 +73,7 @@ class Leader:
         self.commit_s = 0.0
         self.ended = asyncio.Event()
         self._store = store
+        self._tick_interval_s = tick_interval_s
         self._leader_ttl_s = leader_ttl_s
         self._sessions: dict[str, WorkerSession] = {}
         self._wake = asyncio.Event()
@@ -187,8 +195,8 @@ class Leader:
         except TimeoutError:
             return
         self._wake.clear()
-        # One turn of the event loop: whatever is ready to be read joins this tick.
-        await asyncio.sleep(0)
+        # Whatever comes in the meantime joins this tick, and its one commit.
+        await asyncio.sleep(self._tick_interval_s)
 
     async def _commit(self, encoded: bytes) -> None:
         retry_s = RETRY_FIRST_S

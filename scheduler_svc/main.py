@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import sys
 from dataclasses import dataclass
 
 import grpc
@@ -10,6 +12,8 @@ import structlog
 from grpc_reflection.v1alpha import reflection
 
 from laps import channels, logs, runtime
+from laps.errors import LocalError
+from laps.setting import SettingsError
 from laps.settings import Settings
 from laps.v1 import (
     queue_pb2,
@@ -19,6 +23,7 @@ from laps.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from scheduler_svc.core.policies import servable_policies
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
 from scheduler_svc.scheduler_service import SchedulerService
@@ -47,6 +52,7 @@ def core_settings(settings: Settings) -> SchedulerSettings:
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         retention_s=settings.retention_s,
+        max_retained=settings.max_retained_requests,
         starvation_bound_s=settings.starvation_bound_s or None,
     )
 
@@ -60,12 +66,12 @@ class SchedulerServer:
     _server: grpc.aio.Server
     _store: Store
     _readiness: runtime.Readiness
-    _leading: asyncio.Task[None]
+    leading: asyncio.Task[None]
 
     async def stop(self, drain_s: float) -> None:
         await self._readiness.set(False)
-        self._leading.cancel()
-        await asyncio.gather(self._leading, return_exceptions=True)
+        self.leading.cancel()
+        await asyncio.gather(self.leading, return_exceptions=True)
         await self._server.stop(grace=min(drain_s, 0.5))
         await self._store.resign()
         await self._store.close()
@@ -93,7 +99,9 @@ async def serve(settings: Settings) -> SchedulerServer:
         store=store,
         policy=settings.policy,
         core_settings=core_settings(settings),
+        holder=f"{settings.scheduler_id}@{socket.gethostname()}/{settings.host}:{port}",
         address=f"{settings.host}:{port}",
+        tick_interval_s=settings.tick_interval_s,
         leader_ttl_s=settings.leader_ttl_s,
         gateway_grace_s=settings.session_timeout_s,
         on_change=on_change,
@@ -130,7 +138,26 @@ def run(settings: Settings) -> int:
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         running = await serve(settings)
-        lifetime.watch(running._leading)
+        lifetime.watch(running.leading)
         return running.stop
 
-    return runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    try:
+        check(settings)
+        return runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    except (LocalError, OSError) as error:
+        print(f"laps scheduler: {error}", file=sys.stderr)
+        return runtime.EXIT_FAILED
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingsError for what would otherwise be found out only when leading begins."""
+    if settings.policy not in servable_policies():
+        known = ", ".join(servable_policies())
+        raise SettingsError(
+            f"policy: {settings.policy!r} cannot serve; choose one of {known} "
+            f"(from {settings.origin('policy')})"
+        )
+    try:
+        core_settings(settings)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None

@@ -33,7 +33,9 @@ class Terms:
         store: Store,
         policy: str,
         core_settings: SchedulerSettings,
+        holder: str,
         address: str,
+        tick_interval_s: float,
         leader_ttl_s: float,
         gateway_grace_s: float,
         on_change: Callable[[bool], None] = lambda leading: None,
@@ -43,9 +45,11 @@ class Terms:
         self.leader: Leader | None = None
         self._policy = policy
         self._core_settings = core_settings
-        # One process can listen on an address: whoever holds it may take its own term over
-        # at once after a crash. The epoch grows all the same and fences what is left of it.
+        # Whoever comes back under the same name may take its own term over at once after a crash.
+        # The epoch grows all the same and fences what is left of the term.
+        self._holder = holder
         self._address = address
+        self._tick_interval_s = tick_interval_s
         self._leader_ttl_s = leader_ttl_s
         self._gateway_grace_s = gateway_grace_s
         self._on_change = on_change
@@ -129,7 +133,7 @@ class Terms:
         waiting = False
         while True:
             try:
-                leadership = await self.store.lead(self._address, self._address, self._leader_ttl_s)
+                leadership = await self.store.lead(self._holder, self._address, self._leader_ttl_s)
             except StoreUnavailable as error:
                 log.error("store does not answer", error=str(error))
                 leadership = None
@@ -150,6 +154,7 @@ class Terms:
             core,
             self.store,
             epoch=leadership.epoch,
+            tick_interval_s=self._tick_interval_s,
             gateway_grace_s=self._gateway_grace_s,
             leader_ttl_s=self._leader_ttl_s,
         )
