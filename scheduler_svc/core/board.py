@@ -160,6 +160,8 @@ class Board:
             return
         del self.leases[request.lease_id]
         self.releasing.pop(request.lease_id, None)
+        # It may have been about to be sent again.
+        self.ledger.grants.pop(request.lease_id, None)
         worker = self.pool.workers.get(request.worker_id)
         if worker is not None and not request.releasing:
             worker.running[request.slot] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from scheduler_svc.core.policies import make_policy
@@ -85,6 +86,12 @@ class FakeWorker:
             self.outputs[grant.request.request_id] = bytearray(stored)
         elif bytes(self.outputs.get(grant.request.request_id, b"?")) != stored:
             self.missing.append(grant.lease_id)
+
+    def drop(self, lease_ids: Sequence[int]) -> None:
+        """Empties the slots of these leases without being asked."""
+        self.slots = [
+            None if grant is not None and grant.lease_id in lease_ids else grant for grant in self.slots
+        ]
 
     def residents(self) -> list[Resident]:
         return [Resident(name, len(kv) // 4, zlib.crc32(kv)) for name, kv in self.outputs.items()]

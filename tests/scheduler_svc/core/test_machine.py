@@ -152,6 +152,8 @@ class Pool(RuleBasedStateMachine):
             evicted=data.draw(st.lists(NAMES, max_size=2)),
         )
         self.core.report(report, self.now_s)
+        if worker_id in self.fakes:
+            self.fakes[worker_id].drop(report.released)
 
     @rule(seconds=st.sampled_from([0.0, 0.01, 0.3, 2.0, 6.0]))
     def wait(self, seconds: float) -> None:
