@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
 from scheduler_svc.store import codec, keys
@@ -46,14 +47,26 @@ async def recover(reader: Reader, pool: str) -> Recovered:
 async def _rows(
     reader: Reader, source: str, whole: bool, names: tuple[str, ...], columns: int
 ) -> AsyncIterator[tuple[Any, ...]]:
+    def ask(first: int) -> asyncio.Task[list[Any]]:
+        return asyncio.create_task(reader.ask("laps_load", source, first, BATCH_REQUESTS, int(whole), *names))
+
     first = 0
-    while True:
-        flat = await reader.ask("laps_load", source, first, BATCH_REQUESTS, int(whole), *names)
-        for row in _chunks(flat, columns):
-            yield row
-        if len(flat) < BATCH_REQUESTS * columns:
-            return
-        first += BATCH_REQUESTS
+    coming = ask(first)
+    try:
+        while True:
+            flat = await coming
+            more = len(flat) == BATCH_REQUESTS * columns
+            if more:
+                # The store reads the next batch while this one is decoded.
+                first += BATCH_REQUESTS
+                coming = ask(first)
+                await asyncio.sleep(0)
+            for row in _chunks(flat, columns):
+                yield row
+            if not more:
+                return
+    finally:
+        coming.cancel()
 
 
 def _chunks(flat: list[Any], columns: int) -> Iterator[tuple[Any, ...]]:
@@ -69,7 +82,7 @@ def _live_request(
             name for name, value in zip(codec.REQUEST_NAMES, values, strict=True) if value is False
         )
         raise LogConflict(f"request {request_id} is stored without {missing}")
-    stored = {name: str(value) for name, value in zip(codec.REQUEST_NAMES, values, strict=True)}
+    stored = cast(dict[str, str], dict(zip(codec.REQUEST_NAMES, values, strict=True)))
     output = codec.tokens_from_text(" ".join(log))
     if len(log) != int(stored["log_entries"]) or len(output) != TOKEN_BYTES * int(stored["output_tokens"]):
         raise LogConflict(

@@ -91,7 +91,8 @@ class LocalServer:
         return self.data_dir / "server.log"
 
     def start(self) -> str:
-        """Starts the server, or starts it again on its port. Returns the URL once it answers.
+        """Starts the server, or starts it again on its port. Returns the URL once it answers. The thread
+        that calls this must go on living: the server ends with it.
 
         Raises:
             ServerFailed: it ended, or did not answer in time.
