@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable, Sequence
 
 from gateway.streams import Feed, GapError, Reader
@@ -14,8 +13,8 @@ from laps.v1 import generation_pb2, scheduler_pb2
 TOKEN_BYTES = 4
 MAX_MESSAGE_ENTRIES = 1000
 """Follows and unfollows of one message to the scheduler."""
-REFOLLOW_PAUSE_S = 1.0
-"""A gap is asked about again after this time, if it is still there."""
+REFOLLOW_AFTER_S = 1.0
+"""A gap that is still there after this time is asked about again."""
 
 log = get_logger()
 
@@ -32,8 +31,8 @@ class Feeds:
         self._buffer_tokens = buffer_tokens
         self._feeds: dict[str, Feed] = {}
         self._lingering: dict[str, asyncio.TimerHandle] = {}
-        self._asked_again_s: dict[str, float] = {}
-        """When a gap of a request was asked about."""
+        self._gaps: dict[str, asyncio.TimerHandle] = {}
+        """Requests whose missing tokens were asked for; the timer asks again."""
         self._outbox: list[scheduler_pb2.Follow | scheduler_pb2.Unfollow] = []
         self._online = False
         self._wake = asyncio.Event()
@@ -63,13 +62,14 @@ class Feeds:
             self._leave(feed, done)
 
     def close(self) -> None:
-        for timer in self._lingering.values():
+        for timer in (*self._lingering.values(), *self._gaps.values()):
             timer.cancel()
 
     def follow_all(self) -> None:
         """On a new stream: every live request from the offset that is here."""
         self._online = True
-        self._asked_again_s.clear()
+        for request_id in tuple(self._gaps):
+            self._gap_closed(request_id)
         self._outbox = [
             scheduler_pb2.Follow(request_id=feed.request_id, offset=len(feed.tokens))
             for feed in self._feeds.values()
@@ -119,6 +119,7 @@ class Feeds:
     ) -> None:
         try:
             feed.extend(offset, packed, logprobs)
+            self._gap_closed(feed.request_id)
         except GapError:
             self._ask_again(feed)
         except DataLoss as error:
@@ -127,22 +128,31 @@ class Feeds:
     def _complete(self, feed: Feed, completion: scheduler_pb2.Completion) -> None:
         try:
             feed.complete(completion.complete, completion.output_tokens)
+            self._gap_closed(feed.request_id)
         except GapError:
             self._ask_again(feed)
         except DataLoss as error:
             self._contradiction(feed, error)
 
     def _ask_again(self, feed: Feed) -> None:
-        now_s = time.monotonic()
-        if now_s - self._asked_again_s.get(feed.request_id, -REFOLLOW_PAUSE_S) < REFOLLOW_PAUSE_S:
-            return
-        self._asked_again_s[feed.request_id] = now_s
-        log.warning("gap in a delivery, following again", request_id=feed.request_id, offset=len(feed.tokens))
+        # Once per gap: until the answer comes, everything else that comes has the same gap.
+        if feed.request_id not in self._gaps:
+            log.warning("gap in a delivery", request_id=feed.request_id, offset=len(feed.tokens))
+            self._ask(feed)
+
+    def _ask(self, feed: Feed) -> None:
+        loop = asyncio.get_running_loop()
+        self._gaps[feed.request_id] = loop.call_later(REFOLLOW_AFTER_S, self._ask, feed)
         self._post(scheduler_pb2.Follow(request_id=feed.request_id, offset=len(feed.tokens)))
+
+    def _gap_closed(self, request_id: str) -> None:
+        if (timer := self._gaps.pop(request_id, None)) is not None:
+            timer.cancel()
 
     def _contradiction(self, feed: Feed, error: DataLoss) -> None:
         # Tokens that a client has seen were rewritten. This must never happen; nothing more goes out.
         log.error("delivered output contradicted", request_id=feed.request_id, error=error.message)
+        self._gap_closed(feed.request_id)
         feed.fail(error)
 
     def _leave(self, feed: Feed, done: bool) -> None:
@@ -150,7 +160,7 @@ class Feeds:
         if feed.readers or self._feeds.get(feed.request_id) is not feed:
             return
         del self._feeds[feed.request_id]
-        self._asked_again_s.pop(feed.request_id, None)
+        self._gap_closed(feed.request_id)
         self._post(scheduler_pb2.Unfollow(request_id=feed.request_id, done=done))
 
     def _post(self, entry: scheduler_pb2.Follow | scheduler_pb2.Unfollow) -> None:

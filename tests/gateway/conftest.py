@@ -15,12 +15,13 @@ from tokenizers import Tokenizer as BackendTokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_scheduler import FakeScheduler
-from models import make_model_folder, stop_end
 
+from gateway import deliveries, scheduler_link
 from gateway.main import Gateway, serve
 from gateway.tokenizer import Tokenizer, load_tokenizer
 from laps.settings import Settings
 from laps.v1 import inference_pb2_grpc, queue_pb2_grpc
+from models import make_model_folder, stop_end
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,14 @@ def backend(model_folder: Path) -> BackendTokenizer:
 @pytest.fixture
 def tokenizer(model_folder: Path) -> Tokenizer:
     return load_tokenizer(str(model_folder))
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconnecting and asking again must not take a test's time."""
+    monkeypatch.setattr(scheduler_link, "BACKOFF_FIRST_S", 0.002)
+    monkeypatch.setattr(scheduler_link, "BACKOFF_MAX_S", 0.02)
+    monkeypatch.setattr(deliveries, "REFOLLOW_AFTER_S", 0.02)
 
 
 @pytest_asyncio.fixture
@@ -85,7 +94,7 @@ async def start_gateway(
     async def start(*, wait: bool = True, **changes: Any) -> Harness:
         address = f"127.0.0.1:{scheduler.port}"
         gateway = await serve(settings(**({"scheduler_address": address} | changes)))
-        # Reconnecting must not take a test's time.
+        # Set here, since they are no settings: a production gateway has no reason to differ in them.
         gateway.link._heartbeat_interval_s = 0.1
         gateway.link._heartbeat_timeout_s = 0.5
         gateway.link._retry_s = 2.0

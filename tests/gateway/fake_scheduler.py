@@ -55,8 +55,10 @@ class GatewayStream:
 
 
 class FakeScheduler:
-    def __init__(self, vocabulary_size: int, ends: Callable[[Tokens, Any], tuple[int, str] | None]) -> None:
-        """`ends` finds where a stop string cuts a planned output: (tokens up to there, the string)."""
+    def __init__(
+        self, vocabulary_size: int, ends: Callable[[Tokens, Any], tuple[int, str, int] | None]
+    ) -> None:
+        """`ends` finds where a stop string cuts a planned output: (tokens up to there, the string, its position)."""
         self.requests: dict[str, Stored] = {}
         self.submits = 0
         self.follows: list[tuple[str, int]] = []
@@ -74,7 +76,13 @@ class FakeScheduler:
         self.auto_tokens = 0
         """Tokens that every live request gets per tick; 0: only by `emit`."""
         self.pool = scheduler_pb2.DescribePoolResponse(
-            pool="default", policy="fcfs", epoch=1, workers=2, slots=8, target="tiny-target", draft="tiny-draft"
+            pool="default",
+            policy="fcfs",
+            epoch=1,
+            workers=2,
+            slots=8,
+            target="tiny-target",
+            draft="tiny-draft",
         )
         self.port = 0
         self.streams: set[GatewayStream] = set()
@@ -219,7 +227,9 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             joined=known is not None, state=FINISHED if state.finished else RUNNING, epoch=1
         )
 
-    async def Deliver(self, request_iterator: AsyncIterator[scheduler_pb2.DeliverRequest], context: Any) -> None:
+    async def Deliver(
+        self, request_iterator: AsyncIterator[scheduler_pb2.DeliverRequest], context: Any
+    ) -> None:
         fake = self._fake
         await _thaw(fake)
         stream = GatewayStream()
@@ -237,7 +247,9 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             reading.cancel()
             fake.streams.discard(stream)
 
-    async def _read(self, stream: GatewayStream, requests: AsyncIterator[scheduler_pb2.DeliverRequest]) -> None:
+    async def _read(
+        self, stream: GatewayStream, requests: AsyncIterator[scheduler_pb2.DeliverRequest]
+    ) -> None:
         async for message in requests:
             await _thaw(self._fake)
             for follow in message.follow:

@@ -15,7 +15,11 @@ TEMPLATE = (
     "{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-_TEXT = ["the end of the story, and then the END", "naïve café größer 日本語 日本 🙂🙂 ✓ ends", "a\n\nb\n\nc the the the"]
+_TEXT = [
+    "the end of the story, and then the END",
+    "naïve café größer 日本語 日本 🙂🙂 ✓ ends",
+    "a\n\nb\n\nc the the the",
+]
 
 
 def make_model_folder(folder: Path) -> Path:
@@ -47,8 +51,11 @@ def write(path: Path, **content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def stop_end(tokenizer: Tokenizer, planned: list[int], stopping: Any) -> tuple[int, str] | None:
-    """As the engine judges: after each token, where the text so far ends with a whole character."""
+def stop_end(tokenizer: Tokenizer, planned: list[int], stopping: Any) -> tuple[int, str, int] | None:
+    """As the engine judges: after each token, where the text so far ends with a whole character.
+
+    Returns the output's length in tokens, the stop string that ended it and where in the text that begins.
+    """
     if not stopping.stop:
         return None
     judged = 0
@@ -60,8 +67,8 @@ def stop_end(tokenizer: Tokenizer, planned: list[int], stopping: Any) -> tuple[i
         for stop in stopping.stop:
             position = text.find(stop, max(judged - len(stop) + 1, 0))
             if position >= 0:
-                ends.append((position + len(stop), stop))
+                ends.append((position + len(stop), stop, position))
         judged = len(text)
         if ends and count >= stopping.min_tokens:
-            return count, min(ends)[1]
+            return count, *min(ends)[1:]
     return None

@@ -1,0 +1,166 @@
+"""What breaks between gateway and scheduler is not seen by clients, except as time."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from calls import collect, failure, generate_request, read_tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from laps.errors import Reason
+from laps.v1 import scheduler_pb2
+
+MAX_TOKENS = 40
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(drops=st.lists(st.integers(0, 12), min_size=1, max_size=4), step=st.integers(1, 9), serial=st.uuids())
+async def test_a_stream_that_breaks_anywhere(harness: Any, drops: list[int], step: int, serial: Any) -> None:
+    """The Deliver stream ends after so many messages, several times over."""
+    scheduler = harness.scheduler
+    request_id = serial.hex
+    scheduler.auto_tokens = 0
+    call = harness.inference.Generate(generate_request(request_id=request_id, stop=["the"]))
+    await scheduler.until(lambda: any(followed == request_id for followed, _ in scheduler.follows))
+    for messages in drops:
+        await scheduler.until(lambda: scheduler.streams)
+        for _ in range(messages):
+            scheduler.emit(request_id, step)
+        for stream in tuple(scheduler.streams):
+            stream.outgoing.put_nowait(None)
+        await _gone(scheduler)
+    scheduler.auto_tokens = step
+    result = await collect(call)
+    stored = scheduler.requests[request_id]
+    assert result.tokens == stored.planned
+    assert result.complete == stored.complete
+
+
+async def _gone(scheduler: Any) -> None:
+    while scheduler.streams:
+        await asyncio.sleep(0)
+
+
+async def test_the_scheduler_dies_and_comes_back(harness: Any) -> None:
+    scheduler = harness.scheduler
+    calls = [harness.inference.Generate(generate_request(str(i), request_id=f"r{i}")) for i in range(5)]
+    await scheduler.until(lambda: len(scheduler.follows) == 5)
+    begun = []
+    for index, call in enumerate(calls):
+        scheduler.emit(f"r{index}", 5 + index)
+        begun.append(await read_tokens(call, 4 + index))
+    await scheduler.kill()
+    scheduler.follows.clear()
+    await scheduler.start()
+    await scheduler.until(lambda: len(scheduler.follows) == 5)
+    assert sorted(scheduler.follows) == [(f"r{index}", 5 + index) for index in range(5)]
+    scheduler.auto_tokens = 4
+    for index, call in enumerate(calls):
+        result = await collect(call, result=begun[index])
+        assert result.tokens == scheduler.requests[f"r{index}"].planned
+
+
+async def test_a_frozen_scheduler_is_noticed(harness: Any) -> None:
+    """The connection stays up and answers pings; nothing else comes."""
+    scheduler = harness.scheduler
+    call = harness.inference.Generate(generate_request(request_id="wait"))
+    await scheduler.until(lambda: scheduler.follows)
+    scheduler.frozen.set()
+    while harness.gateway.link.connected:
+        await asyncio.sleep(0.01)
+    scheduler.frozen.clear()
+    scheduler.auto_tokens = 5
+    assert (await collect(call)).tokens == scheduler.requests["wait"].planned
+
+
+async def test_an_acknowledgement_that_is_lost(harness: Any) -> None:
+    """Submit is repeated with the same id: one request, not two."""
+    scheduler = harness.scheduler
+    scheduler.forget_acknowledgements = 2
+    scheduler.auto_tokens = 50
+    result = await collect(harness.inference.Generate(generate_request()))
+    assert scheduler.submits == 3
+    assert list(scheduler.requests) == [result.request_id]
+
+
+async def test_a_request_waits_for_the_scheduler(harness: Any) -> None:
+    scheduler = harness.scheduler
+    await scheduler.kill()
+    call = harness.inference.Generate(generate_request(request_id="early"))
+    while not harness.gateway.inference._submitting:
+        await asyncio.sleep(0)
+    await scheduler.start()
+    scheduler.auto_tokens = 50
+    assert (await collect(call)).tokens == scheduler.requests["early"].planned
+
+
+async def test_a_scheduler_that_stays_away(harness: Any) -> None:
+    await harness.scheduler.kill()
+    harness.gateway.link._retry_s = 0.2
+    error = await failure(harness.inference.Generate(generate_request()))
+    assert error.status == "UNAVAILABLE"
+    assert error.reason is Reason.SCHEDULER_UNREACHABLE
+    assert error.retry_after_s
+    error = await failure(harness.inference.Generate(generate_request(), timeout=0.1))
+    assert error.status == "DEADLINE_EXCEEDED"
+
+
+async def test_repeats_and_gaps_never_reach_a_client(harness: Any) -> None:
+    scheduler = harness.scheduler
+    sent = 0
+
+    def distort(message: scheduler_pb2.DeliverResponse) -> list[scheduler_pb2.DeliverResponse]:
+        nonlocal sent
+        sent += 1
+        if sent % 5 == 0 and not message.completions:
+            return []
+        return [message, message] if sent % 3 == 0 else [message]
+
+    scheduler.distort = distort
+    scheduler.auto_tokens = 2
+    result = await collect(harness.inference.Generate(generate_request(request_id="torn", max_tokens=60)))
+    assert result.tokens == scheduler.requests["torn"].planned
+    assert len(scheduler.follows) > 1
+
+
+async def test_tokens_that_are_rewritten_end_the_stream(harness: Any) -> None:
+    """What a client has seen can never change; this is an alarm."""
+    scheduler = harness.scheduler
+    call = harness.inference.Generate(generate_request(request_id="liar"))
+    await scheduler.until(lambda: scheduler.follows)
+    scheduler.emit("liar", 5)
+    await read_tokens(call, 4)
+    stored = scheduler.requests["liar"]
+    stored.planned[3] += 1
+    stored.emitted = 2
+    scheduler.emit("liar", 5)
+    error = await failure(call)
+    assert error.status == "DATA_LOSS"
+    assert error.reason is Reason.OUTPUT_INCOMPLETE
+
+
+async def test_a_request_that_the_scheduler_lost(harness: Any) -> None:
+    scheduler = harness.scheduler
+    call = harness.inference.Generate(generate_request(request_id="gone"))
+    await scheduler.until(lambda: scheduler.follows)
+    scheduler.requests.clear()
+    for stream in tuple(scheduler.streams):
+        stream.outgoing.put_nowait(None)
+    error = await failure(call)
+    assert error.status == "NOT_FOUND"
+    assert error.resource_name == "gone"
+
+
+async def test_a_delivery_that_contradicts_itself_ends_the_connection(harness: Any) -> None:
+    scheduler = harness.scheduler
+    call = harness.inference.Generate(generate_request(request_id="odd"))
+    await scheduler.until(lambda: scheduler.follows)
+    for stream in scheduler.streams:
+        stream.outgoing.put_nowait(
+            scheduler_pb2.DeliverResponse(request_ids=["odd"], offsets=[0], counts=[2], token_ids=b"1234")
+        )
+    await scheduler.until(lambda: len(scheduler.follows) == 2)
+    scheduler.auto_tokens = 5
+    assert (await collect(call)).tokens == scheduler.requests["odd"].planned
