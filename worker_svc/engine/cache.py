@@ -1,8 +1,8 @@
 """The KV cache of one model: preallocated by slot, with a length per slot that the caller keeps.
 
-Storage of a layer is [slots, capacity, heads, head_dim], so the tokens of one slot lie together: moving a
-slot, or taking it to the host, is one contiguous copy for each layer, and rejecting tokens is only a smaller
-length. What lies behind a slot's length is rubbish that is overwritten before any query may see it.
+All layers of one shape share a tensor [layers, slots, capacity, elements], in which the tokens of a slot lie
+together in each layer: moving a slot, or taking it to the host, is one copy, and rejecting tokens is only a
+smaller length. What lies behind a slot's length is rubbish that is overwritten before any query may see it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class LayerShape:
 class SlotCache:
     """KV of all layers for a fixed number of slots; capacity grows in blocks, shared by all slots.
 
-    limit_tokens: capacity never exceeds this; the caller checks its requests against it.
+    limit_tokens: capacity never exceeds this; the caller checks its requests against it. states[i] is layer
+    i's view [slots, capacity, elements], keys of all heads before values; keys[i] and values[i] are [slots,
+    capacity, heads, dim].
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class SlotCache:
         self.dtype = dtype
         self.device = device
         self.capacity_tokens = 0
+        self.states: list[Tensor] = []
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.bytes_per_token = sum(shape.elements for shape in layers) * dtype.itemsize
+        self._groups: dict[LayerShape, Tensor] = {}
         self._allocate(min(block_tokens, limit_tokens))
 
     @property
@@ -73,47 +77,51 @@ class SlotCache:
     def shrink(self) -> None:
         """Returns to one block; for when no slot holds anything."""
         if self.capacity_tokens > self.block_tokens:
-            self.keys, self.values, self.capacity_tokens = [], [], 0
+            self._groups, self.capacity_tokens = {}, 0
             self._allocate(min(self.block_tokens, self.limit_tokens))
 
     def _allocate(self, capacity: int) -> None:
-        used = self.capacity_tokens
-        for index, shape in enumerate(self.shapes):
-            keys = self._empty(capacity, shape.heads, shape.key_dim)
-            values = self._empty(capacity, shape.heads, shape.value_dim)
-            if used:
-                keys[:, :used] = self.keys[index]
-                values[:, :used] = self.values[index]
-                self.keys[index], self.values[index] = keys, values
-            else:
-                self.keys.append(keys)
-                self.values.append(values)
+        grown = {}
+        for shape in dict.fromkeys(self.shapes):
+            # Zeros, not rubbish: a masked NaN would still poison the weighted sum of an attention kernel.
+            tensor = torch.zeros(
+                (self.shapes.count(shape), self.slots, capacity, shape.elements),
+                dtype=self.dtype,
+                device=self.device,
+            )
+            if shape in self._groups:
+                tensor[:, :, : self.capacity_tokens] = self._groups[shape]
+            grown[shape] = tensor
+        self._groups = grown
         self.capacity_tokens = capacity
-
-    def _empty(self, capacity: int, heads: int, width: int) -> Tensor:
-        # Zeros, not rubbish: a masked NaN would still poison the weighted sum of an attention kernel.
-        return torch.zeros((self.slots, capacity, heads, width), dtype=self.dtype, device=self.device)
+        self.states, self.keys, self.values = [], [], []
+        for index, shape in enumerate(self.shapes):
+            state = grown[shape][self.shapes[:index].count(shape)]
+            split = shape.heads * shape.key_dim
+            self.states.append(state)
+            self.keys.append(state[..., :split].unflatten(-1, (shape.heads, shape.key_dim)))
+            self.values.append(state[..., split:].unflatten(-1, (shape.heads, shape.value_dim)))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` of one slot over another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :tokens] = tensor[source, :tokens]
+        for tensor in self._groups.values():
+            tensor[:, target, :tokens] = tensor[:, source, :tokens]
 
     def swap(self, first: int, second: int, tokens: int) -> None:
         """Exchanges the first `tokens` of two slots."""
-        for tensor in (*self.keys, *self.values):
-            held = tensor[first, :tokens].clone()
-            tensor[first, :tokens] = tensor[second, :tokens]
-            tensor[second, :tokens] = held
+        for tensor in self._groups.values():
+            held = tensor[:, first, :tokens].clone()
+            tensor[:, first, :tokens] = tensor[:, second, :tokens]
+            tensor[:, second, :tokens] = held
 
     def take_out(self, slot: int, tokens: int) -> list[Tensor]:
         """Copies a slot to host memory (pinned where the cache is on a GPU)."""
         pinned = self.device.type == "cuda"
         parts = []
-        for tensor in (*self.keys, *self.values):
-            row = tensor[slot, :tokens]
+        for tensor in self._groups.values():
+            row = tensor[:, slot, :tokens]
             host = torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned)
-            # Blocking on the default stream's order is enough: the copy precedes any later write to the slot.
+            # The device's own order is enough: the copy precedes any later write to the slot.
             host.copy_(row, non_blocking=pinned)
             parts.append(host)
         return parts
@@ -121,8 +129,8 @@ class SlotCache:
     def put_back(self, slot: int, parts: Sequence[Tensor], tokens: int) -> None:
         """Fills a slot from what `take_out` gave."""
         self.reserve(tokens)
-        for tensor, part in zip((*self.keys, *self.values), parts, strict=True):
-            tensor[slot, :tokens].copy_(part[:tokens], non_blocking=True)
+        for tensor, part in zip(self._groups.values(), parts, strict=True):
+            tensor[:, slot, :tokens].copy_(part[:, :tokens], non_blocking=True)
 
 
 class SlotWindow:
@@ -157,8 +165,7 @@ class SlotWindow:
             start = self.starts[0]
             store[self.first, start : start + self.queries] = states[0]
         else:
-            flat = store.view(-1, store.shape[2], store.shape[3])
-            flat.index_copy_(0, self.index, states.reshape(-1, store.shape[2], store.shape[3]))
+            store.flatten(0, 1).index_copy_(0, self.index, states.flatten(0, 1))
         return store[self.first : self.first + self.rows, : self.reach]
 
     def attends(self, sliding_tokens: int | None) -> Tensor:

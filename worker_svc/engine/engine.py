@@ -24,11 +24,12 @@ from .config import MAX_DRAFT_TOKENS, EngineConfig, EngineRequest
 from .costs import StepCosts
 from .decoding import Decoded, Decoder
 from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotError, UnknownRequestError
-from .forward import Runner, check_runner, layer_shapes, make_runner
+from .forward import Runner, layer_shapes
 from .loading import ModelPair
 from .prefill import Prefilled, Prefiller, draft_lags
 from .results import FinishReason, KvUsage, StepColumns, StepResult
 from .rows import DRAFT, TARGET, Row
+from .runners import make_runner
 from .slots import Residency
 
 _MIN_CONTEXT_TOKENS = 16
@@ -54,8 +55,6 @@ class Engine:
         if pair.draft is not None:
             runners.append(self._runner(pair.draft))
         self._check_budget([runner.cache for runner in runners])
-        for model, runner in zip((pair.target, pair.draft), runners, strict=False):
-            check_runner(model, runner, pair.vocabulary_size)
         self._runners = runners
         slots = self.config.slots + self.config.spare_slots
         self._residency = Residency([runner.cache for runner in runners], slots, self.config.host_cache_bytes)
@@ -270,7 +269,7 @@ class Engine:
             self.pair.dtype,
             self.pair.device,
         )
-        return make_runner(model, cache, self.config.fast_path)
+        return make_runner(model, cache, self.pair.vocabulary_size, self.config.fast_path)
 
     def _context_tokens(self) -> int:
         limit = self.pair.context_tokens

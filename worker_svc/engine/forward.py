@@ -152,8 +152,3 @@ def check_runner(model: Any, runner: Runner, vocabulary_size: int) -> None:
                 f"{model.config.model_type} does not give the same logits with a cache by slots "
                 f"(relative difference {error:.2g}, at most {tolerance:g} allowed); it cannot be served"
             )
-
-
-def make_runner(model: Any, cache: SlotCache, fast_path: bool) -> Runner:
-    """The leanest runner that can run this model."""
-    return GeneralRunner(model, cache)

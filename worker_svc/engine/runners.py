@@ -1,0 +1,26 @@
+"""Which way a model is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import llama
+from .cache import SlotCache
+from .errors import ModelError
+from .forward import GeneralRunner, Runner, check_runner
+
+
+def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: bool) -> Runner:
+    """The leanest runner that gives this model's logits; raises ModelError if even the general one does not."""
+    if fast_path and llama.suits(model, cache.dtype):
+        lean = llama.LlamaRunner(model, cache)
+        try:
+            check_runner(model, lean, vocabulary_size)
+        except ModelError:
+            # A Llama that differs in some way that `suits` does not know is still a causal language model.
+            pass
+        else:
+            return lean
+    runner = GeneralRunner(model, cache)
+    check_runner(model, runner, vocabulary_size)
+    return runner
