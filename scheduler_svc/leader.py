@@ -166,6 +166,7 @@ class Leader:
                 self.core.cancel(request_id, now_s)
             tick = self.core.tick(now_s)
             waiters, self._waiters = self._waiters, []
+            self._close_lost_sessions()
             # Decided for these sessions: one that opens during the commit knows none of it.
             sessions = dict(self._sessions)
             acknowledged = {}
@@ -185,6 +186,13 @@ class Leader:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _close_lost_sessions(self) -> None:
+        """Of workers that the core has given up for their silence. A stream can outlive that, for
+        example when it was this process that stood still: the worker then has to join anew."""
+        for worker_id in [name for name in self._sessions if name not in self.core.workers]:
+            log.warning("worker was silent for too long", worker_id=worker_id)
+            self._sessions.pop(worker_id).close()
 
     async def _until_due(self) -> None:
         timers = [t for t in (self.core.next_timer_s(), self.hub.next_orphan_s()) if t is not None]

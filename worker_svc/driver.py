@@ -80,6 +80,7 @@ class EngineDriver:
     _errors: list[tuple[int, str]] = field(default_factory=list)
     _resident: dict[str, tuple[int, int]] = field(default_factory=dict)
     _detached: threading.Event = field(default_factory=threading.Event)
+    _idle: threading.Event = field(default_factory=threading.Event)
     _switch_s: float = 0.0
     """Seconds of one request's return to a slot, a moving average."""
     last_progress_s: float = field(default_factory=time.monotonic)
@@ -87,6 +88,7 @@ class EngineDriver:
 
     def __post_init__(self) -> None:
         self._detached.set()
+        self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # --- Thread-safe -------------------------------------------------------------------------
@@ -101,10 +103,9 @@ class EngineDriver:
         self._commands.put(None)
         self._thread.join(timeout_s)
 
-    @property
-    def busy(self) -> bool:
-        """Whether any slot holds a request."""
-        return bool(self._leases)
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Waits until no slot holds a request."""
+        return self._idle.wait(timeout_s)
 
     def resident(self) -> list[worker_pb2.ResidentRequest]:
         """Requests whose KV cache is held, as of the moment when the session was lost."""
@@ -134,6 +135,10 @@ class EngineDriver:
     def _take_commands(self) -> bool:
         """Applies what was posted; waits for more while there is nothing to do. False: stop."""
         while True:
+            if self._leases:
+                self._idle.clear()
+            else:
+                self._idle.set()
             idle = not (self._leases and self._may_step()) and not self._has_news()
             try:
                 # A bounded wait: leases end by themselves, and progress is to be seen.

@@ -23,7 +23,6 @@ log = structlog.get_logger()
 
 STALLED_S = 60.0
 """A worker whose engine has not turned for this long is not alive."""
-DRAIN_POLL_S = 0.05
 
 
 @dataclass
@@ -41,9 +40,7 @@ class WorkerServer:
         """Lets what holds a slot finish within the time, then goes: what is left is taken over."""
         await self._readiness.set(False)
         self.link.drain()
-        until_s = time.monotonic() + drain_s
-        while self.driver.busy and self.link.connected and time.monotonic() < until_s:
-            await asyncio.sleep(DRAIN_POLL_S)
+        await asyncio.to_thread(self.driver.wait_idle, drain_s)
         self._watching.cancel()
         self._linking.cancel()
         await asyncio.gather(self._linking, self._watching, return_exceptions=True)
