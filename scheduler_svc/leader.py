@@ -234,6 +234,14 @@ class Leader:
         self.hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
             self.hub.submitted(request, now_s)
+        for request in tick.commit.finished:
+            log.info(
+                "finished",
+                request_id=request.request_id,
+                finish_reason=request.finish_reason,
+                output_tokens=request.output_tokens,
+                preemptions=request.preemptions,
+            )
         updates: dict[str, worker_pb2.LeaseUpdate] = {
             worker_id: worker_pb2.LeaseUpdate() for worker_id in acknowledged
         }

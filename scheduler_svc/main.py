@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -23,11 +25,12 @@ from laps.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from scheduler_svc import metrics
 from scheduler_svc.core.policies import servable_policies
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.errors import Alarm
+from scheduler_svc.store.errors import Alarm, StoreError
 from scheduler_svc.store.inspector import Inspector
 from scheduler_svc.store.store import Store
 from scheduler_svc.term import Terms
@@ -67,14 +70,17 @@ class SchedulerServer:
     _store: Store
     _readiness: runtime.Readiness
     leading: asyncio.Task[None]
+    _close_metrics: Callable[[], None]
 
     async def stop(self, drain_s: float) -> None:
         await self._readiness.set(False)
         self.leading.cancel()
         await asyncio.gather(self.leading, return_exceptions=True)
         await self._server.stop(grace=min(drain_s, 0.5))
-        await self._store.resign()
+        with contextlib.suppress(StoreError):
+            await self._store.resign()
         await self._store.close()
+        await asyncio.to_thread(self._close_metrics)
 
 
 async def serve(settings: Settings) -> SchedulerServer:
@@ -114,10 +120,15 @@ async def serve(settings: Settings) -> SchedulerServer:
         QueueService(Inspector(store.reader, settings.pool)), server
     )
     reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), server)
+    close_metrics: Callable[[], None] = lambda: None  # noqa: E731
+    if settings.metrics_port:
+        close_metrics = metrics.listen(
+            settings.host, settings.metrics_port, settings.pool, lambda: terms.leader
+        )
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
     leading = asyncio.create_task(_lead(terms), name="leadership")
-    return SchedulerServer(port, terms, server, store, readiness, leading)
+    return SchedulerServer(port, terms, server, store, readiness, leading, close_metrics)
 
 
 async def _lead(terms: Terms) -> None:

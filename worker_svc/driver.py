@@ -218,6 +218,7 @@ class EngineDriver:
             self._forget(request_id)
             return
         self._leases[request_id] = _Lease(grant.lease_id, request_id)
+        log.info("lease begins", request_id=request_id, slot=grant.slot, output_tokens=grant.output_tokens)
 
     def _matches(self, grant: worker_pb2.LeaseGrant) -> bool:
         """Whether what is held here began as the stored output did."""
@@ -228,6 +229,7 @@ class EngineDriver:
 
     def _leave_slot(self, request_id: str) -> None:
         del self._leases[request_id]
+        log.info("lease ends", request_id=request_id, because="taken back")
         self.engine.preempt(request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -251,6 +253,7 @@ class EngineDriver:
             position += count
         for request_id, finish in zip(result.request_ids, result.finish, strict=True):
             if finish is not None:
+                log.info("lease ends", request_id=request_id, because=finish.value)
                 del self._leases[request_id]
                 del self._known[request_id]
         if result.switched:

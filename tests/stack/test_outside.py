@@ -126,6 +126,18 @@ async def check_cancel(client: AsyncClient) -> None:
     assert (await client.get("to-cancel")).request.state == "finished"
 
 
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_request_id_goes_through_all_logs_and_prompts_through_none(shared_stack: SharedStack) -> None:
+    stack, client = shared_stack
+    prompt = "xylophone_quartz = "
+    await client.generate(prompt, max_tokens=3, request_id="to-be-logged")
+    for service in ("gateway", "scheduler", "worker-0"):
+        text = stack.children[service].log_path.read_text()
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        assert any(line.get("request_id") == "to-be-logged" for line in lines), service
+        assert "xylophone" not in text
+
+
 def test_a_worker_without_a_model_says_so() -> None:
     environment = os.environ | {"LAPS_TARGET": "/nowhere/model", "LAPS_LOG_LEVEL": "error"}
     ended = subprocess.run(

@@ -1,0 +1,101 @@
+"""What a scheduler tells Prometheus, read from the leading core at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from scheduler_svc.leader import Leader
+
+COUNTERS = {
+    "submitted": ("requests_accepted", "Requests accepted"),
+    "refused": ("requests_refused", "Submissions refused"),
+    "finished": ("requests_finished", "Requests that have ended, in whatever way"),
+    "preemptions": ("preemptions", "Requests taken out of a slot for another one"),
+    "emitted_tokens": ("output_tokens", "Output tokens stored"),
+    "drafted_tokens": ("spec_decode_draft_tokens", "Tokens proposed by draft models"),
+    "accepted_tokens": ("spec_decode_accepted_tokens", "Drafted tokens that the target kept"),
+    "reports": ("step_reports", "Step reports of workers"),
+    "rows_refused": ("step_rows_refused", "Rows of reports that contradicted what is stored"),
+}
+"""The core's counters by name: metric (without laps_ and _total) and help. They begin with the term."""
+
+
+class SchedulerCollector(Collector):
+    """Scrapes come in another thread: it copies what it iterates over and changes nothing."""
+
+    def __init__(self, pool: str, leader: Callable[[], Leader | None]) -> None:
+        self._pool = pool
+        self._leader = leader
+
+    def collect(self) -> Iterator[Metric]:
+        leader = self._leader()
+        yield self._gauge(
+            "scheduler_leads", "1 while this scheduler leads the pool", float(leader is not None)
+        )
+        if leader is None:
+            return
+        core = leader.core
+        requests = list(core.requests.values())
+        workers = list(core.workers.values())
+        waiting = core.waiting_requests
+        used_tokens = sum(worker.kv_used_tokens for worker in workers)
+        capacity_tokens = sum(worker.kv_capacity_tokens for worker in workers)
+        oldest_s = min((request.arrival_s for request in requests if not request.lease_id), default=None)
+        now_s = leader.now_s()
+        for name, text, value in (
+            ("queued_requests", "Requests that wait for a slot", waiting),
+            ("running_requests", "Requests that hold a slot", len(requests) - waiting),
+            ("kv_cache_utilization", "Share of the workers' KV cache in use, 0 to 1",
+             used_tokens / capacity_tokens if capacity_tokens else 0.0),
+            ("backlog_seconds", "Estimated service that all live requests still need",
+             sum(request.perceived_s for request in requests)),
+            ("longest_wait_seconds", "Age of the oldest request without a slot",
+             0.0 if oldest_s is None else now_s - oldest_s),
+            ("workers", "Workers in session", len(workers)),
+            ("slots", "Slots of the workers in session", sum(worker.slots for worker in workers)),
+            ("scheduler_epoch", "The leader's epoch", leader.epoch),
+            ("store_down", "1 while the store does not answer", float(leader.store_down)),
+        ):  # fmt: skip
+            yield self._gauge(name, text, value)
+        levels = GaugeMetricFamily(
+            "laps_queue_level_requests", "Live requests by queue level", labels=["pool", "level"]
+        )
+        by_level: dict[int, int] = {}
+        for request in requests:
+            by_level[request.level] = by_level.get(request.level, 0) + 1
+        for level, count in sorted(by_level.items()):
+            levels.add_metric([self._pool, str(level)], count)
+        yield levels
+        for name, (metric, text) in COUNTERS.items():
+            yield self._counter(metric, text, getattr(core.counters, name))
+        yield self._counter("commits", "Ticks stored", leader.ticks)
+        yield self._counter("commit_seconds", "Time spent waiting for commits", leader.commit_s)
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"laps_{name}", text, labels=["pool"])
+        family.add_metric([self._pool], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"laps_{name}", text, labels=["pool"])
+        family.add_metric([self._pool], value)
+        return family
+
+
+def listen(host: str, port: int, pool: str, leader: Callable[[], Leader | None]) -> Callable[[], None]:
+    """Serves the metrics over HTTP; returns what ends that. Raises OSError when the port is taken."""
+    registry = CollectorRegistry()
+    registry.register(SchedulerCollector(pool, leader))
+    server, thread = start_http_server(port, addr=host, registry=registry)
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return close
