@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint types protos bench lock clean
+.PHONY: help setup demo up test lint protos release-protos bench lock clean
 
 help: ## Lists the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # torch goes first and by its exact version: a range would take the newest build with
 # gigabytes of CUDA packages where the index offers one.
@@ -31,14 +31,17 @@ up: setup ## Keeps the whole stack running until Ctrl-C
 	@$(BIN)/laps up
 
 test: setup ## Runs the tests
-	@$(BIN)/python protos/generate.py --check
-	@$(BIN)/python -m pytest -n auto --dist worksteal
+	@$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: setup ## Style, types, contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/buf lint protos
+	@$(BIN)/buf breaking protos --against protos/released.binpb
+
+release-protos: setup ## Makes today's contract the one that later changes are compared with
+	@$(BIN)/buf build protos --exclude-source-info -o protos/released.binpb
 
 protos: setup ## Makes the stubs in laps/v1 from protos/
 	@$(BIN)/python protos/generate.py
