@@ -108,7 +108,13 @@ async def serve(settings: Settings) -> Gateway:
     gateway = Gateway(settings, link, inference, queue)
 
     server = channels.new_server(max_message_bytes=settings.max_message_bytes)
-    gateway.port = channels.bind(server, settings.host, settings.port)
+    try:
+        gateway.port = channels.bind(server, settings.host, settings.port)
+        if settings.metrics_port:
+            gateway._close_metrics = metrics.listen(settings.host, settings.metrics_port)
+    except OSError:
+        await server.stop(None)
+        raise
     readiness = await runtime.add_readiness(server, INFERENCE.full_name, QUEUE.full_name)
     server.add_generic_rpc_handlers(
         (
@@ -118,8 +124,6 @@ async def serve(settings: Settings) -> Gateway:
     )
     names = (INFERENCE.full_name, QUEUE.full_name, HEALTH_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    if settings.metrics_port:
-        gateway._close_metrics = metrics.listen(settings.host, settings.metrics_port)
     await gateway._start(server, readiness)
     log.info("listening", address=f"{settings.host}:{gateway.port}", model=settings.model_name)
     return gateway

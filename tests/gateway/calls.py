@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +63,24 @@ async def read_tokens(call: Any, tokens: int, first_offset: int = 0) -> Result:
     while len(result.tokens) < tokens:
         result.add(await call.read(), first_offset)
     return result
+
+
+async def read_until_error(call: Any) -> tuple[list[Any], LapsError]:
+    """The messages of a stream, and the error by which it ends."""
+    messages = []
+    try:
+        while True:
+            messages.append(await call.read())
+            assert messages[-1] is not grpc.aio.EOF
+    except grpc.aio.AioRpcError as error:
+        return messages, from_rpc_error(error)
+
+
+async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+    """Waits for something that shows only in the gateway's own state."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
 
 async def failure(call: Any) -> LapsError:

@@ -26,6 +26,9 @@ FINISHED = queue_pb2.REQUEST_STATE_FINISHED
 RUNNING = queue_pb2.REQUEST_STATE_RUNNING
 
 Tokens = list[int]
+Follows = AsyncIterator[scheduler_pb2.DeliverRequest]
+Ends = Callable[[Tokens, Any], tuple[int, str, int] | None]
+"""Finds where a stop string cuts a planned output: (tokens up to there, the string, its position)."""
 
 
 @dataclass
@@ -55,10 +58,7 @@ class GatewayStream:
 
 
 class FakeScheduler:
-    def __init__(
-        self, vocabulary_size: int, ends: Callable[[Tokens, Any], tuple[int, str, int] | None]
-    ) -> None:
-        """`ends` finds where a stop string cuts a planned output: (tokens up to there, the string, its position)."""
+    def __init__(self, vocabulary_size: int, ends: Ends) -> None:
         self.requests: dict[str, Stored] = {}
         self.submits = 0
         self.follows: list[tuple[str, int]] = []
@@ -67,7 +67,8 @@ class FakeScheduler:
         """What Submit answers instead of storing."""
         self.forget_acknowledgements = 0
         """So many Submits store the request and then fail, as if the answer had been lost."""
-        self.frozen = asyncio.Event()
+        self.thawed = asyncio.Event()
+        self.thawed.set()
         self.drop_after_messages: int | None = None
         """Every Deliver stream breaks after so many messages."""
         self.distort: Callable[[scheduler_pb2.DeliverResponse], list[scheduler_pb2.DeliverResponse]] | None
@@ -113,7 +114,7 @@ class FakeScheduler:
         self.streams.clear()
 
     async def stop(self) -> None:
-        self.frozen.clear()
+        self.thawed.set()
         for timer in self._timers.values():
             timer.cancel()
         if self._server is not None:
@@ -227,9 +228,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             joined=known is not None, state=FINISHED if state.finished else RUNNING, epoch=1
         )
 
-    async def Deliver(
-        self, request_iterator: AsyncIterator[scheduler_pb2.DeliverRequest], context: Any
-    ) -> None:
+    async def Deliver(self, request_iterator: Follows, context: Any) -> None:
         fake = self._fake
         await _thaw(fake)
         stream = GatewayStream()
@@ -247,9 +246,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             reading.cancel()
             fake.streams.discard(stream)
 
-    async def _read(
-        self, stream: GatewayStream, requests: AsyncIterator[scheduler_pb2.DeliverRequest]
-    ) -> None:
+    async def _read(self, stream: GatewayStream, requests: Follows) -> None:
         async for message in requests:
             await _thaw(self._fake)
             for follow in message.follow:
@@ -316,8 +313,7 @@ class _Queue(queue_pb2_grpc.QueueServiceServicer):
 
 
 async def _thaw(fake: FakeScheduler) -> None:
-    while fake.frozen.is_set():
-        await asyncio.sleep(TICK_S)
+    await fake.thawed.wait()
 
 
 def packed(tokens: Tokens) -> bytes:

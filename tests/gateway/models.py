@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 END = "<|end|>"
 CONTEXT_TOKENS = 200_000
 TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )

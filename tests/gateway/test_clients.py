@@ -7,11 +7,11 @@ from typing import Any
 
 import grpc.aio
 import pytest
-from calls import collect, generate_request, read_tokens
+from calls import collect, eventually, generate_request, read_tokens, read_until_error
 from fake_scheduler import packed
 
 from gateway.streams import Feed, Reader
-from laps.errors import Reason, ResourceExhausted, from_rpc_error
+from laps.errors import Reason, ResourceExhausted
 from laps.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
@@ -41,8 +41,7 @@ async def test_a_client_leaves(
     assert scheduler.unfollows == [(request_id, False)]
     assert (stored.spec.cancel_on_disconnect, stored.spec.disconnect_grace_s) == (cancels, grace_s)
     if cancels and not grace_s:
-        while not stored.finished:
-            await asyncio.sleep(0)
+        await eventually(lambda: stored.finished)
     else:
         assert not stored.finished
         scheduler.auto_tokens = 50
@@ -52,12 +51,11 @@ async def test_a_client_leaves(
 
 async def test_a_client_leaves_before_its_request_is_stored(harness: Any) -> None:
     scheduler = harness.scheduler
-    scheduler.frozen.set()
+    scheduler.thawed.clear()
     call = harness.inference.Generate(generate_request())
-    while not harness.gateway.inference._submitting:
-        await asyncio.sleep(0)
+    await eventually(lambda: harness.gateway.inference._submitting)
     call.cancel()
-    scheduler.frozen.clear()
+    scheduler.thawed.set()
     await scheduler.until(lambda: scheduler.unfollows)
     (stored,) = scheduler.requests.values()
     assert stored.disconnects == 1
@@ -100,13 +98,8 @@ async def test_a_slow_reader_costs_only_its_own_stream(start_gateway: Any, reque
         # The other stream gets everything, and in time.
         assert (await collect(quick)).tokens == scheduler.requests["quick"].planned
         (stored,) = [each for each in scheduler.requests.values() if each.spec.request_id != "quick"]
-        while not stored.finished:
-            await asyncio.sleep(0.001)
-        had = []
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            while True:
-                had.append(await slow.read())
-        error = from_rpc_error(caught.value)
+        await eventually(lambda: stored.finished)
+        had, error = await read_until_error(slow)
     assert error.status == "RESOURCE_EXHAUSTED"
     assert error.reason is Reason.CLIENT_TOO_SLOW
     assert len(had) < 400

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -33,7 +33,7 @@ def tokens_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 def pieces_of(data: st.DataObject, tokens: list[int]) -> list[list[int]]:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=8), label="cuts"))
     edges = [0, *cuts, len(tokens)]
-    return [tokens[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [tokens[start:end] for start, end in itertools.pairwise(edges)]
 
 
 def deliver(
@@ -54,7 +54,7 @@ def deliver(
 
 def planned(
     tokenizer: Tokenizer, tokens: list[int], stops: list[str], min_tokens: int = 0
-) -> tuple[Any, ...]:
+) -> tuple[list[int], str, str]:
     """The output as a worker would end it: its tokens, its text, the stop string that matched."""
     stopping = SimpleNamespace(stop=stops, min_tokens=min_tokens)
     end = stop_end(tokenizer._backend, tokens, stopping)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-from calls import collect, failure, generate_request, read_tokens
+from calls import collect, eventually, failure, generate_request, read_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,17 +29,12 @@ async def test_a_stream_that_breaks_anywhere(harness: Any, drops: list[int], ste
             scheduler.emit(request_id, step)
         for stream in tuple(scheduler.streams):
             stream.outgoing.put_nowait(None)
-        await _gone(scheduler)
+        await eventually(lambda: not scheduler.streams)
     scheduler.auto_tokens = step
     result = await collect(call)
     stored = scheduler.requests[request_id]
     assert result.tokens == stored.planned
     assert result.complete == stored.complete
-
-
-async def _gone(scheduler: Any) -> None:
-    while scheduler.streams:
-        await asyncio.sleep(0)
 
 
 async def test_the_scheduler_dies_and_comes_back(harness: Any) -> None:
@@ -67,10 +61,9 @@ async def test_a_frozen_scheduler_is_noticed(harness: Any) -> None:
     scheduler = harness.scheduler
     call = harness.inference.Generate(generate_request(request_id="wait"))
     await scheduler.until(lambda: scheduler.follows)
-    scheduler.frozen.set()
-    while harness.gateway.link.connected:
-        await asyncio.sleep(0.01)
-    scheduler.frozen.clear()
+    scheduler.thawed.clear()
+    await eventually(lambda: not harness.gateway.link.connected)
+    scheduler.thawed.set()
     scheduler.auto_tokens = 5
     assert (await collect(call)).tokens == scheduler.requests["wait"].planned
 
@@ -89,8 +82,7 @@ async def test_a_request_waits_for_the_scheduler(harness: Any) -> None:
     scheduler = harness.scheduler
     await scheduler.kill()
     call = harness.inference.Generate(generate_request(request_id="early"))
-    while not harness.gateway.inference._submitting:
-        await asyncio.sleep(0)
+    await eventually(lambda: harness.gateway.inference._submitting)
     await scheduler.start()
     scheduler.auto_tokens = 50
     assert (await collect(call)).tokens == scheduler.requests["early"].planned
