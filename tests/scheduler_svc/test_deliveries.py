@@ -1,0 +1,160 @@
+"""The delivery hub: what gateways are sent, and whose client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler_svc.core.records import Append, FinishReason, Request, RequestSpec
+from scheduler_svc.deliveries import MAX_PENDING_BYTES, DeliveryHub, Follower
+
+GATEWAY_GRACE_S = 5.0
+
+
+def pack(tokens: list[int]) -> bytes:
+    return array("I", tokens).tobytes()
+
+
+def unpack(packed: bytes) -> list[int]:
+    return array("I", packed).tolist()
+
+
+def make_request(request_id: str = "a", **spec: object) -> Request:
+    return Request(RequestSpec(request_id, pack([1]), 100, **spec), arrival_s=0.0)  # type: ignore[arg-type]
+
+
+async def take(follower: Follower) -> list[tuple[str, int, list[int]]]:
+    """Rows of the next message."""
+    message = await asyncio.wait_for(follower.next_message(1), 5)
+    rows, position = [], 0
+    for request_id, offset, count in zip(message.request_ids, message.offsets, message.counts, strict=True):
+        rows.append((request_id, offset, unpack(message.token_ids[4 * position : 4 * (position + count)])))
+        position += count
+    return rows
+
+
+@given(
+    steps=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    follow_after=st.integers(0, 12),
+    unstored=st.integers(0, 3),
+    offset=st.integers(0, 10),
+)
+def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
+    steps: list[int], follow_after: int, unstored: int, offset: int
+) -> None:
+    async def run() -> None:
+        hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+        tokens = list(range(sum(steps)))
+        offset_here = min(offset, sum(steps[:follow_after]))
+        stored = 0
+        for number, count in enumerate([*steps, 0]):
+            if number == min(follow_after, len(steps)):
+                # The core is ahead of the store: those tokens must not be seen.
+                ahead = tokens[: stored + unstored]
+                request.output[:] = pack(ahead)
+                hub.follow(follower, request, offset_here)
+            if count:
+                hub.published([Append("a", number + 1, stored, pack(tokens[stored : stored + count]))])
+                stored += count
+        expected = tokens[offset_here:]
+        if expected:
+            rows = await take(follower)
+            assert rows == [("a", offset_here, expected)]
+
+    asyncio.run(run())
+
+
+async def test_logprobs_of_joined_rows_are_joined() -> None:
+    from laps.v1 import generation_pb2, scheduler_pb2
+
+    def packed(value: float) -> bytes:
+        one = generation_pb2.TokenLogprob(logprob=value)
+        return scheduler_pb2.TokenLogprobs(logprobs=[one]).SerializeToString()
+
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub.follow(follower, request, 0)
+    hub.published([Append("a", 1, 0, pack([7]), packed(-1.0)), Append("a", 2, 1, pack([8]), packed(-2.0))])
+    message = await follower.next_message(1)
+    assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0]
+
+
+async def test_the_end_comes_after_the_last_tokens() -> None:
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub.follow(follower, request, 0)
+    request.output[:] = pack([7])
+    request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
+    hub.published([Append("a", 1, 0, pack([7]))])
+    hub.finished([request])
+    message = await follower.next_message(1)
+    assert list(message.request_ids) == ["a"]
+    assert message.completions[0].output_tokens == 1
+    assert not follower.followed
+
+
+@pytest.mark.parametrize(
+    ("spec", "cancelled_at_s"),
+    [
+        ({"cancel_on_disconnect": True, "disconnect_grace_s": 0.0}, 10.0),
+        ({"cancel_on_disconnect": True, "disconnect_grace_s": 30.0}, 40.0),
+        ({"cancel_on_disconnect": False}, None),
+    ],
+)
+def test_a_lost_client_ends_its_request_as_the_request_says(
+    spec: dict[str, object], cancelled_at_s: float | None
+) -> None:
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(**spec), Follower("g")
+    hub.follow(follower, request, 0)
+    hub.unfollow(follower, request, "a", now_s=10.0)
+    assert hub.next_orphan_s() == cancelled_at_s
+    if cancelled_at_s is not None:
+        assert hub.take_abandoned(cancelled_at_s - 0.001) == []
+        assert hub.take_abandoned(cancelled_at_s) == ["a"]
+
+
+def test_a_client_that_comes_back_starts_a_new_grace() -> None:
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    request = make_request(disconnect_grace_s=30.0)
+    hub.follow(follower, request, 0)
+    hub.unfollow(follower, request, "a", now_s=0.0)
+    hub.follow(follower, request, 0)
+    hub.unfollow(follower, request, "a", now_s=29.0)
+    assert hub.take_abandoned(30.0) == []
+    assert hub.take_abandoned(59.0) == ["a"]
+
+
+def test_two_followers_and_one_goes() -> None:
+    hub, first, second = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), Follower("h")
+    request = make_request()
+    hub.follow(first, request, 0)
+    hub.follow(second, request, 0)
+    hub.unfollow(first, request, "a", now_s=0.0)
+    assert hub.next_orphan_s() is None
+
+
+def test_a_lost_gateway_gets_its_time_to_come_back() -> None:
+    hub, follower, request = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), make_request()
+    hub.follow(follower, request, 0)
+    hub.lost(follower, {"a": request}, now_s=0.0)
+    assert hub.take_abandoned(GATEWAY_GRACE_S - 0.1) == []
+    assert hub.take_abandoned(GATEWAY_GRACE_S) == ["a"]
+
+
+def test_after_a_crash_nobody_follows_and_everybody_gets_time() -> None:
+    hub, request = DeliveryHub(GATEWAY_GRACE_S), make_request()
+    request.output[:] = pack([1, 2, 3])
+    hub.restored([request], now_s=0.0)
+    assert hub.stored_tokens("a") == 3
+    assert hub.take_abandoned(GATEWAY_GRACE_S) == ["a"]
+
+
+def test_a_gateway_that_reads_nothing_is_noticed() -> None:
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    hub.follow(follower, make_request(), 0)
+    hub.published([Append("a", 1, 0, bytes(MAX_PENDING_BYTES))])
+    assert not follower.overrun
+    hub.published([Append("a", 2, MAX_PENDING_BYTES // 4, bytes(4))])
+    assert follower.overrun

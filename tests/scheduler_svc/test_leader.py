@@ -1,0 +1,166 @@
+"""The loop that joins core and store: nothing is seen before it is stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from scheduler_svc.core.policies import make_policy
+from scheduler_svc.core.records import Commit, RequestSpec, StepCosts, StepReport, Worker
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.settings import SchedulerSettings
+from scheduler_svc.deliveries import Follower
+from scheduler_svc.leader import Leader, WorkerSession
+from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
+
+TOKEN = bytes(4)
+
+
+class FakeStore:
+    """Stores when it is let to, after the `failures`."""
+
+    def __init__(self) -> None:
+        self.allowed = asyncio.Event()
+        self.allowed.set()
+        self.failures: list[Exception] = []
+        self.calls: list[bytes] = []
+        self.asked = asyncio.Event()
+        self.stored: list[bytes] = []
+
+    def encode(self, commit: Commit, now_s: float) -> bytes:
+        return repr([(a.request_id, a.offset, len(a.token_ids)) for a in commit.appended]).encode()
+
+    async def commit(self, encoded: bytes) -> bool:
+        self.calls.append(encoded)
+        self.asked.set()
+        await self.allowed.wait()
+        if self.failures:
+            raise self.failures.pop(0)
+        self.stored.append(encoded)
+        return True
+
+    async def renew(self) -> None:
+        return None
+
+
+@asynccontextmanager
+async def running(store: FakeStore) -> AsyncIterator[tuple[Leader, asyncio.Task[None]]]:
+    core = Scheduler("p", make_policy("fcfs"), SchedulerSettings())
+    leader = Leader(
+        core,
+        store,  # type: ignore[arg-type]
+        epoch=1,
+        tick_interval_s=0.0,
+        gateway_grace_s=5.0,
+        leader_ttl_s=3.0,
+    )
+    task = asyncio.create_task(leader.run())
+    try:
+        yield leader, task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def join(leader: Leader) -> WorkerSession:
+    session = WorkerSession("w")
+    leader.open_session(session, Worker("w", 1, StepCosts(0.001, 0.01)), [])
+    return session
+
+
+def submit(leader: Leader) -> None:
+    leader.core.submit(RequestSpec("a", TOKEN, 10), leader.now_s())
+
+
+async def test_a_lease_is_sent_only_after_its_commit() -> None:
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        session = join(leader)
+        await asyncio.wait_for(leader.settled(), 5)
+        store.allowed.clear()
+        store.asked.clear()
+        submit(leader)
+        settled = asyncio.ensure_future(leader.settled())
+        await asyncio.wait_for(store.asked.wait(), 5)
+        assert session.outbox.empty()
+        assert not settled.done()
+        store.allowed.set()
+        await asyncio.wait_for(settled, 5)
+        message = session.outbox.get_nowait()
+        assert message is not None
+        assert message.leases.grants[0].request_id == "a"
+
+
+async def test_tokens_reach_followers_only_after_their_commit() -> None:
+    store, follower = FakeStore(), Follower("g")
+    async with running(store) as (leader, _):
+        session = join(leader)
+        submit(leader)
+        await asyncio.wait_for(leader.settled(), 5)
+        message = session.outbox.get_nowait()
+        assert message is not None
+        lease_id = message.leases.grants[0].lease_id
+        request = leader.core.get("a")
+        assert request is not None
+        leader.hub.follow(follower, request, 0)
+        store.allowed.clear()
+        store.asked.clear()
+        leader.report(session, 1, StepReport("w", [lease_id], [0], [2], [3], [1], 2 * TOKEN))
+        waiting = asyncio.ensure_future(follower.next_message(0))
+        await asyncio.wait_for(store.asked.wait(), 5)
+        assert not waiting.done()
+        store.allowed.set()
+        assert (await asyncio.wait_for(waiting, 5)).counts == [2]
+        acknowledged = await asyncio.wait_for(session.outbox.get(), 5)
+        assert acknowledged is not None
+        assert acknowledged.leases.acknowledged_step == 1
+
+
+async def test_an_unknown_outcome_is_asked_again_with_the_same_bytes() -> None:
+    store = FakeStore()
+    store.failures = [StoreUnavailable("timeout"), StoreUnavailable("timeout")]
+    async with running(store) as (leader, _):
+        submit(leader)
+        await asyncio.wait_for(leader.settled(), 5)
+        assert len(store.calls) == 3
+        assert len(set(store.calls)) == 1
+        assert not leader.store_down
+
+
+async def test_a_lost_term_ends_the_loop_and_whoever_waits() -> None:
+    store = FakeStore()
+    store.failures = [StaleLeader("STALE_EPOCH")]
+    async with running(store) as (leader, task):
+        session = join(leader)
+        waiting = asyncio.ensure_future(leader.settled())
+        with pytest.raises(StaleLeader):
+            await asyncio.wait_for(task, 5)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert session.outbox.get_nowait() is None
+
+
+async def test_a_worker_given_up_by_the_core_must_join_anew() -> None:
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        session = join(leader)
+        await asyncio.wait_for(leader.settled(), 5)
+        leader.core.worker_left("w", leader.now_s())
+        leader.wake()
+        messages = [await asyncio.wait_for(session.outbox.get(), 5)]
+        while messages[-1] is not None:
+            messages.append(await asyncio.wait_for(session.outbox.get(), 5))
+
+
+async def test_an_older_session_of_a_worker_cannot_speak_for_it() -> None:
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        old, new = join(leader), join(leader)
+        leader.close_session(old)
+        assert "w" in leader.core.workers
+        leader.report(old, 1, StepReport("w"))
+        assert not old.unacknowledged
+        assert not new.unacknowledged
