@@ -6,15 +6,12 @@ Everything is real: separate processes that speak gRPC, a store, the built-in mo
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,86 +19,21 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from laps import demo_summary, logs, runtime
+from laps import logs, runtime
 from laps.cli import tables
 from laps.client import AsyncClient
-from laps.client.requests import GenerateOptions, Prompt
-from laps.client.results import Completion, Snapshot
-from laps.errors import LapsError, LocalError
+from laps.demo import summary
+from laps.demo.burst import AT_ONCE, Burst, Item, Served, load_items
+from laps.errors import LapsError
 from laps.settings import BUILT_IN_TARGET, Settings
 from laps.stack import Stack
 
 PROMPTS = Path(BUILT_IN_TARGET).parent / "prompts.jsonl"
-AT_ONCE = 24
-"""Requests of the first burst; the others come one by one while it is being served."""
 ARRIVAL_INTERVAL_S = 0.15
 PICTURE_INTERVAL_S = 0.2
 LINE_INTERVAL_S = 1.0
 INTERRUPTED = 130
 SHOWN_CHARS = 600
-
-
-class DemoError(LocalError):
-    """The demonstration cannot run. One line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A prompt of the burst."""
-
-    number: int
-    kind: str
-    prompt: Prompt
-    max_tokens: int
-    streamed: bool = False
-    """Shown token by token."""
-
-    @property
-    def request_id(self) -> str:
-        return f"{self.kind}-{self.number:02}"
-
-    def options(self) -> GenerateOptions:
-        options: GenerateOptions = {
-            "request_id": self.request_id,
-            "max_tokens": self.max_tokens,
-            "request_class": self.kind,
-        }
-        if self.streamed:
-            # Somebody is watching this one: it goes before the others.
-            options["priority"] = 1
-        if self.number % 3 == 2:
-            # Every third one is sampled; the seed makes the demonstration repeat itself.
-            options |= {"temperature": 0.8, "top_p": 0.95, "seed": self.number}
-        return options
-
-
-@dataclass(slots=True)
-class Served:
-    """A request as its client saw it."""
-
-    item: Item
-    latency_s: float
-    first_token_s: float
-    completion: Completion
-
-
-@dataclass
-class Burst:
-    """The run as it is: filled by the clients, read by the view."""
-
-    items: Sequence[Item]
-    served: list[Served] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-    streamed: str = ""
-    snapshot: Snapshot | None = None
-
-    @property
-    def shown(self) -> Item:
-        return next(item for item in self.items if item.streamed)
-
-    @property
-    def finished(self) -> bool:
-        return len(self.served) + len(self.failed) == len(self.items)
 
 
 def run(settings: Settings) -> int:
@@ -113,26 +45,6 @@ def run(settings: Settings) -> int:
     if not console.is_terminal:
         console = Console(highlight=False, width=150)
     return runtime.run(_interruptible(settings, items, console))
-
-
-def load_items(path: Path) -> list[Item]:
-    """The prompts of the burst. Raises DemoError if the file is not there."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DemoError(f"the demonstration's prompts cannot be read: {error}") from None
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
-    longest = max(range(AT_ONCE), key=lambda number: records[number]["max_tokens"])
-    return [
-        Item(
-            number,
-            record["kind"],
-            record.get("text") or record["messages"],
-            record["max_tokens"],
-            streamed=number == longest,
-        )
-        for number, record in enumerate(records)
-    ]
 
 
 async def _interruptible(settings: Settings, items: Sequence[Item], console: Console) -> int:
@@ -169,7 +81,7 @@ async def _demo(settings: Settings, items: Sequence[Item], console: Console) -> 
             console.print(
                 Panel(Text(_tail(burst.streamed)), title=f"{burst.shown.request_id}, as it was streamed")
             )
-            console.print(*demo_summary.summary(burst.served, wall_s, counters), sep="\n")
+            console.print(*summary.tables(burst.served, wall_s, counters), sep="\n")
     for line in burst.failed:
         console.print(f"failed: {line}", style="red")
     console.print(
@@ -236,7 +148,7 @@ async def _show_lines(burst: Burst, console: Console) -> None:
         await asyncio.sleep(LINE_INTERVAL_S)
         if burst.snapshot is not None:
             console.print(
-                f"{time.monotonic() - began_s:5.1f} s  {demo_summary.line(burst.snapshot, len(burst.served))}"
+                f"{time.monotonic() - began_s:5.1f} s  {summary.line(burst.snapshot, len(burst.served))}"
             )
         if len(burst.streamed) > printed:
             console.print(

@@ -5,15 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 
 from laps.client.results import Completion, PoolQueues, Snapshot
-
-if TYPE_CHECKING:
-    from laps.demo import Served
+from laps.demo.burst import Served
 
 
 def line(snapshot: Snapshot, served: int) -> str:
@@ -30,7 +27,7 @@ def line(snapshot: Snapshot, served: int) -> str:
     )
 
 
-def summary(served: Sequence[Served], wall_s: float, pools: Sequence[PoolQueues]) -> list[RenderableType]:
+def tables(served: Sequence[Served], wall_s: float, pools: Sequence[PoolQueues]) -> list[RenderableType]:
     """Latency and throughput, then acceptance by kind of prompt."""
     if not served:
         return ["Nothing was served."]
