@@ -15,7 +15,7 @@ _DECAY = 0.95
 _PRIOR_WEIGHT = 4.0
 _PRIOR_ACCEPTANCE = 0.6
 _MARGIN = 1.02
-_PROBE_STEPS = 64
+_PROBE_STEPS = 48
 
 
 class AcceptanceEstimate:
@@ -56,15 +56,14 @@ class DraftLengthChooser:
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        self._steps_without = 0
+        self._steps = 0
 
     def choose(self, acceptances: Sequence[float], limits: Sequence[int], catch_up_s: float) -> int:
         """limits: most tokens that each row may draft. catch_up_s: seconds to bring the draft's KV up to date
         first.
 
         Returns the length for the batch; the longest while costs are unknown. Speculation must promise a gain
-        of some percent, for estimates are noisy; now and then one token is drafted all the same, since
-        acceptance can only be learned by trying.
+        of some percent, for estimates are noisy.
         """
         longest = max(limits, default=0)
         if longest == 0 or not self._costs.calibrated:
@@ -79,11 +78,14 @@ class DraftLengthChooser:
             )
             if tokens / seconds > best_rate:
                 best, best_rate = length, tokens / seconds
-        if best:
-            self._steps_without = 0
+        return self._tried(best, longest)
+
+    def _tried(self, best: int, longest: int) -> int:
+        """The best length, but now and then the next longer or shorter one: what is never tried is never
+        learned.
+        """
+        self._steps += 1
+        if self._steps % _PROBE_STEPS:
             return best
-        self._steps_without += 1
-        if self._steps_without >= _PROBE_STEPS:
-            self._steps_without = 0
-            return 1
-        return 0
+        longer = (self._steps // _PROBE_STEPS) % 2 == 1 or best == 0
+        return min(best + 1, longest) if longer else best - 1

@@ -99,8 +99,8 @@ class SlotCache:
             state = grown[shape][self.shapes[:index].count(shape)]
             split = shape.heads * shape.key_dim
             self.states.append(state)
-            self.keys.append(state[..., :split].unflatten(-1, (shape.heads, shape.key_dim)))
-            self.values.append(state[..., split:].unflatten(-1, (shape.heads, shape.value_dim)))
+            self.keys.append(state[..., :split].view(*state.shape[:2], shape.heads, shape.key_dim))
+            self.values.append(state[..., split:].view(*state.shape[:2], shape.heads, shape.value_dim))
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` of one slot over another."""

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_SMOOTHING = 0.1
+_SMOOTHING = 0.05
+_SPEED_SMOOTHING = 0.2
 _OUTLIER = 3.0
+_FIT_POINTS = 4
 
 
 class CostTable:
@@ -24,36 +26,27 @@ class CostTable:
     def __iter__(self) -> Iterator[tuple[int, int, float]]:
         return ((rows, width, seconds) for (rows, width), seconds in sorted(self._seconds.items()))
 
-    def observe(self, rows: int, width: int, seconds: float) -> None:
-        key = (rows, width)
-        known = self._seconds.get(key)
-        if known is None:
-            known = self.estimate(rows, width) if len(self._seconds) >= 4 else seconds
-            self._fit = None
-            if known <= 0:
-                known = seconds
-        # A step that the operating system interrupted must not overturn what hundreds of steps have shown.
-        bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
-        self._seconds[key] = known + _SMOOTHING * (bounded - known)
-
     def set(self, rows: int, width: int, seconds: float) -> None:
         """Replaces an entry by a careful measurement."""
         self._seconds[rows, width] = seconds
         self._fit = None
 
+    def observe(self, rows: int, width: int, seconds: float) -> None:
+        """Moves an entry towards what a step has just taken; an unmeasured one starts there."""
+        known = self._seconds.get((rows, width))
+        self.set(rows, width, seconds if known is None else known + _SMOOTHING * (seconds - known))
+
     def estimate(self, rows: int, width: int) -> float:
         """Seconds expected; 0 while nothing was measured."""
         known = self._seconds.get((rows, width))
-        if known is not None:
-            return known
-        if not self._seconds:
-            return 0.0
+        if known is not None or not self._seconds:
+            return known or 0.0
+        if len(self._seconds) < _FIT_POINTS:
+            return max(self._seconds.values())
         if self._fit is None:
             self._fit = self._least_squares()
-        floor = min(self._seconds.values())
-        return max(
-            floor, sum(weight * term for weight, term in zip(self._fit, _terms(rows, width), strict=True))
-        )
+        guess = sum(weight * term for weight, term in zip(self._fit, _terms(rows, width), strict=True))
+        return max(min(self._seconds.values()), guess)
 
     def _least_squares(self) -> tuple[float, ...]:
         keys = list(self._seconds)
@@ -73,42 +66,51 @@ class StepCosts:
     """Measured seconds of the phases of a step.
 
     draft: table over (rows, drafted tokens) of the whole drafting phase. verify: table over (rows, 1 +
-    drafted tokens). other_s: the rest of a step (bookkeeping). prefill_s_per_token: target and draft
-    together. calibrated: whether the tables have entries enough to judge lengths that were not tried. batch:
-    rows of the last step.
+    drafted tokens). Both hold seconds at the speed of the calibration; `slowdown` is how much slower the
+    machine is now, which longer contexts and busy neighbours change for all entries alike. other_s: the rest
+    of a step. calibrated: whether the tables can judge lengths that were not tried. batch, drafted: rows of
+    the last step, and its draft length.
     """
 
     def __init__(self) -> None:
         self.draft = CostTable()
         self.verify = CostTable()
+        self.slowdown = 1.0
         self.other_s = 0.0
         self.prefill_s_per_token = 0.0
         self.draft_prefill_s_per_token = 0.0
         self.calibrated = False
         self.batch = 1
-        self.drafted = 1
+        self.drafted = 0
 
     @property
     def draft_s(self) -> float:
         """Seconds to draft one token for every row of the present batch (T_ssm); 0 without a draft."""
         width = max(1, self.drafted)
-        return self.draft.estimate(self.batch, width) / width
+        return self.slowdown * self.draft.estimate(self.batch, width) / width
 
     @property
     def verify_s(self) -> float:
         """Seconds to verify the present batch at its present draft length (T_llm)."""
-        return self.verify.estimate(self.batch, self.drafted + 1)
+        return self.slowdown * self.verify.estimate(self.batch, self.drafted + 1)
 
     def step_s(self, rows: int, drafted: int) -> float:
         """Seconds expected of a step over `rows` rows with `drafted` drafted tokens each, without prefill."""
-        drafting = self.draft.estimate(rows, drafted) if drafted else 0.0
-        return drafting + self.verify.estimate(rows, drafted + 1) + self.other_s
+        return self.slowdown * self._model_s(rows, drafted) + self.other_s
 
     def observe_step(self, rows: int, drafted: int, draft_s: float, verify_s: float, other_s: float) -> None:
+        """Learns from a step: first the speed of the machine, then what is particular to this size."""
         self.batch, self.drafted = rows, drafted
+        expected_s = self._model_s(rows, drafted)
+        if self.calibrated and expected_s > 0:
+            # A step that the operating system interrupted must not overturn what hundreds of steps have
+            # shown.
+            ratio = (draft_s + verify_s) / (expected_s * self.slowdown)
+            ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
+            self.slowdown *= 1 + _SPEED_SMOOTHING * (ratio - 1)
         if drafted:
-            self.draft.observe(rows, drafted, draft_s)
-        self.verify.observe(rows, drafted + 1, verify_s)
+            self.draft.observe(rows, drafted, draft_s / self.slowdown)
+        self.verify.observe(rows, drafted + 1, verify_s / self.slowdown)
         self.other_s = _smooth(self.other_s, other_s)
 
     def observe_prefill(self, tokens: int, seconds: float) -> None:
@@ -117,8 +119,12 @@ class StepCosts:
     def observe_draft_prefill(self, tokens: int, seconds: float) -> None:
         self.draft_prefill_s_per_token = _smooth(self.draft_prefill_s_per_token, seconds / tokens)
 
+    def _model_s(self, rows: int, drafted: int) -> float:
+        drafting = self.draft.estimate(rows, drafted) if drafted else 0.0
+        return drafting + self.verify.estimate(rows, drafted + 1)
+
 
 def _smooth(known: float, seconds: float) -> float:
     if known <= 0.0:
         return seconds
-    return known + _SMOOTHING * (min(seconds, known * _OUTLIER) - known)
+    return known + _SPEED_SMOOTHING * (min(seconds, known * _OUTLIER) - known)

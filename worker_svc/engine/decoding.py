@@ -130,11 +130,11 @@ class Decoder:
             unseen = row.tokens[start : start + width]
             row.kv_tokens[DRAFT] = start + len(unseen)
             fed.append(unseen + [0] * (width - len(unseen)))
-        logits = draft.forward(torch.tensor(fed, device=self._device), 0, starts, width)
-        if width == 1 or min(pending) == width:
-            return logits[:, -1:]
-        index = torch.tensor([min(count, width) - 1 for count in pending], device=self._device)
-        return logits[torch.arange(len(rows), device=self._device), index][:, None]
+        tokens = torch.tensor(fed, device=self._device)
+        if min(pending) >= width:
+            return draft.forward(tokens, 0, starts, 1)
+        last = torch.tensor([min(count, width) - 1 for count in pending], device=self._device)
+        return draft.forward(tokens, 0, starts, 1, last)
 
     def _sampler_for(self, rows: Sequence[Row]) -> BatchSampler:
         same = len(rows) == len(self._sampler_rows) and all(

@@ -27,11 +27,13 @@ class Runner(Protocol):
 
     cache: SlotCache
 
-    def forward(self, tokens: Tensor, first: int, starts: Sequence[int], logits: int) -> Tensor:
+    def forward(
+        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+    ) -> Tensor:
         """Feeds row i of tokens (int64 [rows, queries]) to slot first + i from position starts[i] on.
 
         Returns the logits of the last `logits` tokens of each row, [rows, logits, vocabulary], in the model's
-        dtype.
+        dtype; with `pick` (int64 [rows]) those of token pick[i] of each row alone, [rows, 1, vocabulary].
         """
         ...
 
@@ -69,7 +71,9 @@ class GeneralRunner:
         # Eager attention adds its mask to the scores; every other implementation takes booleans.
         self._additive = config._attn_implementation == "eager"
 
-    def forward(self, tokens: Tensor, first: int, starts: Sequence[int], logits: int) -> Tensor:
+    def forward(
+        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+    ) -> Tensor:
         window = SlotWindow(self.cache, first, starts, tokens.shape[1])
         self._view.bind(window)
         masks = {kind: self._mask(window, kind) for kind in self._kinds}
@@ -80,10 +84,10 @@ class GeneralRunner:
             position_ids=window.positions.clamp(max=self._last_position),
             past_key_values=self._view,
             use_cache=True,
-            logits_to_keep=logits,
+            logits_to_keep=logits if pick is None else tokens.shape[1],
         )
         result: Tensor = output.logits
-        return result[:, -logits:]
+        return result[:, -logits:] if pick is None else picked(result, pick)
 
     def _mask(self, window: SlotWindow, kind: str) -> Tensor:
         mask = window.attends(self._sliding_tokens if kind == "sliding_attention" else None)
@@ -93,6 +97,11 @@ class GeneralRunner:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
             ~mask, torch.finfo(dtype).min
         )
+
+
+def picked(values: Tensor, pick: Tensor) -> Tensor:
+    """Entry pick[i] of row i of values [rows, queries, width], as [rows, 1, width]."""
+    return values[torch.arange(values.shape[0], device=values.device), pick][:, None]
 
 
 def _position_limit(config: Any) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .cache import SlotCache, SlotWindow
+from .forward import picked
 
 # The fused weights are copies; above this size the copies would cost more than the saved kernel calls gain.
 _MAX_WEIGHT_BYTES = 1 << 29
@@ -79,7 +80,9 @@ class LlamaRunner:
         self._stores: list[Tensor] = []
         self._stores_of: list[Tensor] | None = None
 
-    def forward(self, tokens: Tensor, first: int, starts: Sequence[int], logits: int) -> Tensor:
+    def forward(
+        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+    ) -> Tensor:
         rows, queries = tokens.shape
         window = SlotWindow(self.cache, first, starts, queries)
         rotation, bias = self._rotation_of(window), self._bias_of(window)
@@ -101,7 +104,8 @@ class LlamaRunner:
             hidden = torch.addmm(hidden, mixed.reshape(rows * queries, -1), layer.attention_out)
             gate, up = torch.mm(self._normed(hidden), layer.mlp_in).chunk(2, dim=-1)
             hidden = torch.addmm(hidden, functional.silu(gate).mul_(up), layer.mlp_out)
-        last = hidden.view(rows, queries, self._hidden)[:, -logits:]
+        last = hidden.view(rows, queries, self._hidden)
+        last = last[:, -logits:] if pick is None else picked(last, pick)
         return functional.linear(self._normed(last) * self._final, self._head)
 
     def _normed(self, hidden: Tensor) -> Tensor:
@@ -118,7 +122,8 @@ class LlamaRunner:
         """
         if self._stores_of is not self.cache.states:
             self._stores_of = self.cache.states
-            self._stores = [s.unflatten(-1, (self._heads, 2, self._dim // 2, 2)) for s in self.cache.states]
+            pairs = (self._heads, 2, self._dim // 2, 2)
+            self._stores = [states.view(*states.shape[:2], *pairs) for states in self.cache.states]
         return self._stores
 
     def _rotation_of(self, window: SlotWindow) -> Tensor:
@@ -127,7 +132,7 @@ class LlamaRunner:
             start = window.starts[0]
             return torch.view_as_complex(self._rotation[None, start : start + window.queries])
         flat = functional.embedding(window.positions, self._rotation.flatten(1))
-        return torch.view_as_complex(flat.unflatten(-1, self._rotation.shape[1:]))
+        return torch.view_as_complex(flat.view(*flat.shape[:2], *self._rotation.shape[1:]))
 
     def _bias_of(self, window: SlotWindow) -> Tensor | None:
         """Causal mask to be added, broadcastable to [rows, key heads, queries * group, reach]."""
@@ -141,10 +146,9 @@ class LlamaRunner:
         start, limit = window.starts[0], self.cache.limit_tokens
         if window.queries > _KEPT_QUERIES:
             return self._grouped(self._triangle(start, window.queries))
-        bias = self._biases.get(window.queries)
-        if bias is None:
-            bias = self._biases[window.queries] = self._grouped(self._triangle(limit, window.queries))
-        return bias[..., limit - start :]
+        if window.queries not in self._biases:
+            self._biases[window.queries] = self._grouped(self._triangle(limit, window.queries))
+        return self._biases[window.queries][..., limit - start :]
 
     def _triangle(self, start: int, queries: int) -> Tensor:
         shape = (1, 1, queries, start + queries)
@@ -173,7 +177,7 @@ class LlamaRunner:
         )
 
     def _rotations(self, rotary: Any) -> Tensor:
-        """cos and sin of every position, real [positions, 1, group + 2, dim / 2, 2]; 1 and 0 for the value."""
+        """cos and sin by position, real [positions, 1, group + 2, dim / 2, 2]; 1 and 0 for the value."""
         positions = torch.arange(self.cache.limit_tokens, device=self.cache.device, dtype=torch.float32)
         angles = torch.outer(positions, rotary.inv_freq.to(torch.float32))
         turns = torch.stack([angles.cos(), angles.sin()], -1) * rotary.attention_scaling

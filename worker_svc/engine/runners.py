@@ -11,7 +11,7 @@ from .forward import GeneralRunner, Runner, check_runner
 
 
 def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: bool) -> Runner:
-    """The leanest runner that gives this model's logits; raises ModelError if even the general one does not."""
+    """The leanest runner that gives this model's logits; ModelError if even the general one does not."""
     if fast_path and llama.suits(model, cache.dtype):
         lean = llama.LlamaRunner(model, cache)
         try:
