@@ -178,58 +178,53 @@ local function set_fields(record, fields)
   end
 end
 
--- How far each log is stored, of the requests in `ids`: entries and tokens by id. For a request that
--- has no line in `progress` the record in its hash is right.
+-- How far each log is stored, of the requests in `ids`: by id 'ENTRIES TOKENS', as in `progress`. For a
+-- request that has no line there the record in its hash is right.
 local function read_progress(prefix, ids)
-  local entries, tokens = {}, {}
+  local lines = {}
   for first = 1, #ids, BATCH do
     local last = math.min(first + BATCH - 1, #ids)
     for i, line in ipairs(redis.call('HMGET', prefix .. 'progress', unpack(ids, first, last))) do
-      if line then
-        local id = ids[first + i - 1]
-        local n, m = string.match(line, '^(%d+) (%d+)$')
-        entries[id], tokens[id] = tonumber(n), tonumber(m)
-      end
+      if line then lines[ids[first + i - 1]] = line end
     end
   end
-  return entries, tokens
+  return lines
 end
 
--- A repeated entry must be the stored one.
-local function check_repeated(prefix, id, number, offset, tokens, logprobs)
-  local entry_id = string.format('%.0f-0', number)
-  local found = redis.call('XRANGE', prefix .. 'tokens:' .. id, entry_id, entry_id)[1]
+-- An entry that is not the next one must be a stored one, and the same.
+local function check_stored(prefix, id, line, number, offset, tokens, logprobs)
+  local last = tonumber(string.match(line, '^%d+'))
+  if number > last + 1 then refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. last .. ' of ' .. id) end
+  local found = redis.call('XRANGE', prefix .. 'tokens:' .. id, number .. '-0', number .. '-0')[1]
   local stored = {}
   for i = 1, found and #found[2] or 0, 2 do stored[found[2][i]] = found[2][i + 1] end
   if tonumber(stored.offset) ~= offset or stored.tokens ~= tokens or (stored.logprobs or '') ~= logprobs then
-    refuse('LOG_CONFLICT', 'entry ' .. number .. ' of ' .. id .. ' is stored with other content')
+    refuse('LOG_CONFLICT', 'entry ' .. number .. ' at ' .. offset .. ' of ' .. id .. ', whose log is stored to ' .. line)
   end
 end
 
--- Checks log entries: each is new and the next one, or it is there already and the same. `appended`
--- is id, number, offset, count, tokens, logprobs, ... Returns where in it the new ones begin,
--- and the log's new ends as they are to be written to `progress`.
-local function check_log(prefix, appended, entries, tokens, requests)
+-- Checks log entries: each is new and the next one, or it is there already and the same. `appended` is
+-- id, the log's line in `progress` before and after, number, offset, tokens, logprobs, ... Returns
+-- where in it the new ones begin, and ids and lines to be written to `progress`.
+local function check_log(prefix, appended, lines, requests)
   local new, grown = {}, {}
-  for i = 1, #appended, 6 do
-    local id, number, offset = appended[i], appended[i + 1], appended[i + 2]
-    if not entries[id] then
+  for i = 1, #appended, 7 do
+    local id = appended[i]
+    local line = lines[id]
+    if not line then
       local record = requests.known(id)
-      entries[id], tokens[id] = record.entries, record.tokens
+      line = record.entries .. ' ' .. record.tokens
     end
-    if number > entries[id] then
-      if number ~= entries[id] + 1 then refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. entries[id] .. ' of ' .. id) end
-      if offset ~= tokens[id] then
-        refuse('LOG_CONFLICT', 'offset ' .. offset .. ' where ' .. tokens[id] .. ' tokens are stored of ' .. id)
-      end
+    if line == appended[i + 1] then
       if requests.all[id] and requests.all[id].finished then refuse('ALREADY_FINISHED', id) end
-      entries[id], tokens[id] = number, offset + appended[i + 3]
+      line = appended[i + 2]
       new[#new + 1] = i
       local n = #grown
-      grown[n + 1], grown[n + 2] = id, string.format('%.0f %.0f', number, tokens[id])
+      grown[n + 1], grown[n + 2] = id, line
     else
-      check_repeated(prefix, id, number, offset, appended[i + 4], appended[i + 5])
+      check_stored(prefix, id, line, unpack(appended, i + 3, i + 6))
     end
+    lines[id] = line
   end
   return new, grown
 end
@@ -259,8 +254,8 @@ register('laps_commit', function(prefix, args)
     requests.add(id, { entries = 0, tokens = 0, queue = '', arrival_seq = new[2], priority = new[3], perceived_s = 0,
       perceives_s = new[4], fields = new[7] })
   end
-  local entries, tokens = read_progress(prefix, logged) -- of all in appended, changed and finished
-  local new_entries, grown = check_log(prefix, appended, entries, tokens, requests)
+  local lines = read_progress(prefix, logged) -- of all in appended, changed and finished
+  local new_entries, grown = check_log(prefix, appended, lines, requests)
   for _, change in ipairs(changed) do -- id, perceived_s, fields
     local record = unfinished(change[1])
     record.perceives_s = change[2]
@@ -295,11 +290,11 @@ register('laps_commit', function(prefix, args)
     redis.call('ZADD', prefix .. 'live', new[2], new[1])
   end
   for _, i in ipairs(new_entries) do
-    local key, entry_id = prefix .. 'tokens:' .. appended[i], string.format('%.0f-0', appended[i + 1])
-    if appended[i + 5] == '' then
-      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4])
+    local key, entry_id = prefix .. 'tokens:' .. appended[i], appended[i + 3] .. '-0'
+    if appended[i + 6] == '' then
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 4], 'tokens', appended[i + 5])
     else
-      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4], 'logprobs', appended[i + 5])
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 4], 'tokens', appended[i + 5], 'logprobs', appended[i + 6])
     end
   end
   call_batched('HSET', prefix .. 'progress', grown)
@@ -321,9 +316,10 @@ register('laps_commit', function(prefix, args)
     if record.perceives_s then
       backlog_us = backlog_us + microseconds(record.perceives_s) - microseconds(record.perceived_s)
     end
-    if record.fields and entries[id] then
+    if record.fields and lines[id] then
+      local entries, tokens = string.match(lines[id], '^(%d+) (%d+)$')
       local n = #fields
-      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', entries[id], 'output_tokens', tokens[id]
+      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', entries, 'output_tokens', tokens
     end
     if #fields > 0 then redis.call('HSET', record.key, unpack(fields)) end
     if record.finishes then

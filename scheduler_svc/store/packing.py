@@ -59,11 +59,13 @@ class CommitPacker:
         logged: dict[str, None] = {}
         for entry in commit.appended:
             logged[entry.request_id] = None
+            number, offset = entry.entry, entry.offset
             appended += (
                 entry.request_id,
-                entry.entry,
-                entry.offset,
-                len(entry.token_ids) // TOKEN_BYTES,
+                f"{number - 1} {offset}",
+                f"{number} {offset + len(entry.token_ids) // TOKEN_BYTES}",
+                number,
+                offset,
                 codec.tokens_to_text(entry.token_ids),
                 entry.logprobs,
             )

@@ -147,6 +147,19 @@ async def test_a_repeated_log_entry_that_is_equal_changes_nothing(leading, apply
     assert (found.output, found.log_entries) == (tokens(7, 8, 9, 1), 3)
 
 
+async def test_the_record_of_an_ended_request_tells_how_far_its_log_goes(
+    leading, apply, make_request, tokens, dump
+):
+    request = make_request()
+    await apply(leading, submitted=[request])
+    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8))])
+    assert dump(leading.pool)["progress"] == {"req-1": "1 2"}
+    await apply(leading, appended=[Append("req-1", 2, 2, tokens(9))], finished=[finish(request)])
+    stored = dump(leading.pool)
+    assert "progress" not in stored
+    assert (stored["request:req-1"]["log_entries"], stored["request:req-1"]["output_tokens"]) == ("2", "3")
+
+
 async def test_submitted_run_and_ended_in_one_tick(leading, apply, make_request, tokens, dump):
     request = finish(make_request())
     await apply(

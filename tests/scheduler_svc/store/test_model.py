@@ -27,11 +27,13 @@ NOW_S = 1_700_000_000.0
 FINISHED = RequestState.FINISHED
 
 step = st.tuples(
-    st.sampled_from(["submit", "run", "emit", "record", "preempt", "move", "finish", "forget", "learn"]),
+    st.sampled_from(
+        ["submit", "run", "emit", "emit", "record", "preempt", "move", "finish", "forget", "learn"]
+    ),
     st.integers(0, 5),
     st.integers(1, 4),
 )
-ticks = st.lists(st.lists(step, min_size=1, max_size=8), min_size=1, max_size=12)
+ticks = st.lists(st.lists(step, min_size=2, max_size=10), min_size=3, max_size=12)
 
 
 class Model:
@@ -84,7 +86,7 @@ class Model:
                 del self.places[name]
                 moves[name] = QueueMove(name, None)
                 request.state, request.slot, request.worker_id = RequestState.RUNNING, amount, "w"
-                request.lease_id, request.first_scheduled_s = 7, NOW_S
+                request.lease_id, request.first_scheduled_s, request.kv_resident = 7, NOW_S, True
                 leased[name] = True
             elif action == "preempt" and name in self.leases | leased.keys() and name not in self.places:
                 request.state, request.preempted_because = RequestState.PREEMPTED, f"because {amount}"
