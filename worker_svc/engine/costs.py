@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_SMOOTHING = 0.05
-_SPEED_SMOOTHING = 0.2
+_SMOOTHING = 0.02
+_SPEED_SMOOTHING = 0.3
 _OUTLIER = 3.0
 _FIT_POINTS = 4
 

@@ -15,7 +15,7 @@ from worker_svc.engine import EngineRequest, FinishReason, ModelPair, StoppingCo
 PROMPTS = [
     [random.Random(i).randrange(2, 64) for _ in range(n)] for i, n in enumerate([1, 2, 3, 7, 20, 33, 61, 100])
 ]
-MAX_TOKENS = 24
+MAX_TOKENS = 20
 
 
 @cache
@@ -139,11 +139,11 @@ _actions = st.lists(
         st.integers(0, 7),
     ),
     min_size=10,
-    max_size=80,
+    max_size=60,
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     actions=_actions,
     slots=st.integers(1, 4),
