@@ -41,7 +41,7 @@ class InferenceService:
         self, settings: Settings, tokenizer: Tokenizer, link: SchedulerLink, metrics: Metrics
     ) -> None:
         self.draining = False
-        self.streams = Limit(settings.max_streams, _streams_full)
+        self.streams = Limit(settings.max_streams, _streams_full, metrics.streams.set)
         self._settings = settings
         self._tokenizer = tokenizer
         self._link = link
@@ -76,21 +76,13 @@ class InferenceService:
     async def generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
         self._refuse_while_draining()
         with self.streams:
-            self._metrics.streams.set(self.streams.count)
-            try:
-                await self._generate(request, call)
-            finally:
-                self._metrics.streams.set(self.streams.count - 1)
+            await self._generate(request, call)
 
     async def resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
         check_request_id(request.request_id)
         self._refuse_while_draining()
         with self.streams, bind_context(request_id=request.request_id):
-            self._metrics.streams.set(self.streams.count)
-            try:
-                await self._resume(request, call)
-            finally:
-                self._metrics.streams.set(self.streams.count - 1)
+            await self._resume(request, call)
 
     async def cancel(self, request: inference_pb2.CancelRequest, call: Call) -> inference_pb2.CancelResponse:
         check_request_id(request.request_id)
@@ -250,7 +242,8 @@ class InferenceService:
             call.fields["output_tokens"] = call.fields.get("output_tokens", 0) + tokens
             if last_s == 0.0:
                 call.fields["ttft_ms"] = round((now_s - call.began_s) * 1e3, 1)
-                self._metrics.time_to_first_token.observe(now_s - call.began_s)
+                if "offset" not in call.fields:
+                    self._metrics.time_to_first_token.observe(now_s - call.began_s)
             else:
                 self._metrics.inter_token_latency.observe((now_s - last_s) / tokens)
         return now_s
@@ -273,6 +266,8 @@ class InferenceService:
         known = self._stops.get(request_id)
         if known is not None:
             return known
+        # By name: the first contract does not have it. Without it a part of a stop string may slip out of
+        # a stream that is resumed here while it runs; nothing is ever lost or repeated.
         if "stopping" in stored.DESCRIPTOR.fields_by_name:
             stopping: generation_pb2.StoppingParams = getattr(stored, "stopping")  # noqa: B009
             return self._stops_from(stopping)

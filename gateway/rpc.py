@@ -18,11 +18,16 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from gateway.metrics import Metrics
+from gateway.streams import Limit
 from gateway.wire import find_fault
-from laps.errors import Internal, InvalidArgument, LapsError, abort, from_rpc_error
+from laps.errors import Internal, InvalidArgument, LapsError, Reason, ResourceExhausted, abort, from_rpc_error
 from laps.logs import get_logger
 
 log = get_logger()
+
+MAX_UNARY_CALLS = 1000
+"""Unary calls at a time: while the scheduler is away they wait for it."""
+RETRY_AFTER_S = 1.0
 
 
 class Call:
@@ -63,9 +68,21 @@ def service_handler(
     service: ServiceDescriptor, methods: Mapping[str, Handler], metrics: Metrics
 ) -> grpc.GenericRpcHandler[Any, Any]:
     """Serves a service of the contract; `methods` must have all of its methods."""
-    handlers = {
-        method.name: _method_handler(method, methods[method.name], metrics) for method in service.methods
-    }
+    unary_calls = Limit(MAX_UNARY_CALLS, _calls_full)
+
+    def bounded(method: MethodDescriptor) -> Handler:
+        handler = methods[method.name]
+        if method.server_streaming:
+            # Streams have a limit of their own.
+            return handler
+
+        async def handle(request: Any, call: Call) -> Any:
+            with unary_calls:
+                return await handler(request, call)
+
+        return handle
+
+    handlers = {method.name: _method_handler(method, bounded(method), metrics) for method in service.methods}
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
@@ -102,6 +119,16 @@ def _method_handler(
         else grpc.unary_unary_rpc_method_handler
     )
     return make(serve, request_deserializer=parse, response_serializer=_serialize)
+
+
+def _calls_full(most: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"the gateway has {most} calls in progress, as many as it may; come back later",
+        reason=Reason.STREAMS_FULL,
+        retry_after_s=RETRY_AFTER_S,
+        quota_subject="calls",
+        metadata={"limit": most},
+    )
 
 
 def _serialize(message: Message) -> bytes:

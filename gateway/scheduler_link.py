@@ -37,6 +37,8 @@ RETRY_S = 10.0
 """Calls are retried this long while the scheduler cannot be reached: longer than a standby takes to lead."""
 RETRY_AFTER_S = 1.0
 """What clients are told when the scheduler stays away."""
+REMIND_S = 30.0
+"""The log says this often that the scheduler is still away."""
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 UNREACHABLE = frozenset({"UNAVAILABLE", "ABORTED"})
@@ -81,6 +83,8 @@ class SchedulerLink:
         self._stubs = Stubs(address, max_message_bytes)
         self._feeds = Feeds(gateway_id, stream_buffer_tokens)
         self._task: asyncio.Task[None] | None = None
+        self._told_s = -REMIND_S
+        """When the log said last that the scheduler is away."""
         self._closing: set[asyncio.Task[None]] = set()
 
     async def start(self) -> asyncio.Task[None]:
@@ -173,14 +177,21 @@ class SchedulerLink:
                 because = f"{error.code().name}: {from_rpc_error(error).message}"
             except ProtocolError as error:
                 because = str(error)
-            if self.connected:
-                log.warning("scheduler lost", address=self._address, because=because, live=len(self._feeds))
-            else:
-                log.info("scheduler not reachable", address=self._address, because=because)
+            self._tell(because)
             self._feeds.offline()
             self._set_connected(False)
             self._replace_stubs()
             await asyncio.sleep(backoff.next_s())
+
+    def _tell(self, because: str) -> None:
+        now_s = time.monotonic()
+        if self.connected:
+            log.warning("scheduler lost", address=self._address, because=because, live=len(self._feeds))
+        elif now_s - self._told_s >= REMIND_S:
+            log.warning("scheduler not reachable", address=self._address, because=because)
+        else:
+            return
+        self._told_s = now_s
 
     def _replace_stubs(self) -> None:
         # A new connection: the old one may hang with a frozen peer. Calls on it come to their own ends.

@@ -177,12 +177,18 @@ class Reader:
 
 
 class Limit:
-    """At most so many of something at a time."""
+    """At most so many of something at a time; more are refused at once."""
 
-    def __init__(self, most: int, refuse: Callable[[int], LapsError]) -> None:
+    def __init__(
+        self,
+        most: int,
+        refuse: Callable[[int], LapsError],
+        on_change: Callable[[int], None] = lambda count: None,
+    ) -> None:
         self.count = 0
         self._most = most
         self._refuse = refuse
+        self._on_change = on_change
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -190,10 +196,12 @@ class Limit:
         if self.count >= self._most:
             raise self._refuse(self._most)
         self.count += 1
+        self._on_change(self.count)
         self._idle.clear()
 
     def __exit__(self, *_: object) -> None:
         self.count -= 1
+        self._on_change(self.count)
         if self.count == 0:
             self._idle.set()
 

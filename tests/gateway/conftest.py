@@ -15,13 +15,13 @@ from tokenizers import Tokenizer as BackendTokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_scheduler import FakeScheduler
+from small_model import make_model_folder, stop_end
 
 from gateway import deliveries, scheduler_link
 from gateway.main import Gateway, serve
 from gateway.tokenizer import Tokenizer, load_tokenizer
 from laps.settings import Settings
 from laps.v1 import inference_pb2_grpc, queue_pb2_grpc
-from models import make_model_folder, stop_end
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import pytest
-from calls import generate_request
+from gateway_calls import generate_request
 from google.protobuf.duration_pb2 import Duration
 
 from gateway.admission import admit, deadline, digest

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from calls import collect, failure, generate_request
+from gateway_calls import collect, failure, generate_request
 from google.protobuf.duration_pb2 import Duration
 
 from laps.errors import AlreadyExists, LapsError, Reason, ResourceExhausted, from_rpc_error

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_model import stop_end
 
 from gateway.detokenizer import Detokenizer
 from gateway.text_decoding import WindowDecoder
 from gateway.tokenizer import Tokenizer
-from models import stop_end
 
 shared = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calls import collect, eventually, failure, generate_request, read_tokens
+from gateway_calls import collect, eventually, failure, generate_request, read_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -17,7 +17,15 @@ from typing import Any
 import grpc.aio
 import pytest
 import structlog
-from calls import Result, collect, eventually, failure, generate_request, read_tokens, read_until_error
+from gateway_calls import (
+    Result,
+    collect,
+    eventually,
+    failure,
+    generate_request,
+    read_tokens,
+    read_until_error,
+)
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 

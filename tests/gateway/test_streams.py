@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from calls import collect, failure, generate_request, read_tokens
+from gateway_calls import collect, failure, generate_request, read_tokens
 from google.protobuf.duration_pb2 import Duration
 
 from gateway.inference import REQUEST_ID_KEY

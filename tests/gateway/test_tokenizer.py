@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_model import write
 
 from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from laps.errors import InvalidArgument
 from laps.settings import BUILT_IN_TARGET
-from models import write
 
 TURNS = [("system", "Be brief."), ("user", "Hello,\n  <|end|> w\u00f6rld \u65e5\u672c \U0001f642")]
 
