@@ -18,15 +18,22 @@ MAX_STOP_CHARS = 256
 class EngineConfig:
     """How one engine uses its machine.
 
-    slots: requests that decode together. spare_slots: further slots in which preempted requests keep their
-    KV. context_tokens: longest prompt + output; None takes the models' own limit. draft_tokens: upper bound
-    of drafted tokens a step, for requests that name none. host_cache_bytes: host memory for the KV of
-    preempted requests that fit no slot; the oldest are dropped beyond it. kv_limit_bytes: bound of the device
-    KV cache; a context that cannot fit is refused at construction. prefill_tokens: prompt tokens computed in
-    one step at most, so that long prompts do not stall running requests. adaptive: draft fewer tokens, down
-    to none, when measured costs say that more would not pay. fast_path: run Llama-shaped models through the
-    lean forward; False forces the general path. seed: seeds requests that have none (for tests); None draws
-    from the operating system.
+    - slots: requests that decode together.
+    - spare_slots: further slots in which preempted requests keep their KV.
+    - context_tokens: longest prompt and output; None takes the models' own limit.
+    - draft_tokens: upper bound of drafted tokens a step, for requests that name none.
+    - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it the oldest
+      are dropped.
+    - kv_limit_bytes: bound of the device's KV cache; a context that cannot fit is refused at construction.
+    - kv_block_tokens: the cache grows in blocks of so many positions, doubling.
+    - prefill_tokens: prompt tokens computed in one step at most, so that long prompts do not stall running
+      requests.
+    - threads: torch threads of this process. With more than one set OMP_WAIT_POLICY=PASSIVE, or waiting
+      threads spin on cores that others need.
+    - adaptive: after `Engine.calibrate`, draft fewer tokens, down to none, where measured costs say that more
+      would not pay; and prefill no more in a step than about doubles it while others decode.
+    - fast_path: run small Llama-shaped models through the lean forward; False forces the general path.
+    - seed: seeds the engine's free choices (for tests); None draws from the operating system.
     """
 
     slots: int = 8

@@ -33,6 +33,8 @@ from .runners import make_runner
 from .slots import Residency
 
 _MIN_CONTEXT_TOKENS = 16
+# Prompts get on by so many tokens a step even where that stalls others more than is wished.
+_MIN_PREFILL_TOKENS = 16
 # Padding of short drafts may be written this far behind a row that is at the end of its context.
 _MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
 
@@ -163,7 +165,7 @@ class Engine:
         switched = sum(row.entered for row in self._running.values())
         for row in self._running.values():
             row.entered = False
-        prefill = self._prefiller.target(list(self._running.values()), self.config.prefill_tokens)
+        prefill = self._prefiller.target(list(self._running.values()), self._prefill_budget_tokens())
         ready = [row for row in self._running.values() if row.prefill_tokens == 0]
         switch_s, self._switch_s = self._switch_s, 0.0
         if not ready:
@@ -229,6 +231,19 @@ class Engine:
         return [
             0 if draft_lags(row) else length for row, length in zip(batch, lengths, strict=True)
         ], caught_up
+
+    def _prefill_budget_tokens(self) -> int:
+        """Prompt tokens for this step: all that is allowed, or as many as take about as long as the step
+        itself.
+        """
+        limit = self.config.prefill_tokens
+        decoding = sum(row.prefill_tokens == 0 for row in self._running.values())
+        if not (decoding and self.config.adaptive and self.costs.calibrated):
+            return limit
+        affordable = self.costs.step_s(decoding, self.costs.drafted) / max(
+            self.costs.prefill_s_per_token, 1e-9
+        )
+        return min(limit, max(_MIN_PREFILL_TOKENS, int(affordable)))
 
     def _draft_limit(self, row: Row) -> int:
         """Most tokens that may be drafted: the last emitted token is always the target's own."""

@@ -7,6 +7,7 @@ guessed from its name: `check_runner` compares it with the model's plain forward
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -70,6 +71,7 @@ class GeneralRunner:
         self._last_position = _position_limit(config) - 1
         # Eager attention adds its mask to the scores; every other implementation takes booleans.
         self._additive = config._attn_implementation == "eager"
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
         self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
@@ -84,7 +86,7 @@ class GeneralRunner:
             position_ids=window.positions.clamp(max=self._last_position),
             past_key_values=self._view,
             use_cache=True,
-            logits_to_keep=logits if pick is None else tokens.shape[1],
+            **({"logits_to_keep": logits} if pick is None and self._keeps_logits else {}),
         )
         result: Tensor = output.logits
         return result[:, -logits:] if pick is None else picked(result, pick)

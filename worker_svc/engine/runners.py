@@ -21,6 +21,14 @@ def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: b
             pass
         else:
             return lean
-    runner = GeneralRunner(model, cache)
-    check_runner(model, runner, vocabulary_size)
+    try:
+        runner = GeneralRunner(model, cache)
+        check_runner(model, runner, vocabulary_size)
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{model.config.model_type} cannot be run with a cache by slots: {reason}"
+        ) from error
     return runner

@@ -206,3 +206,20 @@ def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:
         assert len(outputs["short"].tokens) >= before + step + 1
     assert _prefilled(tools, engine, outputs) == 4
     assert outputs["long"].tokens
+
+
+def test_prefill_yields_to_running_requests(tools: Any, pair: ModelPair) -> None:
+    """With known costs, a step that decodes for others prefills no longer than it decodes."""
+    engine = tools.engine(pair, adaptive=True, draft_tokens=0)
+    engine.calibrate(budget_s=0.0)
+    engine.costs.observe_step = lambda *seconds: None
+    engine.costs.observe_prefill = lambda *seconds: None
+    engine.costs.prefill_s_per_token = engine.costs.step_s(1, 0) / 30
+    outputs: dict[str, Any] = {}
+    engine.add(EngineRequest("long", [7] * 80, stopping=STOPPING))
+    assert _prefilled(tools, engine, outputs) == 79
+    engine.add(EngineRequest("next", [8] * 80, stopping=STOPPING))
+    assert [_prefilled(tools, engine, outputs) for _ in range(3)] == [30, 30, 19]
+    engine.costs.prefill_s_per_token = 1e9
+    engine.add(EngineRequest("last", [9] * 40, stopping=STOPPING))
+    assert _prefilled(tools, engine, outputs) == 16
