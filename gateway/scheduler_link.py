@@ -42,6 +42,7 @@ REMIND_S = 30.0
 BACKOFF_FIRST_S = 0.05
 BACKOFF_MAX_S = 1.0
 UNREACHABLE = frozenset({"UNAVAILABLE", "ABORTED"})
+BROKEN = frozenset({"DEADLINE_EXCEEDED", "CANCELLED"})
 
 log = get_logger()
 
@@ -152,13 +153,14 @@ class SchedulerLink:
                 return await method(self._stubs)(request, timeout=max(min(ATTEMPT_TIMEOUT_S, left_s), 0.01))
             except grpc.aio.AioRpcError as caught:
                 error = from_rpc_error(caught)
-                late = caught.code() is grpc.StatusCode.DEADLINE_EXCEEDED and error.from_transport
+                # Statuses that no scheduler gave: our own time limit, and what a server that is stopped says.
+                broken = error.from_transport and error.status in BROKEN
             except (grpc.aio.UsageError, asyncio.CancelledError):
                 if (task := asyncio.current_task()) is not None and task.cancelling():
                     raise
                 # The connection was replaced under the call.
-                error, late = Unavailable("the connection was replaced"), False
-            if not (late or error.status in UNREACHABLE):
+                error, broken = Unavailable("the connection was replaced"), True
+            if not (broken or error.status in UNREACHABLE):
                 raise error
             delay_s = backoff.next_s()
             if until_s and time.time() + delay_s >= until_s:

@@ -69,6 +69,8 @@ class FakeScheduler:
         """So many Submits store the request and then fail, as if the answer had been lost."""
         self.thawed = asyncio.Event()
         self.thawed.set()
+        self.waiting = 0
+        """Calls that came while it was frozen."""
         self.drop_after_messages: int | None = None
         """Every Deliver stream breaks after so many messages."""
         self.distort: Callable[[scheduler_pb2.DeliverResponse], list[scheduler_pb2.DeliverResponse]] | None
@@ -313,7 +315,10 @@ class _Queue(queue_pb2_grpc.QueueServiceServicer):
 
 
 async def _thaw(fake: FakeScheduler) -> None:
-    await fake.thawed.wait()
+    if not fake.thawed.is_set():
+        fake.waiting += 1
+        await fake.notify()
+        await fake.thawed.wait()
 
 
 def packed(tokens: Tokens) -> bytes:

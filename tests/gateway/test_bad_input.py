@@ -10,6 +10,8 @@ import grpc.aio
 import pytest
 from gateway_calls import collect, failure, generate_request
 from google.protobuf.duration_pb2 import Duration
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from laps.errors import AlreadyExists, LapsError, Reason, ResourceExhausted, from_rpc_error
 from laps.v1 import generation_pb2, inference_pb2, queue_pb2
@@ -268,6 +270,32 @@ async def test_malformed_bytes(harness: Any, data: bytes, field: str, words: str
     assert error.reason is FIELD
     assert words in error.message
     assert [violation.field for violation in error.violations] == ([field] if field else [])
+
+
+GOOD = generate_request("the end", request_id="a", stop=["x"], priority=3).SerializeToString()
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """Noise, or a good message with some bytes changed, taken out or put in."""
+    data = bytearray(draw(st.sampled_from([GOOD, b""])))
+    for _ in range(draw(st.integers(1, 4))):
+        position = draw(st.integers(0, len(data)))
+        data[position : position + draw(st.integers(0, 2))] = draw(st.binary(max_size=6))
+    return bytes(data)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=damaged())
+async def test_no_bytes_are_a_defect(harness: Any, data: bytes) -> None:
+    """Whatever comes is served or refused by name; nothing is INTERNAL or UNKNOWN."""
+    harness.scheduler.auto_tokens = 1000
+    try:
+        await harness.channel.unary_stream(GENERATE)(data).read()
+    except grpc.aio.AioRpcError as caught:
+        error = from_rpc_error(caught)
+        assert error.status in ("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS")
+        assert error.reason is not Reason.UNKNOWN
 
 
 async def test_a_message_over_the_limit(start_gateway: Any) -> None:

@@ -88,6 +88,19 @@ async def test_a_request_waits_for_the_scheduler(harness: Any) -> None:
     assert (await collect(call)).tokens == scheduler.requests["early"].planned
 
 
+async def test_a_scheduler_that_stops_while_it_is_asked(harness: Any) -> None:
+    scheduler = harness.scheduler
+    scheduler.thawed.clear()
+    call = harness.inference.Generate(generate_request(request_id="asked"))
+    await eventually(lambda: harness.gateway.inference._submitting)
+    await scheduler.until(lambda: scheduler.waiting)
+    await scheduler.kill()
+    scheduler.thawed.set()
+    await scheduler.start()
+    scheduler.auto_tokens = 50
+    assert (await collect(call)).tokens == scheduler.requests["asked"].planned
+
+
 async def test_a_scheduler_that_stays_away(harness: Any) -> None:
     await harness.scheduler.kill()
     harness.gateway.link._retry_s = 0.2
