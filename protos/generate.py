@@ -1,6 +1,6 @@
 """Makes the Python stubs in `laps/v1` from `protos/`; `--check` only tells whether they are current.
 
-    python protos/generate.py [--check]
+python protos/generate.py [--check]
 """
 
 from __future__ import annotations
