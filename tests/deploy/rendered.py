@@ -46,7 +46,9 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
 
 
+@functools.cache
 def render(overlay: str) -> list[Object]:
+    """Everything that an overlay makes. Not to be changed: it is shared."""
     built = build(K8S / "overlays" / overlay)
     assert built.returncode == 0, built.stderr
     return [each for each in yaml.safe_load_all(built.stdout) if each]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import rendered
+import yaml
 from rendered import K8S, OVERLAYS, Object, container, name, of_kind, pod_labels, pod_spec, selects
 
 MINORS = ("1.35", "1.36", "1.37")
@@ -26,13 +28,15 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
 
 
 @pytest.mark.parametrize("minor", MINORS)
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_valid_for_kubernetes(overlay: str, minor: str) -> None:
-    kubernetes_validate = pytest.importorskip(
-        "kubernetes_validate", reason="`pip install kubernetes-validate` brings the schemas"
+def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    schemas = pytest.importorskip(
+        "kubernetes_validate.utils", reason="`pip install kubernetes-validate` brings the schemas"
     )
-    for each in rendered.render(overlay):
-        kubernetes_validate.validate(each, minor, strict=True)
+    # It reads a minor's schemas, some megabytes, anew for each object.
+    monkeypatch.setattr(schemas, "schema_contents", functools.cache(schemas.schema_contents))
+    for overlay in OVERLAYS:
+        for each in rendered.render(overlay):
+            schemas.validate(each, minor, strict=True)
 
 
 def test_names_are_unique(objects: list[Object]) -> None:
@@ -164,8 +168,6 @@ def test_pod_monitor_finds_gateways(tmp_path: Path) -> None:
     )
     built = rendered.build(folder)
     assert built.returncode == 0, built.stderr
-    import yaml
-
     objects = list(yaml.safe_load_all(built.stdout))
     (monitor,) = of_kind(objects, "PodMonitor")
     found = [
