@@ -15,6 +15,7 @@ PING_TIMEOUT_MS = 5_000
 """A peer that leaves a ping unanswered for this long is gone."""
 RECONNECT_FIRST_MS = 100
 RECONNECT_MAX_MS = 2_000
+CONNECT_TIMEOUT_MS = 2_000
 
 Options = list[tuple[str, int]]
 
@@ -38,7 +39,8 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
         # Our clients retry where that is safe; a retry inside gRPC would hide it from them.
         ("grpc.enable_retries", 0),
         ("grpc.initial_reconnect_backoff_ms", RECONNECT_FIRST_MS),
-        ("grpc.min_reconnect_backoff_ms", RECONNECT_FIRST_MS),
+        # This one is also the time that an attempt may take: slow links need more than the first pause.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIMEOUT_MS),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
         # Two channels of one process to one address must not share a connection and its fate.
         ("grpc.use_local_subchannel_pool", 1),

@@ -127,6 +127,12 @@ def _row_finish(finish: worker_pb2.RowFinish) -> RowFinish:
 # --- Out -----------------------------------------------------------------------------------
 
 
+def stopping_params(spec: RequestSpec) -> generation_pb2.StoppingParams:
+    """The stopping part of the stored parameters."""
+    params: dict[str, Any] = json.loads(spec.params_json)
+    return json_format.ParseDict(params.get("stopping", {}), generation_pb2.StoppingParams())
+
+
 def grant(decided: Grant, output_crc32: int) -> worker_pb2.LeaseGrant:
     request = decided.request
     params: dict[str, Any] = json.loads(request.spec.params_json)
@@ -140,7 +146,7 @@ def grant(decided: Grant, output_crc32: int) -> worker_pb2.LeaseGrant:
         draft_tokens=decided.draft_tokens,
     )
     json_format.ParseDict(params.get("sampling", {}), message.sampling)
-    json_format.ParseDict(params.get("stopping", {}), message.stopping)
+    message.stopping.CopyFrom(stopping_params(request.spec))
     if decided.has_context:
         message.prompt_token_ids = request.spec.prompt
         message.output_token_ids = bytes(request.output)

@@ -139,7 +139,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         if found is None:
             await errors.abort(context, errors.request_unknown(request.request_id))
         response = scheduler_pb2.ReadRequestResponse(
-            request=inspector_proto.request_to_proto(found, self._terms.pool)
+            request=inspector_proto.request_to_proto(found, self._terms.pool),
+            stopping=convert.stopping_params(found.spec),
         )
         if request.include_output:
             response.output_token_ids = bytes(found.output)

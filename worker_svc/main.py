@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import time
 from dataclasses import dataclass
@@ -143,4 +144,7 @@ def run(settings: Settings) -> int:
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         return (await serve(settings, engine, lifetime)).stop
 
-    return runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    code = runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    # The interpreter would look through all of torch's objects once more before it ends.
+    gc.freeze()
+    return code

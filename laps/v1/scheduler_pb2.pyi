@@ -397,21 +397,27 @@ class ReadRequestResponse(_message.Message):
     REQUEST_FIELD_NUMBER: _builtins.int
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
     output_token_ids: _builtins.bytes
     @_builtins.property
     def request(self) -> _queue_pb2.RequestInfo: ...
     @_builtins.property
     def complete(self) -> _generation_pb2.Complete: ...
+    @_builtins.property
+    def stopping(self) -> _generation_pb2.StoppingParams:
+        """As accepted: a gateway that joins the request late must hold back the same stop strings."""
+
     def __init__(
         self,
         *,
         request: _queue_pb2.RequestInfo | None = ...,
         output_token_ids: _builtins.bytes = ...,
         complete: _generation_pb2.Complete | None = ...,
+        stopping: _generation_pb2.StoppingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "request", b"request"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "request", b"request", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "output_token_ids", b"output_token_ids", "request", b"request"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "output_token_ids", b"output_token_ids", "request", b"request", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
