@@ -29,8 +29,10 @@ def calibrate(
     points = [
         (rows, length) for rows in _batch_sizes(config.slots) for length in _lengths(config, len(runners))
     ]
+    # The corners first: four points are enough for a fit, and the fit should not have to guess beyond them.
+    extremes = (1, config.slots), (0, points[-1][1])
+    points.sort(key=lambda point: (point[0] not in extremes[0]) + (point[1] not in extremes[1]))
     for count, (rows, length) in enumerate(points):
-        # Four points are enough for a fit; without them nothing could be estimated.
         if count >= 4 and time.perf_counter() > deadline:
             break
         costs.verify.set(rows, length + 1, _best_s(runners[0], rows, [length + 1], held))
