@@ -46,6 +46,18 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
 
 
+def render_with(component: str, folder: Path, overlay: str = "gpu") -> list[Object]:
+    """An overlay with a component that it does not have. `folder`: an empty one to write to."""
+    # kustomize takes relative paths alone.
+    root = Path(*[".."] * (len(folder.resolve().parts) - 1)) / K8S.relative_to("/")
+    (folder / "kustomization.yaml").write_text(
+        f"resources: [{root}/overlays/{overlay}]\ncomponents: [{root}/components/{component}]\n"
+    )
+    built = build(folder)
+    assert built.returncode == 0, built.stderr
+    return [each for each in yaml.safe_load_all(built.stdout) if each]
+
+
 @functools.cache
 def render(overlay: str) -> list[Object]:
     """Everything that an overlay makes. Not to be changed: it is shared."""
@@ -81,8 +93,12 @@ def container(workload: Object) -> Object:
 
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
-    assert set(selector) <= {"matchLabels"}, "the tests know no other selectors"
-    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    expressions = selector.get("matchExpressions", [])
+    assert all(each["operator"] == "In" for each in expressions), "the tests know no other operator"
+    return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
+        labels.get(each["key"]) in each["values"] for each in expressions
+    )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,10 +42,10 @@ _POLL_S = 0.5
 
 @dataclass
 class Running:
-    """The containers of the overlay, as processes. `ports`: of the manifests to those that are used."""
+    """The containers of the overlay, as processes. `ports`: what is used, by role and the manifest's port."""
 
     objects: list[Object]
-    ports: dict[int, int]
+    ports: dict[tuple[str, int], int]
     folder: Path
     processes: dict[str, subprocess.Popen[bytes]]
 
@@ -52,41 +53,44 @@ class Running:
         (found,) = (w for w in of_kind(self.objects, *rendered.WORKLOADS) if rendered.role(w) == role)
         return found
 
-    def here(self, text: str) -> str:
+    def here(self, role: str, text: str) -> str:
         """A value, an argument or a line of a configuration of the manifests, as it is here."""
         text = re.sub(
-            r"\b(redis|scheduler|gateway):(\d+)", lambda m: f"127.0.0.1:{self.ports[int(m[2])]}", text
+            r"\b(redis|scheduler|gateway):(\d+)", lambda m: f"127.0.0.1:{self.ports[m[1], int(m[2])]}", text
         )
-        text = re.sub(r"^(port )?(\d{4,5})$", lambda m: (m[1] or "") + str(self.port(m[2])), text)
+        text = re.sub(r"^(port )?(\d{4,5})$", lambda m: (m[1] or "") + str(self.port(role, m[2])), text)
         text = text.replace("bind * -::*", "bind 127.0.0.1").replace("/app/", f"{ROOT}/")
         return re.sub(r"(?<![\w/])/(data|etc/redis)\b", rf"{self.folder}/\1", text)
 
-    def port(self, number: str) -> int:
-        return self.ports.get(int(number), int(number))
+    def port(self, role: str, number: str) -> int:
+        return self.ports.get((role, int(number)), int(number))
 
     def environment(self, role: str) -> dict[str, str]:
         values = rendered.environment(
             self.objects, self.workload(role), rendered.Pod(f"{role}-x", "127.0.0.1")
         )
         system = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HOME": str(self.folder)}
-        return system | {key: self.here(value) for key, value in values.items()}
+        return system | {key: self.here(role, value) for key, value in values.items()}
 
-    def command(self, command: list[str]) -> list[str]:
+    def command(self, role: str, command: list[str]) -> list[str]:
         programs = {
             "laps": [sys.executable, "-m", "laps.cli"],
             "python": [sys.executable],
             "redis-server": [redis_binary() or valkey_binary()],
-            "redis-cli": ["redis-cli", "-p", str(self.ports[6379])],
+            "redis-cli": ["redis-cli", "-p", str(self.ports["redis", 6379])],
             "sh": ["sh"],
         }
         init = ["tini-static", "--"]
         program, *arguments = command[2:] if command[:2] == init else command
         in_shell = " ".join(programs["redis-cli"])
-        return [*programs[program], *(self.here(each).replace("redis-cli", in_shell) for each in arguments)]
+        return [
+            *programs[program],
+            *(self.here(role, each).replace("redis-cli", in_shell) for each in arguments),
+        ]
 
     def start(self, role: str) -> None:
         self.processes[role] = subprocess.Popen(
-            self.command(rendered.command_line(self.workload(role))),
+            self.command(role, rendered.command_line(self.workload(role))),
             env=self.environment(role),
             cwd=self.folder,
             stdout=(self.folder / f"{role}.log").open("ab"),
@@ -103,7 +107,7 @@ class Running:
             for each in of_kind(self.objects, "ConfigMap")
             if "redis.conf" in each["data"]
         )
-        lines = "\n".join(self.here(line) for line in config.splitlines())
+        lines = "\n".join(self.here("redis", line) for line in config.splitlines())
         (self.folder / "etc/redis/redis.conf").write_text(lines + "\n")
         users = rendered.secret_values(self.objects, "laps-redis")["users.acl"]
         (self.folder / "etc/redis/acl/users.acl").write_text(users)
@@ -112,10 +116,10 @@ class Running:
         """What the kubelet would find."""
         probe = container(self.workload(role))[f"{kind}Probe"]
         if "exec" in probe:
-            command = self.command(probe["exec"]["command"])
+            command = self.command(role, probe["exec"]["command"])
             done = subprocess.run(command, env=self.environment(role), capture_output=True, check=False)
             return done.returncode == 0
-        with channels.open_sync_channel(f"127.0.0.1:{self.ports[probe['grpc']['port']]}") as channel:
+        with channels.open_sync_channel(f"127.0.0.1:{self.ports[role, probe['grpc']['port']]}") as channel:
             request = health_pb2.HealthCheckRequest(service=probe["grpc"].get("service", ""))
             try:
                 answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=probe["timeoutSeconds"])
@@ -134,21 +138,27 @@ class Running:
     def last_words(self, role: str) -> str:
         return (self.folder / f"{role}.log").read_text()[-2000:]
 
+    def metrics(self, role: str) -> str:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.ports[role, 9090]}/metrics", timeout=5
+        ) as answer:
+            return str(answer.read(), "utf-8")
+
     def redis(self, user: str | None = None, password: str | None = None) -> redis.Redis:
         # redis-py takes a wrong password for something that passes, and tries for seconds.
         once = Retry(NoBackoff(), 0)
-        return redis.Redis(port=self.ports[6379], username=user, password=password, retry=once)
+        return redis.Redis(port=self.ports["redis", 6379], username=user, password=password, retry=once)
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     objects = rendered.render("dev")
-    numbers = sorted(
-        port["containerPort"]
+    wanted = [
+        (rendered.role(workload), port["containerPort"])
         for workload in of_kind(objects, *rendered.WORKLOADS)
         for port in container(workload)["ports"]
-    )
-    ports = dict(zip(numbers, free_ports(len(numbers)), strict=True))
+    ]
+    ports = dict(zip(wanted, free_ports(len(wanted)), strict=True))
     stack = Running(objects, ports, tmp_path, {})
     stack.write_redis_files()
     with ExitStack() as cleanup:
@@ -192,12 +202,14 @@ def test_dev_overlay_serves_a_request(running: Running) -> None:
         assert running.probe(role, "liveness")
 
     async def generate() -> int:
-        async with AsyncClient(f"127.0.0.1:{running.ports[50051]}") as client:
+        async with AsyncClient(f"127.0.0.1:{running.ports['gateway', 50051]}") as client:
             return len((await client.generate("Hello", max_tokens=8, timeout_s=30)).token_ids)
 
     assert asyncio.run(generate()) > 0
     assert "store is not durable" not in (running.folder / "scheduler.log").read_text()
 
+    assert "laps_gateway_tokens_total" in running.metrics("gateway")
+    assert "laps_backlog_seconds" in running.metrics("scheduler")
     users_can_do_no_more_than_they_must(running)
     for role in ("gateway", "worker", "scheduler", "redis"):
         process = running.processes[role]

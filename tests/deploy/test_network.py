@@ -111,6 +111,7 @@ def call_graph(suffix: str, store: str) -> set[Edge]:
         ("client", gateway, 50051, "TCP"),
         ("app", gateway, 50051, "TCP"),
         ("prometheus", gateway, 9090, "TCP"),
+        ("prometheus", scheduler, 9090, "TCP"),
         (gateway, scheduler, 50052, "TCP"),
         (worker, scheduler, 50052, "TCP"),
         (scheduler, store, 6379, "TCP"),

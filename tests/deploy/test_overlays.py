@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import rendered
-import yaml
 from rendered import K8S, OVERLAYS, Object, container, name, of_kind, pod_labels, pod_spec, selects
 
 MINORS = ("1.35", "1.36", "1.37")
@@ -24,7 +22,7 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
     assert {path.name for path in (K8S / "overlays").iterdir()} == set(OVERLAYS)
     used = "".join(path.read_text() for path in (K8S / "overlays").rglob("kustomization.yaml"))
     unused = {path.name for path in (K8S / "components").iterdir() if f"components/{path.name}" not in used}
-    assert unused == {"prometheus-operator"}, "needs custom resources; see test_pod_monitor_finds_gateways"
+    assert unused == {"keda", "prometheus-operator"}, "need custom resources; see test_custom_resources"
 
 
 @pytest.mark.parametrize("minor", MINORS)
@@ -156,27 +154,3 @@ def test_ha_keeps_a_standby_on_another_node() -> None:
             anti = pod_spec(workload)["affinity"]["podAntiAffinity"]
             (term,) = anti["requiredDuringSchedulingIgnoredDuringExecution"]
             assert term["topologyKey"] == "kubernetes.io/hostname"
-
-
-def test_pod_monitor_finds_gateways(tmp_path: Path) -> None:
-    folder = tmp_path / "monitored"
-    folder.mkdir()
-    # kustomize takes relative paths alone.
-    root = Path(*[".."] * (len(folder.resolve().parts) - 1)) / K8S.relative_to("/")
-    (folder / "kustomization.yaml").write_text(
-        f"resources: [{root}/overlays/dev]\ncomponents: [{root}/components/prometheus-operator]\n"
-    )
-    built = rendered.build(folder)
-    assert built.returncode == 0, built.stderr
-    objects = list(yaml.safe_load_all(built.stdout))
-    (monitor,) = of_kind(objects, "PodMonitor")
-    found = [
-        workload
-        for workload in of_kind(objects, *rendered.WORKLOADS)
-        if selects(monitor["spec"]["selector"], pod_labels(workload))
-    ]
-    assert [rendered.role(workload) for workload in found] == ["gateway"]
-    ports = {port["name"]: port["containerPort"] for port in container(found[0])["ports"]}
-    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
-    metrics_port = rendered.environment(objects, found[0])["LAPS_METRICS_PORT"]
-    assert ports[endpoint["port"]] == int(metrics_port)
