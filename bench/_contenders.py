@@ -42,7 +42,8 @@ class Generate:
     def __init__(self, pair: ModelPair, tokens: int, single: bool = False, **extra: Any) -> None:
         self._pair, self._single, self._extra = pair, single, extra
         self._config = copy.deepcopy(pair.target.generation_config)
-        self._config.eos_token_id = None
+        # An id that no token has, so that nothing ends early; None would be filled in again from the model.
+        self._config.eos_token_id = pair.vocabulary_size
         self._config.pad_token_id = PADDING
         self._config.do_sample = False
         self._config.max_new_tokens = tokens
