@@ -22,6 +22,9 @@ class Ledger:
 
     def __init__(self, record_interval_s: float) -> None:
         self._record_interval_s = record_interval_s
+        self._unwritten: dict[str, Request] = {}
+        """Did steps in earlier ticks, and their record is not old enough to be written again."""
+        self._next_record_s: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -99,15 +102,29 @@ class Ledger:
         """Requests that stepped and whose record must be written in this tick."""
         due = []
         old_s = now_s - self._record_interval_s
-        for request in self.stepped.values():
+        later: dict[str, Request] = {}
+        oldest_s = now_s
+        for request_id, request in (self._unwritten | self.stepped).items():
             book = request.book
+            if request.state is RequestState.FINISHED:
+                continue
             if (
                 book.written_s <= old_s
                 or book.written_level != request.level
                 or book.written_perceptible is not request.perceptible
-            ) and request.spec.request_id not in self._finished:
+            ):
                 due.append(request)
+            else:
+                later[request_id] = request
+                oldest_s = min(oldest_s, book.written_s)
+        self._unwritten = later
+        self._next_record_s = oldest_s + self._record_interval_s if later else None
         return due
+
+    def next_record_s(self) -> float | None:
+        """When the next record must be written even if nothing happens until then: what is stored
+        is never older than the record interval."""
+        return self._next_record_s
 
     def take(self, now_s: float) -> Tick:
         """Everything collected; the ledger is empty afterwards."""

@@ -308,7 +308,11 @@ class Scheduler:
         entry = self._timers.first()
         if entry is not None:
             instants.append(entry[0][0])
-        for instant_s in (self._retention.next_timer_s(), self.policy.next_due_s()):
+        for instant_s in (
+            self._retention.next_timer_s(),
+            self.policy.next_due_s(),
+            self._ledger.next_record_s(),
+        ):
             if instant_s is not None:
                 instants.append(instant_s)
         return min(instants, default=None)

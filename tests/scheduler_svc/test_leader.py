@@ -164,3 +164,17 @@ async def test_an_older_session_of_a_worker_cannot_speak_for_it() -> None:
         leader.report(old, 1, StepReport("w"))
         assert not old.unacknowledged
         assert not new.unacknowledged
+
+
+def test_what_is_stored_is_never_older_than_the_record_interval() -> None:
+    """Even if nothing happens after the last step: a reader of the store must not see an old count."""
+    core = Scheduler("p", make_policy("fcfs"), SchedulerSettings(record_interval_s=0.25))
+    core.worker_joined(Worker("w", 1, StepCosts(0.001, 0.01)), [], 0.0)
+    core.submit(RequestSpec("a", TOKEN, 10), 0.0)
+    lease_id = core.tick(0.0).grants[0].lease_id
+    core.report(StepReport("w", [lease_id], [0], [1], [0], [0], TOKEN), 0.1)
+    assert core.tick(0.1).commit.changed == []
+    due_s = core.next_timer_s()
+    assert due_s == 0.25
+    assert [request.request_id for request in core.tick(due_s).commit.changed] == ["a"]
+    assert (core.next_timer_s() or 1.0) >= 0.5
