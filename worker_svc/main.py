@@ -18,7 +18,7 @@ from laps.v1 import worker_pb2
 from worker_svc import convert
 from worker_svc.driver import EngineDriver
 from worker_svc.engine import Engine, EngineConfig, ModelError, ModelPair, load_pair
-from worker_svc.session import WorkerLink
+from worker_svc.session import RefusedByScheduler, WorkerLink
 
 log = structlog.get_logger()
 
@@ -39,12 +39,13 @@ class WorkerServer:
 
     async def stop(self, drain_s: float) -> None:
         """Lets what holds a slot finish within the time, then goes: what is left is taken over."""
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
         await self._readiness.set(False)
         self.link.drain()
         await asyncio.to_thread(self.driver.wait_idle, drain_s)
-        self._watching.cancel()
         self._linking.cancel()
-        await asyncio.gather(self._linking, self._watching, return_exceptions=True)
+        await asyncio.gather(self._linking, return_exceptions=True)
         await asyncio.to_thread(self.driver.stop, 5.0)
         await self._server.stop(grace=0)
 
@@ -77,7 +78,7 @@ async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) 
     driver.start()
     worker_id = settings.instance_id("worker")
     link = WorkerLink(settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id))
-    linking = asyncio.create_task(link.run(), name="session")
+    linking = asyncio.create_task(_keep_linked(link, lifetime), name="session")
     lifetime.watch(linking)
     server = channels.new_server()
     readiness = await runtime.add_readiness(server)
@@ -86,6 +87,14 @@ async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) 
     log.info("worker started", worker_id=worker_id, slots=settings.slots, health_port=port)
     watching = asyncio.create_task(_watch_health(driver, link, readiness), name="health")
     return WorkerServer(driver, link, linking, server, readiness, watching)
+
+
+async def _keep_linked(link: WorkerLink, lifetime: runtime.Lifetime) -> None:
+    try:
+        await link.run()
+    except RefusedByScheduler as refusal:
+        log.error("the scheduler will not have this worker", error=str(refusal))
+        lifetime.end(runtime.EXIT_FAILED, "refused by the scheduler")
 
 
 async def _watch_health(driver: EngineDriver, link: WorkerLink, readiness: runtime.Readiness) -> None:

@@ -20,6 +20,14 @@ log = structlog.get_logger()
 RECONNECT_FIRST_S = 0.05
 RECONNECT_LAST_S = 2.0
 DETACH_TIMEOUT_S = 60.0
+REFUSALS = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.PERMISSION_DENIED,
+    }
+)
+"""Statuses that another attempt would not change."""
 
 Outbox = asyncio.Queue[worker_pb2.SessionRequest]
 Call = grpc.aio.StreamStreamCall[worker_pb2.SessionRequest, worker_pb2.SessionResponse]
@@ -48,28 +56,29 @@ class WorkerLink:
         """
         wait_s = RECONNECT_FIRST_S
         complained = False
-        async with channels.open_channel(self.address) as channel:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            while True:
-                try:
-                    await self._session(stub)
-                except grpc.aio.AioRpcError as error:
-                    if error.code() in (
-                        grpc.StatusCode.INVALID_ARGUMENT,
-                        grpc.StatusCode.FAILED_PRECONDITION,
-                        grpc.StatusCode.PERMISSION_DENIED,
-                    ):
-                        raise RefusedByScheduler(error.details()) from error
-                    if self.connected:
-                        wait_s, complained = RECONNECT_FIRST_S, False
-                    if not complained:
-                        log.warning("scheduler not reachable, trying again until it is", address=self.address)
-                        complained = True
-                finally:
-                    self.connected = False
-                # Jitter: all workers of a pool lose the same scheduler in the same moment.
-                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-                wait_s = min(2 * wait_s, RECONNECT_LAST_S)
+        while True:
+            try:
+                # A new connection each time: behind one name another scheduler may lead by now, and an
+                # old connection would go on to the one that does not.
+                async with channels.open_channel(self.address) as channel:
+                    await self._session(worker_pb2_grpc.WorkerServiceStub(channel))
+            except grpc.aio.AioRpcError as error:
+                if error.code() in REFUSALS:
+                    raise RefusedByScheduler(error.details()) from error
+                if self.connected:
+                    wait_s, complained = RECONNECT_FIRST_S, False
+                if not complained:
+                    log.warning(
+                        "no session, trying again until there is one",
+                        address=self.address,
+                        because=f"{error.code().name}: {error.details()}",
+                    )
+                    complained = True
+            finally:
+                self.connected = False
+            # Jitter: all workers of a pool lose the same scheduler in the same moment.
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(2 * wait_s, RECONNECT_LAST_S)
 
     def drain(self) -> None:
         """Asks for no more leases, in this session and in any later one."""
