@@ -14,20 +14,25 @@ help: ## Lists the targets
 
 # torch goes first and by its exact version: a range would take the newest build with
 # gigabytes of CUDA packages where the index offers one.
-$(VENV)/.ready: requirements/run.txt requirements/dev.txt pyproject.toml
+$(VENV)/.ready-to-run: requirements/run.txt pyproject.toml
 	@echo "Setting up $(VENV) (once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' requirements/run.txt)"
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-setup: $(VENV)/.ready ## Makes the virtual environment
+$(VENV)/.ready-to-test: $(VENV)/.ready-to-run requirements/dev.txt
+	@echo "Adding the tools of development"
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt -r requirements/dev.txt
+	@touch $@
 
-demo: setup ## Starts the whole stack, serves a burst of requests, shows it, ends
+setup: $(VENV)/.ready-to-test ## Makes the virtual environment, with the tools of development
+
+demo: $(VENV)/.ready-to-run ## Starts the whole stack, serves a burst of requests, shows it, ends
 	@$(BIN)/laps demo
 
-up: setup ## Keeps the whole stack running until Ctrl-C
+up: $(VENV)/.ready-to-run ## Keeps the whole stack running until Ctrl-C
 	@$(BIN)/laps up
 
 test: setup ## Runs the tests
@@ -46,7 +51,7 @@ release-protos: setup ## Makes today's contract the one that later changes are c
 protos: setup ## Makes the stubs in laps/v1 from protos/
 	@$(BIN)/python protos/generate.py
 
-bench: setup ## Tokens per second: transformers, the engine, the whole stack
+bench: $(VENV)/.ready-to-run ## Tokens per second: transformers, the engine, the whole stack
 	@$(BIN)/python bench/stack.py
 
 lock: ## Pins every dependency anew, from pyproject.toml
