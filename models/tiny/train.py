@@ -43,10 +43,10 @@ SHORT_STEP_TOKENS = WINDOW_TOKENS * BATCH_WINDOWS
 LONG_STEP_TOKENS = LONG_WINDOW_TOKENS * LONG_BATCH_WINDOWS
 
 # (layers, tokens at 256, tokens at 2048): shallow while the rate is high, deep while it falls.
-TARGET_STAGES = ((4, 2_200_000, 0), (8, 600_000, 0), (16, 370_000, 125_000))
+TARGET_STAGES = ((4, 2_200_000, 0), (8, 245_760, 0), (16, 184_320, 49_152))
 DRAFT_SCRATCH_TOKENS = 1_000_000
-DRAFT_CORPUS_TOKENS = 850_000
-DRAFT_SAMPLE_TOKENS, DRAFT_SAMPLE_EPOCHS = 175_000, 2
+DRAFT_CORPUS_TOKENS = 350_000
+DRAFT_SAMPLE_TOKENS, DRAFT_SAMPLE_EPOCHS = 115_000, 2
 SAMPLE_ROWS, SAMPLE_TOKENS, SAMPLE_PROMPT_TOKENS = 128, 224, 24
 
 started = time.perf_counter()
@@ -143,7 +143,7 @@ def train_target(
         long = stream.batches(LONG_WINDOW_TOKENS, LONG_BATCH_WINDOWS)
         last = layers == TARGET_STAGES[-1][0]
         steps = short_steps + long_steps
-        scale = warm_then_decay(steps, warm_steps=30, decay_from=0.0 if last else 1.0)
+        scale = warm_then_decay(steps, warm_steps=10 if last else 30, decay_from=0.0 if last else 1.0)
         optimiser = Optimiser(model, muon_rate=0.02, adam_rate=3e-3)
         tokens = short_steps * SHORT_STEP_TOKENS + long_steps * LONG_STEP_TOKENS
         say(f"target, {layers} layers: {steps} steps, {tokens:,} tokens")
