@@ -8,9 +8,9 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from gateway.admission import admit, unpack
+from gateway.calls import Call, Handler
 from gateway.detokenizer import Detokenizer, Release
 from gateway.metrics import Metrics
-from gateway.rpc import Call, Handler
 from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit, Reader
 from gateway.tokenizer import Tokenizer
@@ -22,8 +22,6 @@ from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
 
 RETRY_AFTER_S = 1.0
 """What a client is told that comes when all streams are taken or the gateway is being stopped."""
-REQUEST_ID_KEY = "laps-request-id"
-"""Initial metadata of a stream: comes when the request is stored, before any token."""
 _REMEMBERED_STOPS = 10_000
 
 Response = type[inference_pb2.GenerateResponse] | type[inference_pb2.ResumeResponse]
@@ -181,7 +179,7 @@ class InferenceService:
     async def _stream(
         self, call: Call, request_id: str, stops: Stops, offset: int, response: Response, linger_s: float
     ) -> None:
-        await call.context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        await call.accepted(request_id)
         reader = self._link.attach(request_id)
         self._readers.add(reader)
         done = False

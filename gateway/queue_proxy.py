@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from gateway.rpc import Call, Handler
+from gateway.calls import Call, Handler
 from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit
 from laps.errors import InvalidArgument, Reason, Unavailable

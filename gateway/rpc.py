@@ -1,14 +1,8 @@
-"""What every call has in common: parsing, errors as statuses with details, one access line, metrics.
-
-Handlers raise LapsError and never touch a status.
-"""
+"""Calls by gRPC: parsing, errors as statuses with details."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -17,44 +11,32 @@ from google.protobuf.descriptor import Descriptor, MethodDescriptor, ServiceDesc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from gateway.calls import Call, Handler, accounted, as_laps_error
 from gateway.metrics import Metrics
 from gateway.streams import Limit
 from gateway.wire import find_fault
-from laps.errors import Internal, InvalidArgument, LapsError, Reason, ResourceExhausted, abort, from_rpc_error
-from laps.logs import get_logger
+from laps.errors import InvalidArgument, LapsError, Reason, ResourceExhausted, abort
 
-log = get_logger()
-
+REQUEST_ID_KEY = "laps-request-id"
+"""Initial metadata of a stream: comes when the request is stored, before any token."""
 MAX_UNARY_CALLS = 1000
 """Unary calls at a time: while the scheduler is away they wait for it."""
 RETRY_AFTER_S = 1.0
 
 
-class Call:
-    """One call in progress. `fields` go into its access line."""
-
+class GrpcCall(Call):
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
-        self.context = context
-        self.method = method
-        self.began_s = time.monotonic()
-        self.fields: dict[str, Any] = {}
+        super().__init__(method)
+        self._context = context
+
+    async def accepted(self, request_id: str) -> None:
+        await self._context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
 
     async def write(self, message: Message) -> None:
-        """Sends one message of a stream; waits while the client's window is full."""
-        await self.context.write(message)
+        await self._context.write(message)
 
     def time_left_s(self) -> float | None:
-        """What the call's own deadline leaves; None: it has none."""
-        return self.context.time_remaining()
-
-    def deadline_s(self) -> float:
-        """The call's own deadline in seconds since the epoch; 0: it has none."""
-        left_s = self.time_left_s()
-        return 0.0 if left_s is None else time.time() + left_s
-
-
-Handler = Callable[[Any, Call], Awaitable[Any]]
-"""Takes the request; returns the response, or (streams) writes responses to the call."""
+        return self._context.time_remaining()
 
 
 class _Malformed:
@@ -100,15 +82,15 @@ def _method_handler(
             return _Malformed(data, method.input_type)
 
     async def serve(request: Message | _Malformed, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        call = Call(context, name)
+        call = GrpcCall(context, name)
         problem: LapsError
-        with _accounted(call, metrics) as outcome:
+        with accounted(call, metrics) as outcome:
             try:
                 if isinstance(request, _Malformed):
                     raise InvalidArgument(request.field, request.reason)
                 return await handler(request, call)
             except Exception as error:
-                problem = _as_laps_error(error, call)
+                problem = as_laps_error(error, call)
                 outcome(problem.status)
         # Outside, because this waits for a client that reads nothing.
         return await abort(context, problem)
@@ -133,32 +115,3 @@ def _calls_full(most: int) -> ResourceExhausted:
 
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-@contextmanager
-def _accounted(call: Call, metrics: Metrics) -> Iterator[Callable[[str], None]]:
-    code = "OK"
-
-    def outcome(status: str) -> None:
-        nonlocal code
-        code = status
-
-    try:
-        yield outcome
-    except asyncio.CancelledError:
-        code = "CANCELLED"
-        raise
-    finally:
-        took_s = time.monotonic() - call.began_s
-        metrics.calls.labels(call.method, code).inc()
-        metrics.call_seconds.labels(call.method).observe(took_s)
-        log.info("call", method=call.method, code=code, duration_ms=round(took_s * 1e3, 1), **call.fields)
-
-
-def _as_laps_error(error: Exception, call: Call) -> LapsError:
-    if isinstance(error, LapsError):
-        return error
-    if isinstance(error, grpc.RpcError):
-        return from_rpc_error(error)
-    log.error("call failed", method=call.method, exc_info=error, **call.fields)
-    return Internal("the gateway has a defect; its log has the details")

@@ -9,7 +9,7 @@ import pytest
 from gateway_calls import collect, failure, generate_request, read_tokens
 from google.protobuf.duration_pb2 import Duration
 
-from gateway.inference import REQUEST_ID_KEY
+from gateway.rpc import REQUEST_ID_KEY
 from laps.errors import Reason
 from laps.v1 import generation_pb2, inference_pb2
 
