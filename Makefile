@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint protos release-protos bench lock clean
+.PHONY: help setup demo up test lint protos release-protos docs bench lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ release-protos: setup ## Makes today's contract the one that later changes are c
 
 protos: setup ## Makes the stubs in laps/v1 from protos/
 	@$(BIN)/python protos/generate.py
+
+docs: setup ## Makes the reference pages in docs/ from the code
+	@$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.ready-to-run ## Tokens per second: transformers, the engine, the whole stack
 	@$(BIN)/python bench/stack.py

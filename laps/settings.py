@@ -71,7 +71,7 @@ class Settings(BaseSettings):
         "default", "Name of the pool: one model pair with its workers and queue", SERVICES, min_length=1
     )
     model_name: str = setting("tiny", "Name by which clients ask for the pool's model", _G, min_length=1)
-    target: str = setting(BUILT_IN_TARGET, "Target model: a folder or a Hugging Face name", _GW)
+    target: str = setting(BUILT_IN_TARGET, "Target model: a local folder with safetensors weights", _GW)
     draft: str = setting(
         "",
         "Draft model of the same vocabulary, or 'none'; empty: the built-in one for the "
@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     # Network.
     host: str = setting("127.0.0.1", "Address to listen on", SERVICES)
     port: int = port_setting(50051, "The gateway's gRPC port; 0: any free one", _G)
+    http_port: int = port_setting(
+        0, "The gateway's HTTP port, for OpenAI's clients; 0: none; 'laps up' takes 8000 if it is free", _G
+    )
     scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
     worker_port: int = port_setting(
