@@ -1,0 +1,93 @@
+"""`python -m simulator.faults`: plays seeds, and replays one that failed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from simulator.faults.history import Counts
+from simulator.faults.parts import MUTANTS, Parts
+from simulator.faults.world import Outcome, play
+
+LAST_LINES = 60
+"""Of a failing seed's trace."""
+
+
+def _outcomes(first: int, count: int, jobs: int, parts: Parts) -> Iterator[Outcome]:
+    if jobs == 1:
+        for seed in range(first, first + count):
+            yield play(seed, parts=parts)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        yield from pool.map(play, range(first, first + count), chunksize=4)
+
+
+def _tell_failure(console: Console, seed: int, parts: Parts, mutant: str) -> None:
+    again = play(seed, parts=parts, traced=True)
+    console.print(f"seed {seed} fails: {again.violation}", style="bold red", markup=False, highlight=False)
+    for line in again.lines[-LAST_LINES:]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    option = f" --mutant '{mutant}'" if mutant else ""
+    console.print(f"the whole trace: python -m simulator.faults --seed {seed} --trace{option}", markup=False)
+
+
+def _summary(counts: Counts, seeds: int, took_s: float, virtual_s: float) -> Table:
+    table = Table("what", "number", title=f"{seeds} seeds in {took_s:.0f} s; {virtual_s:.0f} virtual seconds")
+    table.columns[1].justify = "right"
+    for name, value in vars(counts).items():
+        if isinstance(value, int):
+            table.add_row(name.replace("_", " "), f"{value:,}")
+    for name, kinds in (("fault", counts.faults), ("ended as", counts.ends)):
+        for kind, count in sorted(kinds.items()):
+            table.add_row(f"{name}: {kind}", f"{count:,}")
+    return table
+
+
+@click.command()
+@click.option("--seeds", type=click.IntRange(min=1), default=200, show_default=True, help="How many to play.")
+@click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="The first of them.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes.")
+@click.option("--seed", type=click.IntRange(min=0), help="Play this one alone.")
+@click.option("--trace", is_flag=True, help="With --seed: print everything that happens.")
+@click.option("--mutant", type=click.Choice(list(MUTANTS)), help="Take one safeguard out of the product.")
+def main(seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutant: str | None) -> None:
+    """Plays seeds of the fault simulator. Exit code 1 if a promise was broken."""
+    parts = MUTANTS[mutant] if mutant else Parts()
+    console = Console()
+    if seed is not None:
+        outcome = play(seed, parts=parts, traced=trace)
+        if trace:
+            sys.stdout.writelines(f"{line}\n" for line in outcome.lines)
+        else:
+            console.print(_summary(outcome.counts, 1, 0.0, outcome.virtual_s))
+        if outcome.violation:
+            print(f"seed {seed} fails: {outcome.violation}")
+        sys.exit(1 if outcome.violation else 0)
+    if mutant and jobs > 1:
+        raise click.UsageError("--mutant plays in one process")
+    began_s, virtual_s, counts, failed = time.perf_counter(), 0.0, Counts(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("seeds", total=seeds)
+        for outcome in _outcomes(start, seeds, jobs, parts):
+            counts.add(outcome.counts)
+            virtual_s += outcome.virtual_s
+            if outcome.violation:
+                failed.append(outcome.seed)
+                _tell_failure(console, outcome.seed, parts, mutant or "")
+            progress.update(task, advance=1, description=f"seeds, {len(failed)} failed")
+    console.print(_summary(counts, seeds, time.perf_counter() - began_s, virtual_s))
+    if failed:
+        console.print(f"{len(failed)} failed: {', '.join(map(str, failed[:50]))}", style="bold red")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What really happened, and whether it may have.
+
+The history is told of every commit at the instant when the store carries it out, and of everything that a
+client or a gateway is shown. It knows what each request's output must be, so it can judge at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from simulator.faults.model import output_of
+from simulator.faults.store_model import unpack_body
+
+
+class Violation(AssertionError):
+    """Something happened that must never happen."""
+
+
+@dataclass
+class Life:
+    """One stored request."""
+
+    request_id: str
+    expected: list[int]
+    """Its whole output: up to the end token, or max_tokens long."""
+    max_tokens: int
+    stored_s: float
+    stored_tokens: int = 0
+    entries: int = 0
+    ended: str = ""
+    """Its finish reason, once that is stored."""
+    ended_s: float = 0.0
+    forgotten: bool = False
+    acknowledged: bool = False
+    client_gone_s: float | None = None
+    """Since when nobody wants it any more and the gateway could know."""
+    grace_s: float = 0.0
+    cancels: bool = True
+    """Whether a lost client ends it."""
+
+
+@dataclass
+class Counts:
+    events: int = 0
+    commits: int = 0
+    commits_repeated: int = 0
+    requests: int = 0
+    tokens: int = 0
+    chunks: int = 0
+    refused: int = 0
+    resumed: int = 0
+    terms: int = 0
+    alarms: int = 0
+    preemptions: int = 0
+    stale_writes_refused: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, dict):
+                for key, count in value.items():
+                    mine[key] = mine.get(key, 0) + count
+            else:
+                setattr(self, name, mine + value)
+
+    def fault(self, kind: str) -> None:
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+
+
+class History:
+    def __init__(self, now_s: Callable[[], float], trace: Callable[[str, str], None]) -> None:
+        self.lives: dict[str, Life] = {}
+        self.counts = Counts()
+        self.epoch = 0
+        """The newest that the store has given out."""
+        self.seq = 0
+        self.rolled_back = False
+        """The store has lost something: from here on only an alarm is right."""
+        self.damaged: set[str] = set()
+        """Requests of whose stored log something was lost."""
+        self.violation = ""
+        """The first one. Kept, because whatever code is running may catch the exception."""
+        self._now_s = now_s
+        self._trace = trace
+
+    def require(self, holds: bool, what: str) -> None:
+        if not holds:
+            self.violated(what)
+
+    def violated(self, what: str) -> None:
+        self.violation = self.violation or what
+        raise Violation(what)
+
+    # --- What the store does -------------------------------------------------------------------
+
+    def led(self, epoch: int, holder: str) -> None:
+        self.counts.terms += 1
+        if not self.rolled_back:
+            self.require(epoch == self.epoch + 1, f"epoch {epoch} was given out after {self.epoch}")
+        self.epoch = epoch
+        self._trace("store", f"{holder} leads, epoch {epoch}")
+
+    def committed(self, epoch: int, seq: int, body: bytes) -> None:
+        """The store has just carried out a new commit."""
+        self.counts.commits += 1
+        self.require(epoch == self.epoch, f"a leader of epoch {epoch} wrote in epoch {self.epoch}")
+        if not self.rolled_back:
+            self.require(seq == self.seq + 1, f"commit {seq} was taken after {self.seq}")
+        self.seq = seq
+        fields = unpack_body(body)
+        for new in fields[1]:
+            self._submitted(new)
+        appended = fields[3]
+        for at in range(0, len(appended), 7):
+            self._appended(appended[at], *appended[at + 3 : at + 6])
+        for ending in fields[8]:
+            self._finished(ending[0], ending[2])
+        for request_id in fields[9]:
+            self.lives[request_id].forgotten = True
+        self.counts.preemptions += sum(event[1] == "preempted" for event in fields[12])
+        self._trace(
+            "store",
+            f"commit {epoch}/{seq}: +{len(fields[1])} requests, {len(appended) // 7} entries, "
+            f"{len(fields[8])} ended",
+        )
+
+    def _submitted(self, new: Sequence[Any]) -> None:
+        request_id, prompt = new[0], tuple(map(int, new[4].split()))
+        stored = dict(zip(new[6][::2], new[6][1::2], strict=True))
+        known = self.lives.get(request_id)
+        self.require(known is None or known.forgotten, f"{request_id} was stored twice")
+        self.counts.requests += 1
+        max_tokens = int(stored["max_tokens"])
+        self.lives[request_id] = Life(
+            request_id,
+            output_of(prompt, max_tokens),
+            max_tokens,
+            self._now_s(),
+            grace_s=float(stored["disconnect_grace_s"]),
+            cancels=stored["cancel_on_disconnect"] == "1",
+        )
+
+    def _appended(self, request_id: str, entry: int, offset: int, text: str) -> None:
+        life = self.lives[request_id]
+        tokens = [int(token) for token in text.split()]
+        if request_id in self.damaged:
+            self.violated(f"entry {entry} of {request_id} was taken, though entries before it are lost")
+        if entry <= life.entries:
+            # The store compares what is there; so do we.
+            self.require(tokens == life.expected[offset : offset + len(tokens)], f"entry {entry} rewritten")
+            return
+        self.require(not life.ended, f"{request_id} grew after its end")
+        self.require(
+            entry == life.entries + 1 and offset == life.stored_tokens,
+            f"gap in the log of {request_id}: entry {entry} at {offset} after {life.entries}, "
+            f"{life.stored_tokens} tokens",
+        )
+        right = life.expected[offset : offset + len(tokens)]
+        self.require(
+            tokens == right, f"{request_id} at {offset}: stored {tokens}, the model's output is {right}"
+        )
+        life.entries, life.stored_tokens = entry, offset + len(tokens)
+        self.counts.tokens += len(tokens)
+
+    def _finished(self, request_id: str, fields: Sequence[str]) -> None:
+        life = self.lives[request_id]
+        values = dict(zip(fields[::2], fields[1::2], strict=True))
+        reason = values.get("finish_reason", "")
+        self.require(not life.ended, f"{request_id} ended twice: {life.ended}, then {reason}")
+        self.require(bool(reason), f"{request_id} ended without a reason")
+        life.ended, life.ended_s = reason, self._now_s()
+        self.counts.ends[reason] = self.counts.ends.get(reason, 0) + 1
+        self._trace("store", f"{request_id} ends: {reason} after {life.stored_tokens} tokens")
+        if reason in ("stop", "length"):
+            self.require(
+                life.stored_tokens == len(life.expected),
+                f"{request_id} ended as {reason} after {life.stored_tokens} of {len(life.expected)} tokens",
+            )
+            stopped = len(life.expected) < life.max_tokens or life.expected[-1] == 0
+            self.require((reason == "stop") == stopped, f"{request_id} ended as {reason}")
+        self.require(reason != "error", f"{request_id} failed: {values.get('error')}")
+
+    # --- What others see -----------------------------------------------------------------------
+
+    def acknowledged(self, request_id: str) -> None:
+        self.require(request_id in self.lives, f"{request_id} was acknowledged before it was stored")
+        self.lives[request_id].acknowledged = True
+
+    def shown(self, who: str, request_id: str, offset: int, tokens: Sequence[int]) -> None:
+        """Tokens have reached a gateway or a client."""
+        life = self.lives.get(request_id)
+        if life is None:
+            return self.violated(f"{who} was shown tokens of {request_id}, which is not stored")
+        end = offset + len(tokens)
+        self.require(
+            end <= life.stored_tokens,
+            f"{who} was shown token {end} of {request_id}; only {life.stored_tokens} are stored",
+        )
+        self.require(
+            list(tokens) == life.expected[offset:end],
+            f"{who} was shown other tokens of {request_id} at {offset}",
+        )
+        return None
+
+    def shown_end(self, who: str, request_id: str, reason: str, tokens: int) -> None:
+        life = self.lives.get(request_id)
+        if life is None:
+            return self.violated(f"{who} was shown the end of {request_id}, which is not stored")
+        self.require(bool(life.ended), f"{who} was shown the end of {request_id} before it was stored")
+        self.require(
+            life.ended == reason and life.stored_tokens == tokens,
+            f"{who} saw {request_id} end as {reason} after {tokens} tokens; "
+            f"stored: {life.ended} after {life.stored_tokens}",
+        )
+        return None
+
+    def client_gone(self, request_id: str) -> None:
+        life = self.lives.get(request_id)
+        if life is not None and life.client_gone_s is None:
+            life.client_gone_s = self._now_s()

@@ -1,0 +1,59 @@
+"""What a world is assembled from, and the assembly with one safeguard taken out.
+
+A checker that never fails proves nothing. Each of the mutants here lacks one thing that keeps a promise;
+the tests show that some seed notices, for every one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway.admission import unpack
+from gateway.streams import Feed
+from scheduler_svc.deliveries import DeliveryHub
+from simulator.faults.store_model import ALL_CHECKS
+from simulator.faults.store_server import SimulatedStore
+
+
+@dataclass(frozen=True)
+class Parts:
+    store: Callable[..., SimulatedStore] = SimulatedStore
+    store_checks: frozenset[str] = ALL_CHECKS
+    hub: type[DeliveryHub] = DeliveryHub
+    feed: type[Feed] = Feed
+
+
+class HastyStore(SimulatedStore):
+    """Says that a commit is stored when it has only been sent."""
+
+    async def commit(self, encoded: bytes) -> bool:
+        self._sending = asyncio.ensure_future(super().commit(encoded))
+        return True
+
+
+class ForgetfulHub(DeliveryHub):
+    """Never cancels what nobody follows."""
+
+    def take_abandoned(self, now_s: float) -> list[str]:
+        super().take_abandoned(now_s)
+        return []
+
+
+class CarelessFeed(Feed):
+    """Takes whatever tokens come for the next ones."""
+
+    def extend(self, offset: int, packed: bytes, logprobs: Any = ()) -> None:
+        super().extend(len(self.tokens), unpack(packed).tobytes(), logprobs)
+
+
+MUTANTS: dict[str, Parts] = {
+    "no epoch fence": replace(Parts(), store_checks=ALL_CHECKS - {"fence"}),
+    "no log gap check": replace(Parts(), store_checks=ALL_CHECKS - {"log"}),
+    "no idempotent commit": replace(Parts(), store_checks=ALL_CHECKS - {"digest"}),
+    "sends before it is stored": replace(Parts(), store=HastyStore),
+    "no orphan is cancelled": replace(Parts(), hub=ForgetfulHub),
+    "no offset check in the gateway": replace(Parts(), feed=CarelessFeed),
+}

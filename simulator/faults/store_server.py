@@ -1,0 +1,193 @@
+"""A store's server that can be late, fail, fail after it has done its work, and come back older; and the
+product's `Store` connected to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from collections.abc import Awaitable
+from typing import Any
+
+from redis import exceptions
+
+from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
+from scheduler_svc.store.store import ServerInfo, Store
+from simulator.faults import store_reading
+from simulator.faults.clock import EPOCH_S, VirtualLoop
+from simulator.faults.history import History
+from simulator.faults.store_model import ALL_CHECKS, Keys, Refusal, StoreModel
+
+
+class StoreServer:
+    """The server and the way to it."""
+
+    def __init__(
+        self, loop: VirtualLoop, history: History, seed: int, checks: frozenset[str] = ALL_CHECKS
+    ) -> None:
+        self.loop = loop
+        self.clock_offset_s = 0.0
+        self.model = StoreModel(self.now_ms, checks)
+        self.down_until_s = 0.0
+        self.hangs = False
+        """While down: no answer at all, rather than a refused connection."""
+        self.mean_latency_s = 0.001
+        self.lost_share = 0.0
+        """Of the calls, those that never reach the server."""
+        self.fails_after_share = 0.0
+        """Of the calls, those that are carried out and whose answer is lost."""
+        self.late_share = 0.0
+        """Of the calls, those that take seconds, sometimes longer than the caller waits."""
+        self.rng = random.Random(f"{seed} store")
+        self._history = history
+
+    def now_ms(self) -> int:
+        return int((EPOCH_S + self.loop.now_s + self.clock_offset_s) * 1e3)
+
+    def down(self, for_s: float, hangs: bool) -> None:
+        self.down_until_s = max(self.down_until_s, self.loop.now_s + for_s)
+        self.hangs = hangs
+
+    def copy(self) -> Keys:
+        return copy.deepcopy(self.model.keys)
+
+    def come_back_as(self, older: Keys) -> None:
+        self.model.keys = older
+
+    @property
+    def answers(self) -> bool:
+        return self.loop.now_s >= self.down_until_s
+
+    def execute(self, function: str, args: tuple[Any, ...]) -> Any:
+        """Carries a call out, now."""
+        try:
+            reply = self.model.call(function, *args)
+        except Refusal as refusal:
+            if str(refusal).startswith("STALE_EPOCH"):
+                self._history.counts.stale_writes_refused += 1
+            raise
+        if function == "laps_commit":
+            if reply[1]:
+                self._history.committed(int(args[0]), int(args[2]), args[5])
+            else:
+                self._history.counts.commits_repeated += 1
+        elif function == "laps_lead" and reply[0]:
+            self._history.led(reply[1], str(args[0]))
+        return reply
+
+
+class Caller:
+    """Stands in for `connection.Caller`: one call at a time, each made once."""
+
+    def __init__(self, server: StoreServer, timeout_s: float) -> None:
+        self._server = server
+        self._timeout_s = timeout_s
+        self._turn = asyncio.Lock()
+
+    async def call(self, function: str, *args: Any) -> Any:
+        async with self._turn:
+            return await _through(self._server, self._timeout_s, lambda: self._server.execute(function, args))
+
+    async def close(self) -> None:
+        return None
+
+
+class _Redis:
+    def __init__(self, server: StoreServer) -> None:
+        self._server = server
+
+    async def hgetall(self, _: str) -> dict[bytes, bytes]:
+        learnt = self._server.model.keys.learnt
+        return {name.encode(): text.encode() for name, text in learnt.items()}
+
+
+class Reader:
+    """Stands in for `connection.Reader`."""
+
+    def __init__(self, server: StoreServer, timeout_s: float) -> None:
+        self.redis = _Redis(server)
+        self._server = server
+        self._timeout_s = timeout_s
+
+    async def ask(self, function: str, *args: Any, raw: bool = False) -> Any:
+        keys = lambda: store_reading.ask(self._server.model.keys, function, *args)  # noqa: E731
+        return await _through(self._server, self._timeout_s, keys)
+
+    async def read(self, reply: Awaitable[Any]) -> Any:
+        return await reply
+
+
+async def _through(server: StoreServer, timeout_s: float, work: Any) -> Any:
+    """To the server and back. Raises StoreUnavailable where nothing can be said about what was done."""
+    loop, rng = server.loop, server.rng
+    answer: asyncio.Future[Any] = loop.create_future()
+    lost, fails_after, late = (
+        rng.random() < share for share in (server.lost_share, server.fails_after_share, server.late_share)
+    )
+    there_s, back_s = (rng.expovariate(1.0 / server.mean_latency_s) for _ in range(2))
+    if late:
+        # May arrive when its sender has given it up and has asked again.
+        there_s += rng.uniform(0.1, 2.0 * timeout_s)
+    broken = exceptions.ConnectionError("Connection reset by peer")
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not answer.done():
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+    def arrive() -> None:
+        if not server.answers:
+            if not server.hangs:
+                loop.at(None, loop.now_s + back_s, settle, None, broken)
+            return
+        if lost:
+            loop.at(None, loop.now_s + back_s, settle, None, broken)
+            return
+        error: BaseException | None = None
+        result = None
+        try:
+            result = work()
+        except Refusal as refusal:
+            error = from_reply(str(refusal))
+        if fails_after:
+            result, error = None, broken
+        loop.at(None, loop.now_s + back_s, settle, result, error)
+
+    loop.at(None, loop.now_s + there_s, arrive)
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await answer
+    except StoreError:
+        raise
+    except (TimeoutError, exceptions.RedisError) as error:
+        raise StoreUnavailable(f"the store does not answer: {error}") from error
+
+
+class SimulatedStore(Store):
+    """The product's store; only its connections are others."""
+
+    def __init__(self, server: StoreServer, pool: str, timeout_s: float = 5.0) -> None:
+        self.pool = pool
+        self._url = "simulated"
+        self._timeout_s = timeout_s
+        self.reader = Reader(server, timeout_s)  # type: ignore[assignment]
+        self._commits = Caller(server, timeout_s)  # type: ignore[assignment]
+        self._terms = Caller(server, timeout_s)  # type: ignore[assignment]
+        self._holder = ""
+        self._ttl_s = 0.0
+        self._packer = None
+        self._seen_epoch = 0
+        self._seen_seq = 0
+
+    async def connect(self) -> ServerInfo:
+        await self.reader.ask("laps_load", "live", 0, 0, 0)
+        return ServerInfo("simulated", [])
+
+    async def load_functions(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None

@@ -1,0 +1,30 @@
+"""The product under the fault simulator: no seed may break a promise."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.faults.world import play
+
+SEEDS = 200
+BLOCK = 10
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, BLOCK))
+def test_no_seed_breaks_a_promise(first: int) -> None:
+    for seed in range(first, first + BLOCK):
+        outcome = play(seed)
+        assert not outcome.violation, (
+            f"{outcome.violation}\nreplay: python -m simulator.faults --seed {seed} --trace"
+        )
+
+
+def test_faults_really_happen() -> None:
+    counts = [play(seed).counts for seed in range(20)]
+    kinds = {kind for each in counts for kind in each.faults}
+    assert len(kinds) >= 10
+    assert sum(each.requests for each in counts) > 100
+    assert sum(each.tokens for each in counts) > 1000
+    assert sum(each.resumed for each in counts) > 10
+    assert sum(each.stale_writes_refused for each in counts) > 0
+    assert sum(each.commits_repeated for each in counts) > 0
