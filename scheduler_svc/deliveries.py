@@ -110,12 +110,13 @@ class DeliveryHub:
 
     def follow(self, follower: Follower, request: Request, offset: int, logprobs: bytes = b"") -> None:
         """Starts with what is stored beyond `offset` of a live request. `logprobs` belong to
-        exactly those tokens; the core does not keep them, so the caller brings them."""
+        those tokens; the core does not keep them, so the caller brings them. They may reach
+        further: a commit that the store has carried out is told to the hub a little later."""
         request_id = request.request_id
         stored = self.stored_tokens(request_id)
         if stored > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
-            follower.add_tokens(request_id, offset, output, logprobs)
+            follower.add_tokens(request_id, offset, output, _first_logprobs(logprobs, stored - offset))
         follower.followed.add(request_id)
         self._followers.setdefault(request_id, set()).add(follower)
         self._orphan_due_s.pop(request_id, None)
@@ -189,3 +190,12 @@ class DeliveryHub:
                 )
                 for follower in followers:
                     follower.add_completion(completion)
+
+
+def _first_logprobs(logprobs: bytes, tokens: int) -> bytes:
+    """A serialized `TokenLogprobs` cut to so many entries."""
+    message = scheduler_pb2.TokenLogprobs.FromString(logprobs)
+    if len(message.logprobs) <= tokens:
+        return logprobs
+    del message.logprobs[tokens:]
+    return message.SerializeToString()

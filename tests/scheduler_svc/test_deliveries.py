@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laps.v1 import generation_pb2, scheduler_pb2
 from scheduler_svc.core.records import Append, FinishReason, Request, RequestSpec
 from scheduler_svc.deliveries import MAX_PENDING_BYTES, DeliveryHub, Follower
 
@@ -158,3 +159,20 @@ def test_a_gateway_that_reads_nothing_is_noticed() -> None:
     assert not follower.overrun
     hub.published([Append("a", 2, MAX_PENDING_BYTES // 4, bytes(4))])
     assert follower.overrun
+
+
+async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the_hub() -> None:
+    def logprobs(*values: float) -> bytes:
+        entries = [generation_pb2.TokenLogprob(logprob=value) for value in values]
+        return scheduler_pb2.TokenLogprobs(logprobs=entries).SerializeToString()
+
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub.submitted(request, 0.0)
+    request.output[:] = pack([10, 11, 12])
+    hub.published([Append("a", 1, 0, pack([10]), logprobs(-1.0))])
+    # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
+    hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
+    hub.published([Append("a", 2, 1, pack([11, 12]), logprobs(-2.0, -3.0))])
+    message = await asyncio.wait_for(follower.next_message(1), 5)
+    assert unpack(message.token_ids) == [10, 11, 12]
+    assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0, -3.0]
