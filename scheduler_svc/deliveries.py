@@ -44,7 +44,10 @@ class Follower:
     def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
         """Queues stored tokens; rows of one request that were not sent yet become one."""
         row = self._rows.get(request_id)
-        if row is None:
+        if row is None or offset != row.offset + len(row.token_ids) // TOKEN_BYTES:
+            # The gateway has followed anew, from `offset` on: what waited for it is part of that.
+            if row is not None:
+                self._pending_bytes -= len(row.token_ids) + len(row.logprobs)
             self._rows[request_id] = _Row(offset, bytearray(token_ids), bytearray(logprobs))
         else:
             row.token_ids += token_ids

@@ -176,3 +176,19 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     message = await asyncio.wait_for(follower.next_message(1), 5)
     assert unpack(message.token_ids) == [10, 11, 12]
     assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0, -3.0]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice(offset: int) -> None:
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub.submitted(request, 0.0)
+    request.output[:] = pack([10, 11, 12])
+    hub.published([Append("a", 1, 0, pack([10, 11, 12]))])
+    hub.follow(follower, request, 0)
+    hub.unfollow(follower, request, "a", 0.0)
+    hub.follow(follower, request, offset)
+    request.output += pack([13])
+    hub.published([Append("a", 2, 3, pack([13]))])
+    (row,) = await take(follower)
+    first = 0 if offset == 3 else offset
+    assert row == ("a", first, [10, 11, 12, 13][first:])
