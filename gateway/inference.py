@@ -111,6 +111,9 @@ class InferenceService:
     async def list_models(
         self, request: inference_pb2.ListModelsRequest, call: Call
     ) -> inference_pb2.ListModelsResponse:
+        return inference_pb2.ListModelsResponse(models=[self.describe_model()])
+
+    def describe_model(self) -> inference_pb2.Model:
         bounds = self.bounds
         model = inference_pb2.Model(
             name=self._settings.model_name,
@@ -123,7 +126,7 @@ class InferenceService:
         if pool is not None and self._link.connected:
             model.target = pool.target or model.target
             model.draft, model.workers, model.slots = pool.draft, pool.workers, pool.slots
-        return inference_pb2.ListModelsResponse(models=[model])
+        return model
 
     def drop_streams(self) -> None:
         """Ends every client stream; their clients resume elsewhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
@@ -14,11 +15,14 @@ from gateway.metrics import Metrics
 from gateway.queue_proxy import QueueProxy
 from gateway.rpc import service_handler
 from gateway.scheduler_link import SchedulerLink
-from gateway.tokenizer import TokenizerError, load_tokenizer
+from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from laps import channels, logs, runtime
 from laps.errors import LocalError
 from laps.settings import Settings
 from laps.v1 import inference_pb2, queue_pb2
+
+if TYPE_CHECKING:
+    from gateway.http.server import HttpServer
 
 log = logs.get_logger()
 
@@ -44,6 +48,7 @@ class Gateway:
         self._server: grpc.aio.Server
         self._readiness: runtime.Readiness
         self._close_metrics: Callable[[], None] | None = None
+        self._http: HttpServer | None = None
         self._readiness_wanted = asyncio.Event()
         self._readiness_task: asyncio.Task[None] | None = None
 
@@ -55,12 +60,18 @@ class Gateway:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.inference.streams.wait_idle(), max(drain_s - _CLOSE_S, 0))
         self.inference.drop_streams()
-        await self._server.stop(min(_CLOSE_S, drain_s))
+        await asyncio.gather(
+            self._server.stop(min(_CLOSE_S, drain_s)), *([self._http.stop()] if self._http else [])
+        )
         await self.link.close()
         if self._readiness_task is not None:
             self._readiness_task.cancel()
         if self._close_metrics is not None:
             await asyncio.to_thread(self._close_metrics)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.link.connected and not self.inference.draining
 
     def scheduler_changed(self) -> None:
         """The scheduler came or went."""
@@ -76,7 +87,7 @@ class Gateway:
         while True:
             await self._readiness_wanted.wait()
             self._readiness_wanted.clear()
-            await self._readiness.set(self.link.connected and not self.inference.draining)
+            await self._readiness.set(self.is_ready)
 
 
 async def serve(settings: Settings) -> Gateway:
@@ -110,10 +121,14 @@ async def serve(settings: Settings) -> Gateway:
     server = channels.new_server(max_message_bytes=settings.max_message_bytes)
     try:
         gateway.port = channels.bind(server, settings.host, settings.port)
+        if settings.http_port:
+            gateway._http = await _serve_http(settings, gateway, tokenizer, metrics)
         if settings.metrics_port:
             gateway._close_metrics = metrics.listen(settings.host, settings.metrics_port)
     except OSError:
         await server.stop(None)
+        if gateway._http is not None:
+            await gateway._http.stop()
         raise
     readiness = await runtime.add_readiness(server, INFERENCE.full_name, QUEUE.full_name)
     server.add_generic_rpc_handlers(
@@ -127,6 +142,18 @@ async def serve(settings: Settings) -> Gateway:
     await gateway._start(server, readiness)
     log.info("listening", address=f"{settings.host}:{gateway.port}", model=settings.model_name)
     return gateway
+
+
+async def _serve_http(
+    settings: Settings, gateway: Gateway, tokenizer: Tokenizer, metrics: Metrics
+) -> HttpServer:
+    # Imported only where it is wanted: the library costs a start a fifth of a second.
+    from gateway.http.server import HttpServer
+
+    server = HttpServer(settings, gateway.inference, tokenizer, metrics, lambda: gateway.is_ready)
+    await server.start()
+    log.info("listening", address=f"{settings.host}:{server.port}", by="http")
+    return server
 
 
 def run(settings: Settings) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _MAX_TOKENIZING = 4
 _PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 """Tokenizer classes that are tokenizer.json and nothing else. Loading that file alone takes
 milliseconds, where importing transformers takes seconds."""
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenizerError(LocalError):
@@ -89,6 +92,18 @@ class Tokenizer:
         if self._token_bytes is not None:
             return ByteLevelDecoder(self._token_bytes)
         return WindowDecoder(self.decode)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for; a special one for its name. Not always whole characters."""
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._token_bytes is not None:
+            return self._token_bytes[token_id] or token_to_bytes(token)
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            return bytes.fromhex(byte[1])
+        # Where SentencePiece made the vocabulary, this character stands for a space.
+        return token.replace("\u2581", " ").encode()
 
     async def _encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
         if len(text) <= _OFF_LOOP_CHARS:

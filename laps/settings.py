@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     host: str = setting("127.0.0.1", "Address to listen on", SERVICES)
     port: int = port_setting(50051, "The gateway's gRPC port; 0: any free one", _G)
     http_port: int = port_setting(
-        0, "The gateway's HTTP port, for OpenAI's clients; 0: none; 'laps up' takes 8000 if it is free", _G
+        0, "The gateway's HTTP port, for OpenAI's clients; 0: none. 'laps up' takes 8000, or any free one", _G
     )
     scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)

@@ -27,6 +27,7 @@ from laps.settings import Settings
 
 READY_TIMEOUT_S = 120.0
 """Workers load models before they are ready."""
+USUAL_HTTP_PORT = 8000
 _POLL_S = 0.05
 _PATIENCE_S = 10.0
 """After this long, and again, it says what it waits for."""
@@ -92,10 +93,16 @@ class Stack:
         self._resources = AsyncExitStack()
         self.port = 0
         self.scheduler_port = 0
+        self.http_port = 0
 
     @property
     def gateway_address(self) -> str:
         return f"{_reachable(self.settings.host)}:{self.port}"
+
+    @property
+    def http_url(self) -> str:
+        """Where OpenAI's clients find the gateway; empty: it does not serve them."""
+        return f"http://{_reachable(self.settings.host)}:{self.http_port}/v1" if self.http_port else ""
 
     @property
     def scheduler_address(self) -> str:
@@ -186,6 +193,7 @@ class Stack:
         env = settings.to_env(
             **{port_setting: port, f"{role}_id": name},
             redis_url=self.redis_url,
+            http_port=self.http_port,
             scheduler_address=self.scheduler_address,
             metrics_port=settings.metrics_port + metrics_offset if settings.metrics_port else 0,
             drain_s=settings.drain_s * _CHILD_DRAIN_SHARE,
@@ -209,19 +217,26 @@ class Stack:
         return lambda: runtime.is_ready(channel)
 
     def _choose_ports(self) -> list[int]:
-        """Sets `port` and `scheduler_port`; returns one for the store and one for each worker's health."""
+        """Sets the services' ports; returns one for the store and one for each worker's health."""
         settings = self.settings
-        for setting in ("port", "scheduler_port"):
+        for setting in ("port", "scheduler_port", "http_port"):
             wanted = 0 if self._any_ports else getattr(settings, setting)
             if wanted and not is_free(wanted, settings.host):
                 raise StackError(
                     f"port {wanted} is in use; choose another with --{setting.replace('_', '-')}"
                 )
             setattr(self, setting, wanted)
-        free = free_ports(3 + settings.workers, settings.host, avoid=(self.port, self.scheduler_port))
+        taken = (self.port, self.scheduler_port, self.http_port)
+        free = free_ports(4 + settings.workers, settings.host, avoid=taken)
         self.port = self.port or free[0]
         self.scheduler_port = self.scheduler_port or free[1]
-        return free[2:]
+        refused = "http_port" in settings.model_fields_set and settings.http_port == 0
+        if not self.http_port and not refused:
+            # Nobody asked for a certain port, so a taken one is no reason to fail.
+            usual = not self._any_ports and USUAL_HTTP_PORT not in taken
+            is_usual = usual and is_free(USUAL_HTTP_PORT, settings.host)
+            self.http_port = USUAL_HTTP_PORT if is_usual else free[2]
+        return free[3:]
 
     def _take_data_dir(self) -> None:
         """Two stacks on one folder would write one append-only file."""

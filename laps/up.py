@@ -47,9 +47,10 @@ def welcome(stack: Stack) -> str:
     server = (
         "" if stack.gateway_address == Settings().gateway_address else f" --server {stack.gateway_address}"
     )
+    openai = f"\n  OpenAI     {stack.http_url}" if stack.http_url else ""
     return f"""
 LAPS is up.
-  gateway    {stack.gateway_address}
+  gateway    {stack.gateway_address}{openai}
   scheduler  {stack.scheduler_address}
   store      {mask_url(stack.redis_url)}
   workers    {settings.workers} with {settings.slots} slots each

@@ -1,0 +1,127 @@
+"""Bodies that nobody should send: each is refused with its parameter, none is a defect."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.http import body
+from gateway.http.errors import error_body, http_status, to_json
+from gateway.http.parameters import PARAMETERS, Endpoint, Fate
+from gateway.http.requests import Asked, read_request
+from gateway.validation import Bounds, check_before_tokenizing
+from laps.errors import LapsError
+
+TEXT: dict[str, Any] = {"model": "tiny", "prompt": "the end"}
+BOUNDS = Bounds(model_name="tiny", vocabulary_size=360, context_tokens=1000, default_max_tokens=40)
+NAMES = [parameter.name for parameter in PARAMETERS]
+
+
+@pytest.mark.parametrize(
+    ("data", "param", "code"),
+    [
+        (b"", None, "invalid_json"),
+        (b"{", None, "invalid_json"),
+        (b"[]", None, "invalid_json"),
+        (b"null", None, "invalid_json"),
+        (b'{"prompt": "\xff"}', None, "invalid_json"),
+        (b'{"prompt": "a" // why\n}', None, "invalid_json"),
+        (b"\xef\xbb\xbf{}", None, "invalid_json"),
+        (b'{"prompt": ' + b"[" * 100_000, None, "invalid_json"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", None, "invalid_json"),
+        (b'{"prompt": "a", "temperature": 1, "temperature": 2}', "temperature", "invalid_value"),
+        (b'{"laps": {"priority": 1, "priority": 1}}', "priority", "invalid_value"),
+        (b'{"prompt": "a", "temperature": NaN}', "temperature", "invalid_value"),
+        (b'{"prompt": "a", "temperature": -Infinity}', "temperature", "invalid_value"),
+        (b'{"prompt": "a", "metadata": {"x": [1, NaN]}}', "metadata.x[1]", "invalid_value"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature", "invalid_value"),
+        (b'{"prompt": "a", "\\ud800": 1}', "\ud800", "unknown_parameter"),
+    ],
+    ids=range(16),
+)
+async def test_malformed(http: Any, data: bytes, param: str | None, code: str) -> None:
+    answered = await http.post("/v1/completions", data)
+    assert answered.status == 400
+    assert (answered.error["param"], answered.error["code"]) == (param, code)
+    assert not http.scheduler.requests
+
+
+async def test_a_long_body_is_read_aside(http: Any) -> None:
+    answered = await http.post("/v1/completions", {"prompt": ["a" * 5000] * 20})
+    assert (answered.status, answered.error["param"]) == (400, "prompt")
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(1 << 70), 1 << 70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+messages = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"role": json_values, "content": json_values, "name": json_values, "x": json_values}
+    ),
+    max_size=3,
+)
+
+
+def judge(data: bytes, endpoint: Endpoint) -> Asked | LapsError:
+    """As the gateway does before it tokenizes. Whatever is wrong is a LapsError that can be told."""
+    asked = None
+    try:
+        asked = read_request(body.parse(data), endpoint, "")
+        check_before_tokenizing(asked.request, BOUNDS)
+    except LapsError as caught:
+        error = caught
+    else:
+        return asked
+    assert http_status(error) in (400, 404)
+    told = error_body(error, asked.param_of if asked else str)["error"]
+    assert told["message"]
+    assert told["code"]
+    json.loads(to_json(told))
+    return error
+
+
+@given(
+    st.dictionaries(st.sampled_from(NAMES), json_values, max_size=5),
+    st.sampled_from(Endpoint),
+    messages | json_values,
+)
+def test_any_values(values: dict[str, Any], endpoint: Endpoint, turns: Any) -> None:
+    prompt = {"messages": turns} if endpoint is Endpoint.CHAT else {"prompt": values.get("prompt", "a")}
+    asked = judge(json.dumps(values | prompt).encode(), endpoint)
+    if isinstance(asked, LapsError):
+        return
+    # What was taken was taken as it was written.
+    sampling = asked.request.sampling
+    temperature = values.get("temperature")
+    assert math.isclose(
+        sampling.temperature, 1.0 if temperature is None else temperature, rel_tol=1e-6, abs_tol=1e-40
+    )
+    for parameter in PARAMETERS:
+        if parameter.fate is Fate.REFUSED:
+            assert values.get(parameter.name) in (None, *parameter.harmless)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(data: bytes) -> None:
+    judge(data, Endpoint.COMPLETIONS)
+
+
+@given(st.data())
+def test_a_body_that_is_damaged(data: st.DataObject) -> None:
+    given_ = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stop": ["a"], "seed": 5}
+    raw = bytearray(json.dumps(given_).encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    judge(bytes(raw), Endpoint.CHAT)
