@@ -106,6 +106,7 @@ class HttpServer:
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
+        app.on_response_prepare.append(_sign)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -258,6 +259,11 @@ async def _in_openais_shape(request: web.Request, handler: Handler) -> web.Strea
         return error_response(Refusal("", problem, "method_not_allowed", 405, allowed))
     except web.HTTPNotFound:
         return error_response(Refusal("", f"there is nothing at {request.path[:128]}", "not_found", 404))
+
+
+async def _sign(request: web.Request, response: web.StreamResponse) -> None:
+    # The library would tell everyone its version and Python's.
+    response.headers["Server"] = "laps"
 
 
 def _request_id(http: web.Request) -> str:

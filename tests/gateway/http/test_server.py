@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from typing import Any
 
@@ -95,12 +96,12 @@ async def test_who_named_the_request_can_come_back(http: Any) -> None:
 async def test_a_client_that_does_not_read_loses_its_stream(start_http: Any, named: bool) -> None:
     """It loses that and no more: a request that goes on is there for who asks again."""
     http = await start_http(stream_buffer_tokens=1000)
-    small_buffers(http)
     given = CHAT | {"max_tokens": 150_000, "stream": True, "logprobs": True}
     headers = {"x_request_id": "slow"} if named else {}
     _, writer = await http.send("POST", "/v1/chat/completions", json.dumps(given).encode(), **headers)
     writer.transport.pause_reading()
     await http.scheduler.until(lambda: http.scheduler.follows)
+    small_buffers(http)
     stored, gateway = http.stored(), http.gateway
     feed = gateway.link._feeds._feeds[stored.spec.request_id]
     while gateway.inference.streams.count:
@@ -113,9 +114,11 @@ async def test_a_client_that_does_not_read_loses_its_stream(start_http: Any, nam
 
 
 def small_buffers(http: Any) -> None:
-    """The system would take in megabytes that the client does not read."""
-    (listening,) = http.gateway._http._listening.sockets
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    """The system would take in megabytes that the clients do not read."""
+    for connection in http.gateway._http._runner.server.connections:
+        # By its number, as uvloop's own socket object cannot do it.
+        with socket.socket(fileno=os.dup(connection.transport.get_extra_info("socket").fileno())) as copy:
+            copy.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
 
 
 async def test_a_client_that_takes_nothing_is_let_go(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,11 +126,11 @@ async def test_a_client_that_takes_nothing_is_let_go(http: Any, monkeypatch: pyt
     monkeypatch.setattr(answers, "STALLED_S", 0.05)
     monkeypatch.setattr(answers, "LAST_WORDS_S", 0.05)
     http.scheduler.auto_tokens = 0
-    small_buffers(http)
     given = TEXT | {"max_tokens": 50_000, "stream": True, "logprobs": 5}
     _, writer = await http.send("POST", "/v1/completions", json.dumps(given).encode())
     writer.transport.pause_reading()
     await http.scheduler.until(lambda: http.scheduler.follows)
+    small_buffers(http)
     http.scheduler.emit(http.stored().spec.request_id, 50_000)
     await eventually(lambda: not http.gateway.inference.streams.count)
     server_ = http.gateway._http._runner.server
