@@ -38,6 +38,8 @@ class Chaos:
             loop.at(None, loop.now_s + in_s, self._strike)
 
     def _strike(self) -> None:
+        if self._over:
+            return
         kind = self._rng.choice(self._world.knobs.kinds)
         if self._do(kind):
             self._world.history.counts.fault(kind)
@@ -54,6 +56,11 @@ class Chaos:
             world.trace("store", f"{what} for {for_s:.3f} s")
             world.server.down(for_s, hangs=what == "hangs")
             return True
+        if kind == "store full":
+            for_s = rng.choice((0.1, 2.0)) * rng.random()
+            world.trace("store", f"is full for {for_s:.3f} s")
+            world.server.full_until_s = world.loop.now_s + for_s
+            return True
         if kind == "store clock jumps":
             world.server.clock_offset_s += rng.uniform(-1.0, 1.0) * world.knobs.clock_skew_s
             return True
@@ -67,7 +74,7 @@ class Chaos:
             world.loop.at(None, world.loop.now_s + rng.choice((0.02, 0.2, 1.5)), world.restart, node)
         elif verb == "stop":
             world.trace(node.name, "is stopped")
-            world.loop.spawn(node.process, node.stop(), f"{node.name} stop")  # type: ignore[attr-defined]
+            world.loop.spawn(node.process, node.stop(), f"{node.name} stop")
             world.loop.at(
                 None, world.loop.now_s + rng.choice((0.5, 4.0)), self._stop_hard, node, node.process
             )
@@ -84,7 +91,7 @@ class Chaos:
         return True
 
     def _stop_hard(self, node: Node, process: Process) -> None:
-        if node.process is process:
+        if node.process is process and not self._world.history.lossy:
             self._world.crash(node)
             self._world.restart(node)
 
@@ -145,7 +152,7 @@ class Chaos:
         world.network.heal()
         server = world.server
         server.lost_share = server.fails_after_share = server.late_share = 0.0
-        server.down_until_s = 0.0
+        server.down_until_s = server.full_until_s = 0.0
         for node in world.nodes:
             if node.process.frozen:
                 self._thaw(node, node.process)

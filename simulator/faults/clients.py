@@ -192,6 +192,8 @@ class Client:
             history.require(self.transcript._generate is None, f"{self.name} was told {error.message}")
             return
         if error.status == "NOT_FOUND":
+            if self.transcript._generate is None and not self.request_ids:
+                return  # It came before the request that it wants to read.
             lives = [history.lives.get(name) for name in self.request_ids or {self.transcript.request_id}]
             history.require(
                 all(life is None or life.forgotten for life in lives) or history.rolled_back,

@@ -87,6 +87,11 @@ class History:
         self._now_s = now_s
         self._trace = trace
 
+    @property
+    def lossy(self) -> bool:
+        """The store has lost something."""
+        return self.rolled_back or bool(self.damaged)
+
     def require(self, holds: bool, what: str) -> None:
         if not holds:
             self.violated(what)

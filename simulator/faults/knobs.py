@@ -64,6 +64,9 @@ KINDS = (
     "clock jumps",
     "store clock jumps",
     "stop scheduler",
+    "stop worker",
+    "stop gateway",
+    "store full",
 )
 
 

@@ -58,6 +58,10 @@ class Node:
     def _begin(self) -> None:
         raise NotImplementedError
 
+    async def stop(self) -> None:
+        """In order, as on SIGTERM."""
+        raise NotImplementedError
+
     def run(self, coro: Any, what: str) -> asyncio.Task[Any]:
         """A task that must not end with an exception of any other kind than it is known to end with."""
 
@@ -104,7 +108,6 @@ class SchedulerNode(Node):
         self.leading = self.run(self.terms.run(), "leadership")
 
     async def stop(self) -> None:
-        """In order, as on SIGTERM."""
         self.leading.cancel()
         await asyncio.gather(self.leading, return_exceptions=True)
         with contextlib.suppress(StoreError):
@@ -118,6 +121,13 @@ class TurnedDriver(EngineDriver):
     def prepare(self) -> None:
         self._posted = asyncio.Event()
         self._detaching: asyncio.Future[bool] | None = None
+        self._emptying: list[asyncio.Future[bool]] = []
+
+    def emptied(self) -> asyncio.Future[bool]:
+        """In place of `wait_idle`, which blocks a thread."""
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._emptying.append(done)
+        return done
 
     def post(self, command: Command) -> None:
         super().post(command)
@@ -134,6 +144,8 @@ class TurnedDriver(EngineDriver):
         while True:
             self._take_posted()
             self._end_expired_leases()
+            while not self._leases and self._emptying:
+                self._emptying.pop().set_result(True)
             if self._leases and self._may_step():
                 await asyncio.sleep(self.engine.next_step_s())  # type: ignore[attr-defined]
                 self._do_step()
@@ -171,9 +183,14 @@ class WorkerNode(Node):
         self.engine = FakeEngine(knobs.slots, knobs.spare_slots, knobs.host_rows, f"{knobs.seed} {self.name}")
         self.driver = TurnedDriver(self.engine, self._broken)  # type: ignore[arg-type]
         self.driver.prepare()
-        link = WorkerLink(SCHEDULER, self.driver, self._hello)
+        self.link = WorkerLink(SCHEDULER, self.driver, self._hello)
         self.run(self.driver.turn_forever(), "engine")
-        self.run(link.run(), "session")
+        self.run(self.link.run(), "session")
+
+    async def stop(self) -> None:
+        self.link.drain()
+        await self.driver.emptied()
+        self.world.crash(self)
 
     def _broken(self, error: BaseException) -> None:
         self.world.history.violated(f"{self.name}: the engine failed: {error!r}")
@@ -256,6 +273,15 @@ class GatewayNode(Node):
 
     async def _linked(self) -> None:
         await (await self.link.start())
+
+    async def stop(self) -> None:
+        self.inference.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.inference.streams.wait_idle(), 0.5)
+        self.inference.drop_streams()
+        await asyncio.sleep(0.1)
+        await self.link.close()
+        self.world.crash(self)
 
     @property
     def followed(self) -> int:

@@ -30,6 +30,8 @@ class StoreServer:
         self.clock_offset_s = 0.0
         self.model = StoreModel(self.now_ms, checks)
         self.down_until_s = 0.0
+        self.full_until_s = 0.0
+        """Until then it refuses to write."""
         self.hangs = False
         """While down: no answer at all, rather than a refused connection."""
         self.mean_latency_s = 0.001
@@ -61,6 +63,8 @@ class StoreServer:
 
     def execute(self, function: str, args: tuple[Any, ...]) -> Any:
         """Carries a call out, now."""
+        if self.loop.now_s < self.full_until_s:
+            raise Refusal("OOM command not allowed when used memory > 'maxmemory'")
         try:
             reply = self.model.call(function, *args)
         except Refusal as refusal:

@@ -124,9 +124,7 @@ class World:
         self.trace(node.name, f"ALARM: the pool stops: {alarm}")
         assert isinstance(node, SchedulerNode)
         node.alarm = str(alarm)
-        self.history.require(
-            self.history.rolled_back or bool(self.history.damaged), f"alarm without a cause: {alarm}"
-        )
+        self.history.require(self.history.lossy, f"alarm without a cause: {alarm}")
 
     # --- Running --------------------------------------------------------------------------------------
 

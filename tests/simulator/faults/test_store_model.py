@@ -27,11 +27,13 @@ LONG_MS, PAST_MS = 10_000_000, 0
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[redis.Redis]:
-    with LocalServer(binary=valkey_binary(), appendfsync=None) as server:
-        with redis.Redis.from_url(server.url, protocol=2) as client:
-            for name in library.LIBRARIES:
-                client.function_load(library.source(name), replace=True)
-            yield client
+    with (
+        LocalServer(binary=valkey_binary(), appendfsync=None) as server,
+        redis.Redis.from_url(server.url, protocol=2) as client,
+    ):
+        for name in library.LIBRARIES:
+            client.function_load(library.source(name), replace=True)
+        yield client
 
 
 class Both:
@@ -195,10 +197,10 @@ class Maker:
             for n in range(2)
             if rng.random() < 0.2
         ]
-        body = [
-            NOW_MS, submitted, sorted(logged), appended, changed, moves, leased, some(0.1, live), finished, some(0.2, stored.finished),
-            workers, ["w1"] if rng.random() < 0.05 else [], [["kind", "leased"]], ["k", str(rng.randint(0, 9))],
-        ]  # fmt: skip
+        gone = ["w1"] if rng.random() < 0.05 else []
+        unleased, forgotten = some(0.1, live), some(0.2, stored.finished)
+        body = [NOW_MS, submitted, sorted(logged), appended, changed, moves, leased, unleased, finished]
+        body += [forgotten, workers, gone, [["kind", "leased"]], ["k", str(rng.randint(0, 9))]]
         packed = msgpack.Packer(use_bin_type=False).pack(body)
         seq = self.mostly(self.seq + 1, self.seq, self.seq + 2, 1)
         digest = self.mostly(uuid.UUID(int=rng.getrandbits(128)).hex, "same")
@@ -248,7 +250,7 @@ class Maker:
         return [request_id, level, rank, repr(rank)]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: redis.Redis, seed: int) -> None:
     both = Both(client)
     maker = Maker(seed, both.model)
@@ -290,7 +292,7 @@ def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: red
 
 def test_every_refusal_is_met(client: redis.Redis) -> None:
     met: set[str] = set()
-    for seed in range(100, 130):
+    for seed in range(100, 120):
         both = Both(client)
         maker = Maker(seed, both.model)
         answer = both.call("laps_lead", "a", "here", LONG_MS, 0, 0)
@@ -304,7 +306,6 @@ def test_every_refusal_is_met(client: redis.Redis) -> None:
                 met.add(answer.split()[0])
             maker.look()
         both.compare_keys()
-    assert met >= {
-        "taken", "repeated", "STALE_EPOCH", "HISTORY_WENT_BACK", "SEQ_GAP", "SEQ_CONFLICT", "LOG_GAP", "LOG_CONFLICT",
-        "UNKNOWN_REQUEST", "REQUEST_EXISTS", "ALREADY_FINISHED", "NOT_FINISHED",
-    }  # fmt: skip
+    refusals = "STALE_EPOCH HISTORY_WENT_BACK SEQ_GAP SEQ_CONFLICT LOG_GAP LOG_CONFLICT UNKNOWN_REQUEST"
+    refusals += " REQUEST_EXISTS ALREADY_FINISHED NOT_FINISHED"
+    assert met >= {"taken", "repeated", *refusals.split()}

@@ -1,0 +1,35 @@
+"""The checkers can fail: without any one of these safeguards some seed notices, and says what it saw."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.faults.parts import MUTANTS
+from simulator.faults.world import play
+
+SEEDS = 45
+
+EXPECTED = {
+    "no epoch fence": ("wrote in epoch", "SEQ_CONFLICT"),
+    "no log gap check": ("though entries before it are lost",),
+    "no idempotent commit": ("alarm without a cause: SEQ_CONFLICT",),
+    "sends before it is stored": ("before it was stored", "are stored"),
+    "no orphan is cancelled": ("outlived its client", "the hub"),
+    "no offset check in the gateway": ("was shown other tokens", "are stored", "INTERNAL"),
+}
+
+
+def test_every_mutant_is_expected_to_be_found() -> None:
+    assert EXPECTED.keys() == MUTANTS.keys()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_missing_safeguard_is_noticed(name: str) -> None:
+    for seed in range(SEEDS):
+        violation = play(seed, parts=MUTANTS[name]).violation
+        if violation:
+            assert any(words in violation for words in EXPECTED[name]), violation
+            # It is the safeguard and nothing else: with it the seed passes.
+            assert not play(seed).violation
+            return
+    pytest.fail(f"{SEEDS} seeds did not notice: {name}")
