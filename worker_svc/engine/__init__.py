@@ -4,6 +4,7 @@ Knows torch and transformers, and no service. `load_pair` loads a target with it
 `StepResult` is what each step gives back.
 """
 
+from .adaptive import Drafter
 from .config import EngineConfig, EngineRequest, SamplingConfig, StoppingConfig
 from .costs import StepCosts
 from .engine import Engine
@@ -12,6 +13,7 @@ from .loading import ModelPair, load_pair
 from .results import FinishReason, KvUsage, StepResult, TokenLogprob
 
 __all__ = [
+    "Drafter",
     "Engine",
     "EngineConfig",
     "EngineError",

@@ -1,13 +1,20 @@
-"""How many tokens to draft: as many as make the batch's expected tokens per second largest, down to none.
+"""Who drafts for each request and how many tokens: what makes the batch's expected tokens per second largest.
 
-With acceptance a per drafted token, a draft of n tokens yields (1 - a^(n+1)) / (1 - a) tokens in expectation
-(Leviathan et al., 2023, eq. 1). A batch is padded to its longest draft, so its cost depends on that length
-alone, and one length is chosen for the step; requests with a lower limit of their own keep it.
+With acceptance a per drafted token, a draft of n tokens yields 1 + a + ... + a^n tokens in expectation
+(Leviathan et al., 2023, eq. 1). A batch is padded to its longest draft, and the draft model runs over all
+rows if it runs for one, so a step's cost depends on two lengths alone: the longest draft of the draft model,
+and the longest of any drafter. These two are chosen for the step; within them each row takes the drafter that
+promises it more, and requests with a lower limit of their own keep it.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from .costs import StepCosts
 
@@ -51,41 +58,98 @@ def expected_tokens(acceptance: float, drafted: int) -> float:
     return float((1.0 - acceptance ** (drafted + 1)) / (1.0 - acceptance))
 
 
-class DraftLengthChooser:
-    """Chooses the draft length of each step from acceptance estimates and measured costs."""
+class Drafter(enum.StrEnum):
+    """Where a row's drafted tokens come from in a step."""
+
+    NONE = "none"
+    DRAFT = "draft"
+    LOOKUP = "lookup"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a row could have drafted: at most `draft_tokens` by the draft model, or `found_tokens` by lookup,
+    and the acceptance to be expected of each.
+    """
+
+    draft_tokens: int
+    draft_acceptance: float
+    found_tokens: int = 0
+    found_acceptance: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    drafter: Drafter
+    length: int
+
+
+NO_DRAFT = RowPlan(Drafter.NONE, 0)
+
+
+class DraftChooser:
+    """Chooses drafter and length of each row for a step from acceptance estimates and measured costs."""
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
         self._steps = 0
 
-    def choose(self, acceptances: Sequence[float], limits: Sequence[int], catch_up_s: float) -> int:
-        """limits: most tokens that each row may draft. catch_up_s: seconds to bring the draft's KV up to date
-        first.
+    def choose(self, offers: Sequence[Offer], catch_up_s: float) -> list[RowPlan]:
+        """catch_up_s: seconds to bring the draft's KV up to date first, if the draft model is to be used.
 
-        Returns the length for the batch; the longest while costs are unknown. Speculation must promise a gain
-        of some percent, for estimates are noisy.
+        The longest drafts while costs are unknown. Speculation must promise a gain of some percent, for
+        estimates are noisy.
         """
-        longest = max(limits, default=0)
-        if longest == 0 or not self._costs.calibrated:
-            return longest
-        rows = len(limits)
-        plain = rows / self._costs.step_s(rows, 0)
-        best, best_rate = 0, plain * _MARGIN
-        for length in range(1, longest + 1):
-            seconds = self._costs.step_s(rows, length) + catch_up_s / _PROBE_STEPS
-            tokens = sum(
-                expected_tokens(a, min(length, limit)) for a, limit in zip(acceptances, limits, strict=True)
-            )
-            if tokens / seconds > best_rate:
-                best, best_rate = length, tokens / seconds
-        return self._tried(best, longest)
+        drafted_limit = max((offer.draft_tokens for offer in offers), default=0)
+        limit = max((offer.found_tokens for offer in offers), default=0)
+        limit = max(limit, drafted_limit)
+        if limit == 0 or not self._costs.calibrated:
+            return longest(offers)
+        drafting = _expected([(o.draft_acceptance, o.draft_tokens) for o in offers], drafted_limit)
+        looking_up = _expected([(o.found_acceptance, o.found_tokens) for o in offers], limit)
+        # tokens[d, w]: with at most d tokens of the draft model, and a batch padded to w drafted tokens.
+        tokens = np.maximum(drafting[:, :, None], looking_up[:, None, :]).sum(0)
+        seconds = self._costs.steps_s(len(offers), drafted_limit, limit)
+        seconds[1:] += catch_up_s / _PROBE_STEPS
+        rates = np.triu(tokens / seconds)
+        best = int(rates.argmax())
+        if rates.flat[best] <= rates[0, 0] * _MARGIN:
+            best = 0
+        drafted, width = divmod(best, limit + 1)
+        drafted = self._tried(drafted, drafted_limit)
+        width = max(width, drafted)
+        return [
+            _row_plan(offer, drafted, width, looking_up[row, width] >= drafting[row, drafted])
+            for row, offer in enumerate(offers)
+        ]
 
     def _tried(self, best: int, longest: int) -> int:
-        """The best length, but now and then the next longer or shorter one: what is never tried is never
-        learned.
+        """The draft model's best length, but now and then the next longer or shorter one: what is never tried
+        is never learned. (Lookups are judged at every step, used or not.)
         """
         self._steps += 1
-        if self._steps % _PROBE_STEPS:
+        if longest == 0 or self._steps % _PROBE_STEPS:
             return best
         longer = (self._steps // _PROBE_STEPS) % 2 == 1 or best == 0
         return min(best + 1, longest) if longer else best - 1
+
+
+def longest(offers: Sequence[Offer]) -> list[RowPlan]:
+    """As many tokens as allowed for every row, looked up where anything was found."""
+    return [_row_plan(o, o.draft_tokens, o.found_tokens, o.found_tokens > 0) for o in offers]
+
+
+def _row_plan(offer: Offer, drafted: int, width: int, prefers_lookup: bool) -> RowPlan:
+    if prefers_lookup and min(offer.found_tokens, width):
+        return RowPlan(Drafter.LOOKUP, min(offer.found_tokens, width))
+    if min(offer.draft_tokens, drafted):
+        return RowPlan(Drafter.DRAFT, min(offer.draft_tokens, drafted))
+    return NO_DRAFT
+
+
+def _expected(drafts: Sequence[tuple[float, int]], longest: int) -> npt.NDArray[np.float64]:
+    """Expected tokens [rows, 1 + longest] by length, for rows of (acceptance, limit)."""
+    table = np.array(drafts, dtype=np.float64)
+    lengths = np.arange(longest + 1)
+    chances = np.where(lengths <= table[:, 1:], table[:, :1] ** lengths, 0.0)
+    return chances.cumsum(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from .adaptive import AcceptanceEstimate
 from .config import EngineConfig, EngineRequest
 from .errors import InvalidRequestError
 from .loading import ModelPair
+from .lookup import PromptLookup
 from .rows import Row
 from .sampling import SamplingRow
 from .stopping import StopChecker
@@ -60,8 +61,9 @@ def new_row(
     config: EngineConfig,
     context_tokens: int,
     acceptance: AcceptanceEstimate,
+    lookup_priors: Mapping[int, AcceptanceEstimate],
 ) -> Row:
-    """A row for a checked request, without slot or KV."""
+    """A row for a checked request, without slot or KV. The estimates are those of all requests together."""
     stopper = StopChecker(
         request.stopping,
         pair.eos_token_ids,
@@ -82,8 +84,9 @@ def new_row(
         tokens=tokens,
         stopper=stopper,
         sampling=SamplingRow(request.sampling, request.stopping.min_tokens, tuple(sorted(blocked)), seen),
-        draft_limit_tokens=wanted if pair.draft is not None else 0,
+        draft_limit_tokens=wanted,
         acceptance=AcceptanceEstimate(acceptance),
+        lookup=PromptLookup(lookup_priors) if config.prompt_lookup else None,
     )
 
 

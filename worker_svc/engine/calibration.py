@@ -36,7 +36,7 @@ def calibrate(
         if count >= 4 and time.perf_counter() > deadline:
             break
         costs.verify.set(rows, length + 1, _best_s(runners[0], rows, [length + 1], held))
-        if length:
+        if length and len(runners) > 1:
             costs.draft.set(rows, length, _best_s(runners[1], rows, [2] + [1] * (length - 1), held))
     costs.calibrated = True
     prefill = min(64, context_tokens // 2)
@@ -53,7 +53,7 @@ def _batch_sizes(slots: int) -> list[int]:
 
 
 def _lengths(config: EngineConfig, models: int) -> range:
-    return range(config.draft_tokens + 1 if models > 1 else 1)
+    return range(config.draft_tokens + 1 if models > 1 or config.prompt_lookup else 1)
 
 
 def _best_s(runner: Runner, rows: int, widths: Sequence[int], held: int) -> float:

@@ -22,6 +22,8 @@ class EngineConfig:
     - spare_slots: further slots in which preempted requests keep their KV.
     - context_tokens: longest prompt and output; None takes the models' own limit.
     - draft_tokens: upper bound of drafted tokens a step, for requests that name none.
+    - prompt_lookup: draft also by looking up what followed the last tokens earlier in the request's own text;
+      works without a draft model too.
     - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it the oldest
       are dropped.
     - kv_limit_bytes: bound of the device's KV cache; a context that cannot fit is refused at construction.
@@ -31,7 +33,8 @@ class EngineConfig:
     - threads: torch threads of this process. With more than one set OMP_WAIT_POLICY=PASSIVE, or waiting
       threads spin on cores that others need.
     - adaptive: after `Engine.calibrate`, draft fewer tokens, down to none, where measured costs say that more
-      would not pay; and prefill no more in a step than about doubles it while others decode.
+      would not pay, each request by the drafter that promises more; and prefill no more in a step than about
+      doubles it while others decode.
     - fast_path: run small Llama-shaped models through the lean forward; False forces the general path.
     - seed: seeds the engine's free choices (for tests); None draws from the operating system.
     """
@@ -40,6 +43,7 @@ class EngineConfig:
     spare_slots: int = 8
     context_tokens: int | None = None
     draft_tokens: int = 4
+    prompt_lookup: bool = True
     host_cache_bytes: int = 1 << 30
     kv_limit_bytes: int | None = None
     kv_block_tokens: int = 256

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 _SMOOTHING = 0.02
 _SPEED_SMOOTHING = 0.3
@@ -68,8 +69,8 @@ class StepCosts:
     draft: table over (rows, drafted tokens) of the whole drafting phase. verify: table over (rows, 1 +
     drafted tokens). Both hold seconds at the speed of the calibration; `slowdown` is how much slower the
     machine is now, which longer contexts and busy neighbours change for all entries alike. other_s: the rest
-    of a step. calibrated: whether the tables can judge lengths that were not tried. batch, drafted: rows of
-    the last step, and its draft length.
+    of a step. calibrated: whether the tables can judge lengths that were not tried. batch, drafted, modelled:
+    rows of the last step, its draft length, and that of the draft model alone (lookups cost no model).
     """
 
     def __init__(self) -> None:
@@ -82,34 +83,56 @@ class StepCosts:
         self.calibrated = False
         self.batch = 1
         self.drafted = 0
+        self.modelled = 0
 
     @property
     def draft_s(self) -> float:
-        """Seconds to draft one token for every row of the present batch (T_ssm); 0 without a draft."""
-        width = max(1, self.drafted)
-        return self.slowdown * self.draft.estimate(self.batch, width) / width
+        """Seconds per drafted token of the present batch (T_ssm); 0 without a draft model, or where all was
+        looked up.
+        """
+        if self.drafted == 0:
+            return self.slowdown * self.draft.estimate(self.batch, 1)
+        return self.slowdown * self._draft_s(self.batch, self.modelled) / self.drafted
 
     @property
     def verify_s(self) -> float:
         """Seconds to verify the present batch at its present draft length (T_llm)."""
         return self.slowdown * self.verify.estimate(self.batch, self.drafted + 1)
 
-    def step_s(self, rows: int, drafted: int) -> float:
-        """Seconds expected of a step over `rows` rows with `drafted` drafted tokens each, without prefill."""
-        return self.slowdown * self._model_s(rows, drafted) + self.other_s
+    def step_s(self, rows: int, drafted: int, modelled: int | None = None) -> float:
+        """Seconds expected of a step over `rows` rows without prefill, whose longest draft has `drafted`
+        tokens, and the longest of the draft model `modelled` (None: as many).
+        """
+        return self.slowdown * self._model_s(rows, drafted, modelled) + self.other_s
 
-    def observe_step(self, rows: int, drafted: int, draft_s: float, verify_s: float, other_s: float) -> None:
+    def steps_s(self, rows: int, modelled: int, drafted: int) -> npt.NDArray[np.float64]:
+        """`step_s` for all lengths up to these: [1 + modelled, 1 + drafted]."""
+        drafting = np.array([self._draft_s(rows, length) for length in range(modelled + 1)])
+        verifying = np.array([self.verify.estimate(rows, length + 1) for length in range(drafted + 1)])
+        table: npt.NDArray[np.float64] = drafting[:, None] + verifying
+        return self.slowdown * table + self.other_s
+
+    def observe_step(
+        self,
+        rows: int,
+        drafted: int,
+        draft_s: float,
+        verify_s: float,
+        other_s: float,
+        modelled: int | None = None,
+    ) -> None:
         """Learns from a step: first the speed of the machine, then what is particular to this size."""
-        self.batch, self.drafted = rows, drafted
-        expected_s = self._model_s(rows, drafted)
+        modelled = drafted if modelled is None else modelled
+        self.batch, self.drafted, self.modelled = rows, drafted, modelled
+        expected_s = self._model_s(rows, drafted, modelled)
         if self.calibrated and expected_s > 0:
             # A step that the operating system interrupted must not overturn what hundreds of steps have
             # shown.
             ratio = (draft_s + verify_s) / (expected_s * self.slowdown)
             ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
             self.slowdown *= 1 + _SPEED_SMOOTHING * (ratio - 1)
-        if drafted:
-            self.draft.observe(rows, drafted, draft_s / self.slowdown)
+        if modelled:
+            self.draft.observe(rows, modelled, draft_s / self.slowdown)
         self.verify.observe(rows, drafted + 1, verify_s / self.slowdown)
         self.other_s = _smooth(self.other_s, other_s)
 
@@ -119,9 +142,12 @@ class StepCosts:
     def observe_draft_prefill(self, tokens: int, seconds: float) -> None:
         self.draft_prefill_s_per_token = _smooth(self.draft_prefill_s_per_token, seconds / tokens)
 
-    def _model_s(self, rows: int, drafted: int) -> float:
-        drafting = self.draft.estimate(rows, drafted) if drafted else 0.0
+    def _model_s(self, rows: int, drafted: int, modelled: int | None) -> float:
+        drafting = self._draft_s(rows, drafted if modelled is None else modelled)
         return drafting + self.verify.estimate(rows, drafted + 1)
+
+    def _draft_s(self, rows: int, modelled: int) -> float:
+        return self.draft.estimate(rows, modelled) if modelled else 0.0
 
 
 def _smooth(known: float, seconds: float) -> float:

@@ -1,9 +1,9 @@
 """Draft and verify: the two phases in which the rows of a batch gain tokens.
 
-Row i has tokens t[0 .. L-1]; the target holds the KV of all but the last. Drafting proposes d[1 .. n];
-verification feeds t[L-1], d[1 .. n] to the target in one pass, accepts the longest agreeing prefix of length
-a, and adds one token of the target's own. Afterwards the KV of t[L-1], d[1 .. a] is held by right, and the
-rest is rubbish behind the length.
+Row i has tokens t[0 .. L-1]; the target holds the KV of all but the last. Drafting proposes d[1 .. n], for
+each row by the draft model or by lookup; verification feeds t[L-1], d[1 .. n] of all rows to the target in
+one pass, accepts the longest agreeing prefix of length a, and adds one token of the target's own. Afterwards
+the KV of t[L-1], d[1 .. a] is held by right, and the rest is rubbish behind the length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from .adaptive import Drafter, RowPlan
 from .clock import PhaseClock
 from .forward import Runner
 from .results import TokenLogprob
@@ -56,15 +58,16 @@ class Decoder:
         self._sampler: BatchSampler | None = None
         self._sampler_rows: list[Row] = []
 
-    def decode(self, rows: Sequence[Row], lengths: Sequence[int]) -> Decoded:
-        """rows: in slot order from slot 0. lengths: tokens to draft for each. Updates kv_tokens; not the
+    def decode(self, rows: Sequence[Row], plans: Sequence[RowPlan]) -> Decoded:
+        """rows: in slot order from slot 0. plans: how to draft for each. Updates kv_tokens; not the
         tokens.
         """
+        lengths = [plan.length for plan in plans]
         drafted = max(lengths)
         sampler = self._sampler_for(rows)
         sampler.begin([row.output_tokens for row in rows], drafted + 1)
         began = self._clock.mark()
-        drafts, probabilities = self._propose(rows, lengths, sampler)
+        drafts, probabilities = self._propose(rows, plans, sampler)
         proposed = self._clock.mark()
         last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
         starts = [len(row.tokens) - 1 for row in rows]
@@ -78,7 +81,8 @@ class Decoder:
         packed = torch.cat([verdict.tokens, verdict.accepted[:, None]], 1).tolist()
         verified = self._clock.mark()
         tokens, accepted = [], []
-        for row, columns, row_logprobs in zip(rows, packed, logprobs, strict=True):
+        modelled = max(_modelled(plans))
+        for row, plan, columns, row_logprobs in zip(rows, plans, packed, logprobs, strict=True):
             count = columns[-1]
             tokens.append(columns[: count + 1])
             accepted.append(count)
@@ -86,8 +90,9 @@ class Decoder:
                 del row_logprobs[count + 1 :]
             length = len(row.tokens)
             row.kv_tokens[TARGET] = length + count
-            if drafted and row.kv_tokens[DRAFT] >= length:
-                row.kv_tokens[DRAFT] = length + min(drafted - 1, count)
+            # Of a row that looked up, the draft has seen tokens that were not judged.
+            if plan.drafter is Drafter.DRAFT:
+                row.kv_tokens[DRAFT] = length + min(modelled - 1, count)
         return Decoded(
             tokens,
             accepted,
@@ -97,9 +102,24 @@ class Decoder:
         )
 
     def _propose(
+        self, rows: Sequence[Row], plans: Sequence[RowPlan], sampler: BatchSampler
+    ) -> tuple[Tensor, Tensor | None]:
+        """Drafted tokens [R, max length], and the free rows' distributions [F, max length, V]."""
+        drafts, probabilities = self._model_drafts(rows, _modelled(plans), sampler)
+        looked_up = [index for index, plan in enumerate(plans) if plan.drafter is Drafter.LOOKUP]
+        if not looked_up:
+            return drafts, probabilities
+        drafted = max(plan.length for plan in plans)
+        padding = [0] * drafted
+        found = [(_found(rows[index], plans[index].length) + padding)[:drafted] for index in looked_up]
+        drafts = functional.pad(drafts, (0, drafted - drafts.shape[1]))
+        drafts[looked_up] = torch.tensor(found, device=self._device)
+        return drafts, sampler.certain(drafts, probabilities, looked_up)
+
+    def _model_drafts(
         self, rows: Sequence[Row], lengths: Sequence[int], sampler: BatchSampler
     ) -> tuple[Tensor, Tensor | None]:
-        """Drafted tokens [R, max(lengths)], and the free rows' distributions [F, max(lengths), V]."""
+        """What the draft model proposes: tokens [R, max(lengths)], distributions [F, max(lengths), V]."""
         drafted = max(lengths)
         drafts = torch.zeros((len(rows), 0), dtype=torch.long, device=self._device)
         if drafted == 0 or self._draft is None:
@@ -170,3 +190,14 @@ class Decoder:
                 for position in range(tokens.shape[1])
             ]
         return result
+
+
+def _modelled(plans: Sequence[RowPlan]) -> list[int]:
+    """Tokens that the draft model is to propose for each row."""
+    return [plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans]
+
+
+def _found(row: Row, length: int) -> list[int]:
+    if row.lookup is None or row.lookup.proposal is None:
+        raise AssertionError("a row planned for lookup has found something")
+    return row.lookup.proposal.tokens[:length]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .adaptive import AcceptanceEstimate, DraftLengthChooser
+from .adaptive import AcceptanceEstimate, Drafter, RowPlan
 from .admission import checked_tokens, new_row
 from .cache import SlotCache
 from .calibration import calibrate
@@ -26,9 +26,11 @@ from .decoding import Decoded, Decoder
 from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotError, UnknownRequestError
 from .forward import Runner, layer_shapes
 from .loading import ModelPair
-from .prefill import Prefilled, Prefiller, draft_lags
+from .lookup import shared_priors
+from .planning import Planner
+from .prefill import Prefiller
 from .results import FinishReason, KvUsage, StepColumns, StepResult
-from .rows import DRAFT, TARGET, Row
+from .rows import TARGET, Row
 from .runners import make_runner
 from .slots import Residency
 
@@ -69,8 +71,9 @@ class Engine:
         )
         self.costs = StepCosts()
         self._prefiller = Prefiller(runners, self.costs, pair.device)
-        self._chooser = DraftLengthChooser(self.costs)
+        self._planner = Planner(self._prefiller, self.costs, self.config, pair.draft is not None)
         self._acceptance = AcceptanceEstimate()
+        self._lookup_priors = shared_priors()
         self._rows: dict[str, Row] = {}
         self._running: dict[str, Row] = {}
         self._switch_s = 0.0
@@ -100,10 +103,21 @@ class Engine:
             raise NoFreeSlotError(
                 f"all {self.config.slots} slots are running; preempt or drop a request first"
             )
-        row = new_row(request, tokens, self.pair, self.config, self.context_tokens, self._acceptance)
+        row = new_row(
+            request,
+            tokens,
+            self.pair,
+            self.config,
+            self.context_tokens,
+            self._acceptance,
+            self._lookup_priors,
+        )
         held = self._rows.get(request.request_id)
         if held is not None:
             common = _common_prefix(held.tokens, tokens)
+            if common < len(held.tokens):
+                # The index knows tokens that are no longer the request's.
+                held.lookup = row.lookup
             held.request, held.tokens, held.stopper = request, tokens, row.stopper
             held.sampling, held.draft_limit_tokens = row.sampling, row.draft_limit_tokens
             held.kv_tokens = [min(count, common, len(tokens) - 1) for count in held.kv_tokens]
@@ -181,15 +195,16 @@ class Engine:
         batch, moved = self._residency.arrange(ready)
         if moved or switched:
             switch_s += time.perf_counter() - arranging
-        lengths, caught_up = self._draft_lengths(batch)
-        drafted = max(lengths)
-        expected_s = self.costs.step_s(len(batch), drafted) + prefill.seconds + caught_up.seconds
-        decoded = self._decoder.decode(batch, lengths)
-        columns = self._take(batch, lengths, decoded)
+        plans, caught_up = self._planner.plan(batch)
+        drafted = max(plan.length for plan in plans)
+        modelled = max(plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans)
+        expected_s = self.costs.step_s(len(batch), drafted, modelled) + prefill.seconds + caught_up.seconds
+        decoded = self._decoder.decode(batch, plans)
+        columns = self._take(batch, plans, decoded)
         step_s = time.perf_counter() - began
         prefill_s = prefill.seconds + caught_up.seconds
         other_s = max(0.0, step_s - decoded.draft_s - decoded.verify_s - prefill_s)
-        self.costs.observe_step(len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s)
+        self.costs.observe_step(len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s, modelled)
         return columns.result(
             prefill_tokens=prefill.tokens,
             prefill_s=prefill_s,
@@ -215,23 +230,6 @@ class Engine:
         self._residency.shrink()
         return self.costs
 
-    def _draft_lengths(self, batch: Sequence[Row]) -> tuple[list[int], Prefilled]:
-        """Tokens to draft for each row, after bringing the draft's KV up to date where it is needed."""
-        limits = [self._draft_limit(row) for row in batch]
-        drafted = max(limits)
-        if drafted and self.config.adaptive:
-            lag_tokens = sum(len(row.tokens) - row.kv_tokens[DRAFT] for row in batch if draft_lags(row))
-            catch_up_s = lag_tokens * self.costs.draft_prefill_s_per_token
-            drafted = self._chooser.choose([row.acceptance.value for row in batch], limits, catch_up_s)
-        if drafted == 0:
-            return [0] * len(batch), Prefilled()
-        lengths = [min(limit, drafted) for limit in limits]
-        wanting = [row for row, length in zip(batch, lengths, strict=True) if length]
-        caught_up = self._prefiller.draft(wanting, self.config.prefill_tokens)
-        return [
-            0 if draft_lags(row) else length for row, length in zip(batch, lengths, strict=True)
-        ], caught_up
-
     def _prefill_budget_tokens(self) -> int:
         """Prompt tokens for this step: all that is allowed, or as many as take about as long as the step
         itself.
@@ -240,20 +238,15 @@ class Engine:
         decoding = sum(row.prefill_tokens == 0 for row in self._running.values())
         if not (decoding and self.config.adaptive and self.costs.calibrated):
             return limit
-        affordable = self.costs.step_s(decoding, self.costs.drafted) / max(
-            self.costs.prefill_s_per_token, 1e-9
-        )
+        step_s = self.costs.step_s(decoding, self.costs.drafted, self.costs.modelled)
+        affordable = step_s / max(self.costs.prefill_s_per_token, 1e-9)
         return min(limit, max(_MIN_PREFILL_TOKENS, int(affordable)))
 
-    def _draft_limit(self, row: Row) -> int:
-        """Most tokens that may be drafted: the last emitted token is always the target's own."""
-        return min(row.draft_limit_tokens, row.stopper.limit_tokens - row.output_tokens - 1)
-
-    def _take(self, batch: Sequence[Row], lengths: Sequence[int], decoded: Decoded) -> StepColumns:
+    def _take(self, batch: Sequence[Row], plans: Sequence[RowPlan], decoded: Decoded) -> StepColumns:
         """Gives the rows their tokens, ends those that are finished, and returns the columns."""
         columns = StepColumns()
-        for row, length, tokens, accepted, logprobs in zip(
-            batch, lengths, decoded.tokens, decoded.accepted, decoded.logprobs, strict=True
+        for row, plan, tokens, accepted, logprobs in zip(
+            batch, plans, decoded.tokens, decoded.accepted, decoded.logprobs, strict=True
         ):
             offset = row.output_tokens
             reason: FinishReason | None = None
@@ -266,9 +259,20 @@ class Engine:
             row.tokens.extend(tokens)
             if row.sampling.seen is not None:
                 row.sampling.seen[tokens] = True
-            row.acceptance.observe(length, accepted)
+            if plan.drafter is Drafter.DRAFT:
+                row.acceptance.observe(plan.length, accepted)
+            if row.lookup is not None:
+                row.lookup.observe(tokens)
             columns.add(
-                row.request_id, offset, tokens, length, min(accepted, len(tokens)), reason, matched, logprobs
+                row.request_id,
+                offset,
+                tokens,
+                plan.length,
+                min(accepted, len(tokens)),
+                plan.drafter,
+                reason,
+                matched,
+                logprobs,
             )
             if reason is not None:
                 self.drop(row.request_id)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .adaptive import Drafter
+
 
 class FinishReason(enum.StrEnum):
     """Why a request left the engine by itself."""
@@ -49,7 +51,8 @@ class StepResult:
     Rows are the requests that emitted tokens; requests still in prefill have no row. `token_ids` is one flat
     int32 array in row order, row i owning `emitted_counts[i]` of it; `offsets[i]` is the number of output
     tokens that request i had before the step. `accepted_counts[i]` of `drafted_counts[i]` drafted tokens are
-    among those emitted. `matched_stop` is the stop string or the token id that ended a request with STOP.
+    among those emitted; `drafters[i]` proposed them. `matched_stop` is the stop string or the token id that
+    ended a request with STOP.
     `logprobs[i]` has one entry per emitted token where the request asked for it. Times are seconds;
     `switch_s` is the time spent on bringing `switched` requests into the batch and on moving KV, without
     their prefill.
@@ -61,6 +64,7 @@ class StepResult:
     token_ids: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     drafted_counts: tuple[int, ...] = ()
     accepted_counts: tuple[int, ...] = ()
+    drafters: tuple[Drafter, ...] = ()
     finish: tuple[FinishReason | None, ...] = ()
     matched_stop: tuple[str | int | None, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
@@ -84,7 +88,7 @@ class StepColumns:
     """Collects the rows of a StepResult."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[str, int, int, int, int, FinishReason | None, str | int | None]] = []
+        self._rows: list[tuple[str, int, int, int, int, Drafter, FinishReason | None, str | int | None]] = []
         self._token_ids: list[int] = []
         self._logprobs: list[tuple[TokenLogprob, ...] | None] = []
 
@@ -95,17 +99,20 @@ class StepColumns:
         token_ids: list[int],
         drafted: int,
         accepted: int,
+        drafter: Drafter,
         finish: FinishReason | None,
         matched_stop: str | int | None,
         logprobs: list[TokenLogprob] | None,
     ) -> None:
-        self._rows.append((request_id, offset, len(token_ids), drafted, accepted, finish, matched_stop))
+        self._rows.append(
+            (request_id, offset, len(token_ids), drafted, accepted, drafter, finish, matched_stop)
+        )
         self._token_ids.extend(token_ids)
         self._logprobs.append(tuple(logprobs[: len(token_ids)]) if logprobs is not None else None)
 
     def result(self, **phases: Any) -> StepResult:
         """The step's result; `phases` are the fields that are not columns."""
-        ids, offsets, emitted, drafted, accepted, finish, matched = zip(*self._rows, strict=True)
+        ids, offsets, emitted, drafted, accepted, drafters, finish, matched = zip(*self._rows, strict=True)
         return StepResult(
             request_ids=ids,
             offsets=offsets,
@@ -113,6 +120,7 @@ class StepColumns:
             token_ids=np.array(self._token_ids, dtype=np.int32),
             drafted_counts=drafted,
             accepted_counts=accepted,
+            drafters=drafters,
             finish=finish,
             matched_stop=matched,
             logprobs=tuple(self._logprobs),

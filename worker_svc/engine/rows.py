@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .adaptive import AcceptanceEstimate
 from .config import EngineRequest
+from .lookup import PromptLookup
 from .sampling import SamplingRow
 from .stopping import StopChecker
 
@@ -25,6 +26,7 @@ class Place(enum.StrEnum):
 @dataclass(slots=True, eq=False)
 class Row:
     """tokens: prompt and output. kv_tokens: leading tokens whose KV is held, by model (TARGET, DRAFT).
+    acceptance: of the draft model's tokens. lookup: None where prompt lookup is off.
 
     Invariant between steps: kv_tokens[TARGET] <= len(tokens) - 1, for the last token is fed by the next
     verification.
@@ -36,6 +38,7 @@ class Row:
     sampling: SamplingRow
     draft_limit_tokens: int
     acceptance: AcceptanceEstimate
+    lookup: PromptLookup | None = None
     place: Place = Place.RUNNING
     slot: int = -1
     kv_tokens: list[int] = field(default_factory=lambda: [0, 0])

@@ -70,7 +70,9 @@ class BatchSampler:
             dtype=torch.int64,
             device=device,
         )
-        self._free = self._index([i for i in sampled if configs[i].seed is None])
+        free = [i for i in sampled if configs[i].seed is None]
+        self._free = self._index(free)
+        self._place_of_free = {row: place for place, row in enumerate(free)}
         self._penalised = [i for i, config in enumerate(configs) if config.repetition_penalty != 1.0]
         filtered = {
             "top_k": [i for i in sampled if configs[i].top_k > 0],
@@ -123,6 +125,25 @@ class BatchSampler:
         probabilities = scores[self._free, 0].softmax(-1)
         tokens[self._free] = _draw(probabilities, generator)
         return tokens, probabilities
+
+    def certain(self, drafts: Tensor, probabilities: Tensor | None, rows: Sequence[int]) -> Tensor | None:
+        """Distributions [F, n, V] from which the free rows' `drafts` [R, n] were drawn, where those of `rows`
+        were not drawn but looked up: q is 1 at the token itself.
+
+        probabilities: [F, up to n, V] of the draft model's, if it ran. Rejection sampling then accepts with p
+        of the token, and otherwise draws from p without it. Returns None without free rows.
+        """
+        if self._free is None:
+            return None
+        shape = (len(self._place_of_free), drafts.shape[1], self._vocabulary_size)
+        result = torch.zeros(shape, device=self._device)
+        if probabilities is not None:
+            result[:, : probabilities.shape[1]] = probabilities
+        places = [self._place_of_free[row] for row in rows if row in self._place_of_free]
+        if places:
+            chosen = drafts[self._free][places]
+            result[places] = torch.zeros_like(result[places]).scatter_(-1, chosen[:, :, None], 1.0)
+        return result
 
     def verify(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig
-from worker_svc.engine.adaptive import AcceptanceEstimate, DraftLengthChooser, expected_tokens
+from worker_svc.engine.adaptive import AcceptanceEstimate, DraftChooser, Offer, expected_tokens
 from worker_svc.engine.costs import CostTable, StepCosts
 
 
@@ -25,7 +25,8 @@ def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
 
 
 def _choose(costs: StepCosts, acceptance: float, rows: int = 1, limit: int = 8) -> int:
-    return DraftLengthChooser(costs).choose([acceptance] * rows, [limit] * rows, 0.0)
+    plans = DraftChooser(costs).choose([Offer(limit, acceptance)] * rows, 0.0)
+    return max(plan.length for plan in plans)
 
 
 def test_expected_tokens() -> None:
@@ -71,19 +72,20 @@ def test_limits_of_requests_are_kept() -> None:
     costs = _costs(draft_s=0.01, verify_s=1.0, row_s=0.0)
     assert _choose(costs, 0.99, limit=3) == 3
     assert _choose(costs, 0.99, limit=0) == 0
-    assert DraftLengthChooser(costs).choose([0.9, 0.9], [0, 5], 0.0) == 5
-    assert DraftLengthChooser(costs).choose([0.9], [5], 1e9) == 0
-    assert DraftLengthChooser(StepCosts()).choose([0.1], [5], 0.0) == 5
+    plans = DraftChooser(costs).choose([Offer(0, 0.9), Offer(5, 0.9)], 0.0)
+    assert [plan.length for plan in plans] == [0, 5]
+    assert DraftChooser(costs).choose([Offer(5, 0.9)], 1e9)[0].length == 0
+    assert DraftChooser(StepCosts()).choose([Offer(5, 0.1)], 0.0)[0].length == 5
 
 
 def test_neighbouring_lengths_are_tried_now_and_then() -> None:
-    chooser = DraftLengthChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
-    chosen = [chooser.choose([0.7], [8], 0.0) for _ in range(400)]
+    chooser = DraftChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
+    chosen = [chooser.choose([Offer(8, 0.7)], 0.0)[0].length for _ in range(400)]
     usual = max(set(chosen), key=chosen.count)
     assert set(chosen) == {usual - 1, usual, usual + 1}
     assert chosen.count(usual) > 380
-    hopeless = DraftLengthChooser(_costs(draft_s=5.0, verify_s=1.0, row_s=0.5))
-    tried = [hopeless.choose([0.1], [8], 0.0) for _ in range(400)]
+    hopeless = DraftChooser(_costs(draft_s=5.0, verify_s=1.0, row_s=0.5))
+    tried = [hopeless.choose([Offer(8, 0.1)], 0.0)[0].length for _ in range(400)]
     assert set(tried) == {0, 1}
     assert tried.count(1) <= 400 / 40
 
@@ -147,7 +149,7 @@ def test_the_engine_stops_and_starts_drafting(tools: Any, pair: ModelPair, agree
     """With the costs fixed by hand: a draft that is never right is given up, one that always is goes to the
     limit.
     """
-    engine = tools.engine(pair, slots=1, adaptive=True, draft_tokens=6)
+    engine = tools.engine(pair, slots=1, adaptive=True, draft_tokens=6, prompt_lookup=False)
     prior = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     engine.costs.draft, engine.costs.verify, engine.costs.calibrated = prior.draft, prior.verify, True
     engine.costs.observe_step = lambda *seconds: None

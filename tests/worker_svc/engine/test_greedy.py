@@ -65,7 +65,8 @@ def test_draft_of_another_shape(tools: Any, make_folders: Any) -> None:
 
 def test_no_draft_model(tools: Any, folders: Any) -> None:
     pair = load_pair(folders.target, None)
-    outputs = tools.drain(tools.engine(pair), [_request(str(i), i, []) for i in range(len(PROMPTS))])
+    engine = tools.engine(pair, prompt_lookup=False)
+    outputs = tools.drain(engine, [_request(str(i), i, []) for i in range(len(PROMPTS))])
     for i in range(len(PROMPTS)):
         assert outputs[str(i)].tokens == _reference(tools, pair, i)
         assert outputs[str(i)].drafted == 0
@@ -152,6 +153,7 @@ _actions = st.lists(
     draft_tokens=st.integers(0, 4),
     prefill_tokens=st.sampled_from([5, 40, 512]),
     adaptive=st.booleans(),
+    prompt_lookup=st.booleans(),
 )
 def test_any_schedule(
     tools: Any,
@@ -163,6 +165,7 @@ def test_any_schedule(
     draft_tokens: int,
     prefill_tokens: int,
     adaptive: bool,
+    prompt_lookup: bool,
 ) -> None:
     """Arrivals, preemptions, host memory, recomputation and drops in any order change no token."""
     engine = tools.engine(
@@ -173,6 +176,7 @@ def test_any_schedule(
         draft_tokens=draft_tokens,
         prefill_tokens=prefill_tokens,
         adaptive=adaptive,
+        prompt_lookup=prompt_lookup,
     )
     if adaptive:
         engine.calibrate(budget_s=0.0)

@@ -8,7 +8,8 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,13 +65,15 @@ def _processors(config: SamplingConfig) -> LogitsProcessorList:
 
 
 @torch.inference_mode()
-def _exact(pair: ModelPair, config: SamplingConfig) -> dict[tuple[int, ...], float]:
+def _exact(
+    pair: ModelPair, config: SamplingConfig, prompt: Sequence[int] = PROMPT
+) -> dict[tuple[int, ...], float]:
     """Probability of every output of TOKENS tokens, from plain forward passes."""
     chain = _processors(config)
     known: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(TOKENS):
         prefixes = [prefix for prefix, chance in known.items() if chance > 0]
-        inputs = torch.tensor([PROMPT + list(prefix) for prefix in prefixes])
+        inputs = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
         rows = chain(inputs, pair.target(input_ids=inputs).logits[:, -1]).softmax(-1).tolist()
         known = {
             (*prefix, token): known[prefix] * chance
@@ -126,6 +129,27 @@ def test_distribution(tools: Any, small_pair: ModelPair, case: str, seeded: bool
     assert _chi_square_excess((tuple(o.tokens) for o in outputs.values()), exact) < 5.0
 
 
+@pytest.mark.parametrize("drafter", ["lookup", "both"])
+@pytest.mark.parametrize("case", ["plain", "top_p", "all"])
+def test_distribution_with_lookup(tools: Any, small_pair: ModelPair, case: str, drafter: str) -> None:
+    """The prompt's last tokens have occurred before, so the first step looks up, later ones now and then."""
+    prompt = [3, 4, 3, 4]
+    sampling = SamplingConfig(**CASES[case])
+    exact = _exact(small_pair, sampling, prompt)
+    pair = replace(small_pair, draft=None) if drafter == "lookup" else small_pair
+    engine = tools.engine(pair, slots=100, spare_slots=0, seed=12)
+    stopping = StoppingConfig(max_tokens=TOKENS, ignore_eos=True)
+    outputs = tools.drain(
+        engine,
+        [
+            EngineRequest(str(i), prompt, sampling=sampling, stopping=stopping, draft_tokens=i % 3)
+            for i in range(SAMPLES)
+        ],
+    )
+    assert 0 < sum(o.accepted for o in outputs.values()) < sum(o.drafted for o in outputs.values())
+    assert _chi_square_excess((tuple(o.tokens) for o in outputs.values()), exact) < 5.0
+
+
 def test_the_chi_square_sees_a_wrong_distribution(small_pair: ModelPair) -> None:
     right, wrong = (_exact(small_pair, SamplingConfig(temperature=t)) for t in (1.0, 1.6))
     generator = random.Random(0)
@@ -147,16 +171,24 @@ def _seeded_requests(outputs: dict[str, list[int]] | None = None) -> list[Engine
 
 @pytest.fixture(scope="module")
 def seeded_reference(tools: Any, folders: Any) -> dict[str, list[int]]:
-    engine = tools.engine(load_pair(folders.target, None), slots=1)
+    engine = tools.engine(load_pair(folders.target, None), slots=1, prompt_lookup=False)
     return {name: output.tokens for name, output in tools.drain(engine, _seeded_requests()).items()}
 
 
 @pytest.mark.parametrize("slots", [1, 3, 10])
 @pytest.mark.parametrize("draft_tokens", [1, 4])
+@pytest.mark.parametrize("prompt_lookup", [False, True])
 def test_seeded_output_ignores_batch_and_draft(
-    tools: Any, pair: ModelPair, seeded_reference: dict[str, list[int]], slots: int, draft_tokens: int
+    tools: Any,
+    pair: ModelPair,
+    seeded_reference: dict[str, list[int]],
+    slots: int,
+    draft_tokens: int,
+    prompt_lookup: bool,
 ) -> None:
-    engine = tools.engine(pair, slots=slots, draft_tokens=draft_tokens, seed=slots)
+    engine = tools.engine(
+        pair, slots=slots, draft_tokens=draft_tokens, prompt_lookup=prompt_lookup, seed=slots
+    )
     outputs = tools.drain(engine, _seeded_requests())
     assert {name: output.tokens for name, output in outputs.items()} == seeded_reference
     assert sum(output.accepted for output in outputs.values()) > 0
