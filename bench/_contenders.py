@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class Steps:
     rows: int = 0
     drafted: int = 0
     accepted: int = 0
+    # By drafter: rows, and the tokens drafted for them and accepted of them.
+    rows_of: Counter[str] = field(default_factory=Counter)
+    drafted_of: Counter[str] = field(default_factory=Counter)
+    accepted_of: Counter[str] = field(default_factory=Counter)
     errors: list[float] = field(default_factory=list)
 
 
@@ -93,6 +97,12 @@ class Ours:
             told.rows += len(result.request_ids)
             told.drafted += sum(result.drafted_counts)
             told.accepted += sum(result.accepted_counts)
+            for drafter, drafted, accepted in zip(
+                result.drafters, result.drafted_counts, result.accepted_counts, strict=True
+            ):
+                told.rows_of[drafter.value] += 1
+                told.drafted_of[drafter.value] += drafted
+                told.accepted_of[drafter.value] += accepted
             if result.expected_s is not None and result.prefill_s == 0:
                 told.errors.append(abs(result.expected_s / result.step_s - 1))
         return Run(time.perf_counter() - began, outputs)
@@ -106,6 +116,10 @@ def contenders(pair: ModelPair, tokens: int, slots: int, draft_tokens: int) -> d
     found["transformers prompt lookup"] = Generate(pair, tokens, single=True, prompt_lookup_num_tokens=4)
     found["engine, general path"] = Ours(pair, tokens, slots, draft_tokens=0, fast_path=False)
     found["engine, target only"] = Ours(pair, tokens, slots, draft_tokens=0)
-    found["engine, fixed draft of 3"] = Ours(pair, tokens, slots, draft_tokens=3, adaptive=False)
+    found["engine, fixed draft of 3"] = Ours(
+        pair, tokens, slots, draft_tokens=3, adaptive=False, prompt_lookup=False
+    )
+    found["engine, no lookup"] = Ours(pair, tokens, slots, draft_tokens=draft_tokens, prompt_lookup=False)
+    found["engine, lookup alone"] = Ours(replace(pair, draft=None), tokens, slots, draft_tokens=draft_tokens)
     found["engine, adaptive"] = Ours(pair, tokens, slots, draft_tokens=draft_tokens)
     return found

@@ -101,6 +101,14 @@ def speculation(contender: Ours) -> list[dict[str, Any]]:
                 "drafted_per_step": told.drafted / told.rows,
                 "tokens_per_step": 1 + told.accepted / told.rows,
                 "median_step_time_error": statistics.median(told.errors) if told.errors else None,
+                "drafters": {
+                    drafter: {
+                        "share": told.rows_of[drafter] / told.rows,
+                        "mean_length": told.drafted_of[drafter] / told.rows_of[drafter],
+                        "accepted_per_step": told.accepted_of[drafter] / told.rows_of[drafter],
+                    }
+                    for drafter in sorted(told.rows_of)
+                },
             }
         )
     return rows
@@ -115,6 +123,23 @@ def print_speculation(rows: list[dict[str, Any]]) -> None:
             f"{row['batch']:8}, {row['kind']:14}{acceptance:>12}{row['drafted_per_step']:14.2f}"
             f"{row['tokens_per_step']:13.2f}{error:>27}"
         )
+
+
+def print_drafters(rows: list[dict[str, Any]]) -> None:
+    names = ("draft", "lookup", "none")
+    print("\nadaptive: share of rows, mean length, accepted of it")
+    print("   batch, kind    " + "".join(f"{name:>20}" for name in names))
+    for row in rows:
+        print(f"{row['batch']:8}, {row['kind']:8}", end="")
+        for name in names:
+            told = row["drafters"].get(name)
+            text = (
+                f"{told['share']:.0%} {told['mean_length']:.1f} {told['accepted_per_step']:.1f}"
+                if told
+                else "-"
+            )
+            print(f"{text:>20}", end="")
+        print()
 
 
 def switching(pair: ModelPair, held_tokens: int) -> dict[str, float]:
@@ -162,7 +187,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=ROOT / "models/tiny/target")
     parser.add_argument("--draft", type=Path, default=ROOT / "models/tiny/draft")
     parser.add_argument("--prompts", type=Path, default=ROOT / "models/tiny/prompts.jsonl")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each prompt")
     parser.add_argument("--kinds", type=int, default=3, help="kinds of prompt")
     parser.add_argument("--rounds", type=int, default=3)
@@ -179,6 +204,7 @@ def main() -> None:
     print_race(table)
     spoken = speculation(found[ADAPTIVE])
     print_speculation(spoken)
+    print_drafters(spoken)
     switches = switching(pair, 256)
     print(
         "\nswitching at 256 tokens held: "
