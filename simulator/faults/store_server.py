@@ -34,6 +34,8 @@ class StoreServer:
         """Until then it refuses to write."""
         self.hangs = False
         """While down: no answer at all, rather than a refused connection."""
+        self.starts = 0
+        """Counts them: what was under way to the server of before does not reach this one."""
         self.mean_latency_s = 0.001
         self.lost_share = 0.0
         """Of the calls, those that never reach the server."""
@@ -56,6 +58,7 @@ class StoreServer:
 
     def come_back_as(self, older: Keys) -> None:
         self.model.keys = older
+        self.starts += 1
 
     @property
     def answers(self) -> bool:
@@ -133,6 +136,7 @@ async def _through(server: StoreServer, timeout_s: float, work: Any) -> Any:
     if late:
         # May arrive when its sender has given it up and has asked again.
         there_s += rng.uniform(0.1, 2.0 * timeout_s)
+    starts = server.starts
     broken = exceptions.ConnectionError("Connection reset by peer")
 
     def settle(result: Any, error: BaseException | None) -> None:
@@ -147,7 +151,7 @@ async def _through(server: StoreServer, timeout_s: float, work: Any) -> Any:
             if not server.hangs:
                 loop.at(None, loop.now_s + back_s, settle, None, broken)
             return
-        if lost:
+        if lost or server.starts != starts:
             loop.at(None, loop.now_s + back_s, settle, None, broken)
             return
         error: BaseException | None = None
