@@ -267,13 +267,7 @@ class InferenceService:
         known = self._stops.get(request_id)
         if known is not None:
             return known
-        # By name: the first contract does not have it. Without it a part of a stop string may slip out of
-        # a stream that is resumed here while it runs; nothing is ever lost or repeated.
-        if "stopping" in stored.DESCRIPTOR.fields_by_name:
-            stopping: generation_pb2.StoppingParams = getattr(stored, "stopping")  # noqa: B009
-            return self._stops_from(stopping)
-        matched = stored.complete.matched_stop
-        return Stops((matched,) if matched else (), self._tokenizer.limits.eos_token_ids)
+        return self._stops_from(stored.stopping)
 
     def _refuse_while_draining(self) -> None:
         if self.draining:

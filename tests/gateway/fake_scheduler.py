@@ -281,8 +281,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             response.output_token_ids = packed(stored.planned[: stored.emitted])
         if stored.finished:
             response.complete.CopyFrom(stored.complete)
-        if "stopping" in response.DESCRIPTOR.fields_by_name:
-            response.stopping.CopyFrom(stored.spec.stopping)
+        response.stopping.CopyFrom(stored.spec.stopping)
         return response
 
     async def DescribePool(self, request: scheduler_pb2.DescribePoolRequest, context: Any) -> Any:
