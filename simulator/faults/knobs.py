@@ -74,8 +74,8 @@ def knobs_of(seed: int) -> Knobs:
     rng = random.Random(f"{seed} knobs")
     workers = rng.randint(1, 3)
     slots = rng.randint(1, 4)
-    clients = rng.randint(6, 28)
-    faults_s = rng.uniform(3.0, 14.0)
+    clients = rng.randint(5, 22)
+    faults_s = rng.uniform(2.0, 9.0)
     session_timeout_s = rng.choice((1.0, 2.0, 5.0))
     kinds = rng.sample(KINDS, rng.randint(0, len(KINDS)))
     ending = rng.choices(("", "rollback", "damage"), (0.86, 0.08, 0.06))[0]
