@@ -203,10 +203,13 @@ class Replay:
         now_s = workload[0].arrival_s
         arrived = finished = worker_steps = 0
         total = len(workload)
+        preemptive = core.policy.preemptive
         while finished < total:
+            arrived_before = arrived
             while arrived < total and workload[arrived].arrival_s <= now_s:
                 self._arrive(arrived, workload[arrived])
                 arrived += 1
+            released = bool(self._released)
             report, ended = self._take_report(now_s)
             if report is not None:
                 core.report(report, now_s)
@@ -216,7 +219,9 @@ class Replay:
                     finished += len(ended)
                     if self._progress is not None:
                         self._progress(finished)
-            self._apply(core.tick(now_s), now_s)
+            # Where nothing has come or gone and nobody may be preempted, there is nothing to decide.
+            if arrived > arrived_before or ended or (preemptive and core.waiting_requests) or released:
+                self._apply(core.tick(now_s), now_s)
             if any(self._slots):
                 duration_s = self._step_s + self._switch_s * self._returns
                 self._returns = 0

@@ -288,12 +288,10 @@ class Scheduler:
         self._fleet.expire(now_s)
         for lease_id, until_s in list(board.releasing.items()):
             if until_s <= now_s:
-                request = board.leases[lease_id]
+                silent = board.leases[lease_id]
                 # When it lets go it must not keep the KV cache: nobody would tell it of the request's end.
-                self._ledger.revoke(
-                    Revoke(request.worker_id, lease_id, request.request_id, RevokeReason.ENDED)
-                )
-                board.take_back(request, "its worker never confirmed that it let go", keep_kv=False)
+                self._ledger.revoke(Revoke(silent.worker_id, lease_id, silent.request_id, RevokeReason.ENDED))
+                board.take_back(silent, "its worker never confirmed that it let go", keep_kv=False)
         while (entry := self._timers.first()) is not None and entry[0][0] <= now_s:
             kind, request_id = entry[1]
             self._timers.remove(entry[1])

@@ -32,7 +32,8 @@ class Policy(ABC):
     servable: ClassVar[bool] = True
     """False: needs to know the future, for replays only."""
     level_thresholds_s: tuple[float, ...] = ()
-    """Attained service in seconds at which a request leaves level i downwards."""
+    """Service in seconds at which a request leaves level i downwards: attained service in the policies of
+    that name, perceived (remaining) service in laps-sd."""
 
     def __init__(self) -> None:
         self.pool = PoolView()

@@ -1,21 +1,59 @@
-"""LAPS-SD as we serve it: the paper's idea with an estimate from the first step on.
+"""LAPS-SD as we serve it: least perceived service, semi-clairvoyant from the first step on.
 
-Rule. Every request has, from its first step, an estimate of its tokens per step by shrinkage to the mean of
-its class, `(k0 * prior + own tokens) / (k0 + own steps)`, and with its predicted length an estimate of the
-seconds that it still needs. The shortest goes first. It preempts when the newcomer would be done before the
-next slot falls free by itself, by more than the switch costs everyone in the system:
-`remaining + 2 * switch_s * live requests < smallest remaining of the running`.
+Rule.
+1. Acceptance: tokens per step are estimated by shrinkage to the mean of the request's class,
+   `(k0 * class mean + own tokens) / (k0 + own steps)`, the class mean learnt from finished requests.
+2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size
+   turned out to be in its class, with the log-error that they had. Where well accepted requests are also
+   longer than predicted, acceptance says less about service than it seems to: the correction
+   `(rate / typical rate) ** slope`, slope learnt, takes that out again.
+3. Rank: `max(corrected length - emitted, 1) / tokens per step` steps, in seconds. A request that outlives
+   its prediction keeps the front: two such requests would otherwise swap places at every step.
+4. Levels: the rank cut at `first_threshold_s * threshold_growth ** i`. They follow the rank, so they show
+   where a request stands without coarsening the order. A request is perceptible while it is within its
+   predicted length and the log-error of that length is at most `perceptible_log_sd`.
+5. Preemption: the newcomer ranks before the worst running request, and what is gained exceeds the price.
+   Gained are at most the seconds by which the newcomer is shorter, and at most the wait for the next slot
+   to fall free by itself: the newcomer starts, and later ones get their slot, so much earlier. That wait
+   is the least remaining time of the running where lengths are known; the less they are known, the more
+   it is one over the rate at which the running end. The price is a switch for everyone in the system,
+   `caution * (1 + doubt * log_sd ** 2) * switch seconds * live requests per worker`: the more uncertain
+   the victim's length, the more likely it was about to end.
 
-Source: arXiv 2505.17074 for semi-clairvoyance; shrinkage after James and Stein.
-Parameters: `prior_steps` (steps that the prior weighs). Choose it: it is the default.
+Source: the paper's idea, arXiv 2505.17074; shrinkage after James and Stein (1961); the rest is ours, with
+what was measured in docs/policies.md. O(1) per step and request, O(log n) per change of the queue; ranks
+of waiting requests change only when they all do, after every n/8 finished requests.
+
+Parameters: `prior_steps` (k0, steps), `caution` (factor), `doubt` (factor), `levels` (count),
+`first_threshold_s` (seconds), `threshold_growth` (factor), `perceptible_log_sd` (natural logarithm),
+`least_finishes` (finished requests between two re-rankings of all). Choose it: it is the default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
-from scheduler_svc.core.policies.base import PRIOR_TOKENS_PER_STEP, Policy, predicted_tokens
-from scheduler_svc.core.records import Request
+from scheduler_svc.core.learning import ClassRecord, Knowledge, LengthBelief, mean_excess_tokens
+from scheduler_svc.core.policies.base import Policy, predicted_tokens
+from scheduler_svc.core.records import FinishReason, Request
+
+_CLASS_PREFIX = "laps-sd/class/"
+_EVERYTHING = "laps-sd/everything"
+
+
+class _Belief:
+    """What the policy keeps about a live request."""
+
+    __slots__ = ("class_rate", "hinted", "length", "predicted", "slope", "typical_log_rate")
+
+    def __init__(self, predicted: float, hinted: bool) -> None:
+        self.predicted = predicted
+        self.hinted = hinted
+        self.length = LengthBelief(predicted, 0.0)
+        self.class_rate = 1.0
+        self.slope = 0.0
+        self.typical_log_rate = 0.0
 
 
 class LapsSd(Policy):
@@ -23,13 +61,42 @@ class LapsSd(Policy):
     summary = "least perceived service, with acceptance and length learnt online (the default)"
     preemptive = True
 
-    def __init__(self, prior_steps: float = 20.0) -> None:
+    def __init__(
+        self,
+        prior_steps: float = 40.0,
+        caution: float = 3.0,
+        doubt: float = 10.0,
+        levels: int = 6,
+        first_threshold_s: float = 0.5,
+        threshold_growth: float = 2.0,
+        perceptible_log_sd: float = 0.5,
+        least_finishes: int = 16,
+    ) -> None:
         super().__init__()
-        if prior_steps <= 0.0:
-            raise ValueError("prior_steps must be above 0")
+        if min(prior_steps, first_threshold_s, perceptible_log_sd) <= 0.0 or min(caution, doubt) < 0.0:
+            raise ValueError(
+                "prior_steps, first_threshold_s and perceptible_log_sd must be above 0, "
+                "caution and doubt at least 0"
+            )
+        if levels < 1 or least_finishes < 1 or threshold_growth <= 1.0:
+            raise ValueError("levels and least_finishes must be at least 1, threshold_growth above 1")
+        self.level_thresholds_s = tuple(first_threshold_s * threshold_growth**i for i in range(levels - 1))
+        self.knowledge = Knowledge()
         self._prior_steps = prior_steps
+        self._caution = caution
+        self._doubt = doubt
+        self._perceptible_log_sd = perceptible_log_sd
+        self._least_finishes = least_finishes
+        self._finishes = 0
+        self._live: dict[str, Request] = {}
+
+    # --- Estimates ----------------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
+        hinted = request.spec.predicted_output_tokens is not None
+        request.policy_data = _Belief(predicted_tokens(request), hinted)
+        self._live[request.request_id] = request
+        self._recall(request)
         self._rank(request)
 
     def stepped(self, requests: Sequence[Request]) -> None:
@@ -37,25 +104,128 @@ class LapsSd(Policy):
             self._rank(request)
 
     def believe(self, request: Request) -> None:
-        self._rank(request)
+        length_tokens, rate = self._estimate(request)
+        belief = _belief(request)
+        emitted = request.output_tokens
+        request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
+        request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
+        request.perceived_s = (
+            mean_excess_tokens(length_tokens, belief.length.log_sd, emitted) / rate * self.pool.step_s
+        )
+
+    def _recall(self, request: Request) -> None:
+        """Takes over what is known now about requests of its class."""
+        belief, name, knowledge = _belief(request), request.spec.request_class, self.knowledge
+        belief.length = knowledge.length(name, belief.predicted, belief.hinted)
+        belief.class_rate = knowledge.tokens_per_step(name)
+        belief.slope = knowledge.rate_slope()
+        belief.typical_log_rate = knowledge.typical_log_rate(name)
+
+    def _estimate(self, request: Request) -> tuple[float, float]:
+        """The whole output in tokens, and tokens per step."""
+        belief = request.policy_data
+        assert isinstance(belief, _Belief)
+        prior_steps = self._prior_steps
+        rate = (prior_steps * belief.class_rate + len(request.output) // 4) / (prior_steps + request.steps)
+        length_tokens = belief.length.median_tokens
+        if belief.slope > 0.0:
+            length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
+        return min(length_tokens, float(request.spec.max_tokens)), rate
 
     def _rank(self, request: Request) -> None:
-        emitted = request.output_tokens
-        per_step = (self._prior_steps * PRIOR_TOKENS_PER_STEP + emitted) / (self._prior_steps + request.steps)
-        length = predicted_tokens(request)
-        request.acceptance_estimate = min(1.0, max(0.0, (per_step - 1.0) / self.pool.draft_tokens))
-        request.predicted_output_tokens = max(length, emitted + 1.0)
-        request.perceptible = request.steps > 0 and emitted < length
-        request.perceived_s = max(length - emitted, 1.0) / per_step * self.pool.step_s
-        request.rank = request.perceived_s
+        length_tokens, rate = self._estimate(request)
+        left_tokens = length_tokens - len(request.output) // 4
+        outlived = left_tokens < 1.0
+        rank = (1.0 if outlived else left_tokens) / rate * self.pool.step_s
+        request.rank = rank
+        level = 0
+        for threshold_s in self.level_thresholds_s:
+            if rank < threshold_s:
+                break
+            level += 1
+        request.level = level
+        request.perceptible = not outlived and _belief(request).length.log_sd <= self._perceptible_log_sd
+
+    # --- Learning -----------------------------------------------------------------------
+
+    def finished(self, request: Request) -> None:
+        belief = _belief(request)
+        del self._live[request.request_id]
+        # A request that was cancelled or failed does not tell how long it would have become.
+        if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._finishes += 1
+            self.knowledge.add(
+                request.spec.request_class,
+                belief.predicted,
+                belief.hinted,
+                request.output_tokens,
+                request.steps,
+            )
+
+    def due(self, now_s: float) -> Iterable[Request]:
+        """Ranks everything anew when enough was learnt since the last time: O(1) per finished request."""
+        if self._finishes < max(self._least_finishes, len(self._live) // 8):
+            return ()
+        self._finishes = 0
+        for request in self._live.values():
+            self._recall(request)
+            self._rank(request)
+        return self._live.values()
+
+    def learnt(self) -> Mapping[str, str]:
+        changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}
+        if changes:
+            changes[_EVERYTHING] = self.knowledge.everything.to_json()
+        return changes
+
+    def restore_learnt(self, learnt: Mapping[str, str]) -> None:
+        records: dict[str, ClassRecord] = {}
+        for key, text in sorted(learnt.items()):
+            if key.startswith(_CLASS_PREFIX) or key == _EVERYTHING:
+                try:
+                    records[key] = ClassRecord.from_json(text)
+                except ValueError:
+                    continue
+        everything = records.pop(_EVERYTHING, None)
+        classes = {key.removeprefix(_CLASS_PREFIX): record for key, record in records.items()}
+        self.knowledge.restore(classes, everything)
+
+    # --- Preemption ---------------------------------------------------------------------
 
     def preempts(self, newcomer: Request, victim: Request) -> str:
-        least_s = min(running.perceived_s for running in self.pool.running())
-        cost_s = 2.0 * self.pool.switch_s * self.pool.live
-        if newcomer.perceived_s + cost_s < least_s:
-            return (
-                f"needs {victim.perceived_s:.3g} s more; {newcomer.request_id} needs "
-                f"{newcomer.perceived_s:.3g} s, the next slot would fall free in {least_s:.3g} s, "
-                f"and the switch costs all together {cost_s:.3g} s"
-            )
-        return ""
+        shorter_s = victim.rank - newcomer.rank
+        if shorter_s <= 0.0:
+            return ""
+        wait_s = self._wait_for_a_slot_s()
+        gain_s = min(shorter_s, wait_s)
+        pool = self.pool
+        switch_s = pool.switch_s
+        if newcomer.steps and not (newcomer.kv_resident and newcomer.worker_id == victim.worker_id):
+            costs = pool.workers[victim.worker_id].costs
+            switch_s += costs.prefill_token_s * (newcomer.spec.prompt_tokens + newcomer.output_tokens)
+        doubt = 1.0 + self._doubt * _belief(victim).length.log_sd ** 2
+        price_s = self._caution * doubt * switch_s * pool.live / max(1, len(pool.workers))
+        if gain_s <= price_s:
+            return ""
+        return (
+            f"{newcomer.request_id} needs {shorter_s:.3g} s less and would have waited {wait_s:.3g} s "
+            f"for a slot; switching costs all together {price_s:.3g} s"
+        )
+
+    def _wait_for_a_slot_s(self) -> float:
+        """Expected seconds until a running request ends by itself."""
+        least_s, ends_per_s, log_sds, running = math.inf, 0.0, 0.0, 0
+        for request in self.pool.running():
+            self.believe(request)
+            least_s = min(least_s, request.perceived_s)
+            ends_per_s += 1.0 / max(request.perceived_s, 0.5 * self.pool.step_s)
+            log_sds += _belief(request).length.log_sd
+            running += 1
+        known = 1.0 - min(1.0, log_sds / running)
+        return float(least_s**known * (1.0 / ends_per_s) ** (1.0 - known))
+
+
+def _belief(request: Request) -> _Belief:
+    belief = request.policy_data
+    assert isinstance(belief, _Belief)
+    return belief

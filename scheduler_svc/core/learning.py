@@ -1,0 +1,262 @@
+"""What `laps-sd` learns from finished requests: how long they get and how much is accepted.
+
+Everything is a handful of sums per class of request, so it can be stored and read as JSON, and
+a process that starts again goes on from there. Nothing here knows about queues or time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_CLASSES = 256
+"""Classes kept apart; clients choose their names, so later ones share one entry."""
+FADE_AT = 5_000.0
+"""Requests of a record at which its sums are halved: the recent past counts more than the distant one."""
+OTHER_CLASSES = "(others)"
+
+PRIOR_LOG_SD = 0.3
+PRIOR_WEIGHT = 4.0
+"""Before anything is learnt, predictions count as unbiased, with this log error, as firmly as after so
+many requests."""
+SHARED_WEIGHT = 8.0
+"""What is known of all requests weighs as so many requests of one class, and so on downwards."""
+SLOPE_RIDGE = 2.0
+"""Sum of squared deviations of log tokens per step that the absence of a correlation weighs."""
+MAX_SLOPE = 2.0
+PRIOR_TOKENS_PER_STEP = 2.0
+SHARED_STEPS = 100.0
+"""Steps that the mean over all classes weighs in the mean of one."""
+
+
+@dataclass(slots=True)
+class Moments:
+    """Count, mean and sum of squared deviations (Welford)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.count += 1.0
+        delta = value - self.mean
+        self.mean += delta / self.count
+        self.squares += delta * (value - self.mean)
+
+    def fade(self) -> None:
+        self.count /= 2.0
+        self.squares /= 2.0
+
+
+@dataclass(slots=True)
+class ClassRecord:
+    """One class of requests."""
+
+    tokens: float = 0.0
+    steps: float = 0.0
+    log_error: Moments = field(default_factory=Moments)
+    """log(true length / predicted length)."""
+    log_rate: Moments = field(default_factory=Moments)
+    """log(tokens per step)."""
+    covariation: float = 0.0
+    """Sum of products of the deviations of those two."""
+    levels: dict[str, Moments] = field(default_factory=dict)
+    """`log_error` by level of the prediction (powers of two)."""
+
+    def add(self, level: str, tokens: int, steps: int, log_error: float) -> None:
+        log_rate = math.log(max(0.2, tokens / steps))
+        rate_deviation = log_rate - self.log_rate.mean
+        self.log_error.add(log_error)
+        self.log_rate.add(log_rate)
+        self.covariation += rate_deviation * (log_error - self.log_error.mean)
+        self.levels.setdefault(level, Moments()).add(log_error)
+        self.tokens += tokens
+        self.steps += steps
+        if self.log_error.count >= FADE_AT:
+            self.tokens /= 2.0
+            self.steps /= 2.0
+            self.covariation /= 2.0
+            for moments in (self.log_error, self.log_rate, *self.levels.values()):
+                moments.fade()
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "requests": round(self.log_error.count, 3),
+                "tokens_per_step": round(self.tokens / self.steps, 4) if self.steps else None,
+                "tokens": self.tokens,
+                "steps": self.steps,
+                "log_error": _row(self.log_error),
+                "log_rate": _row(self.log_rate),
+                "covariation": self.covariation,
+                "levels": {level: _row(moments) for level, moments in sorted(self.levels.items())},
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> ClassRecord:
+        """Raises ValueError for anything that `to_json` has not written."""
+        try:
+            entry = json.loads(text)
+            record = cls(
+                tokens=_number(entry["tokens"]),
+                steps=_number(entry["steps"]),
+                log_error=_moments(entry["log_error"]),
+                log_rate=_moments(entry["log_rate"]),
+                covariation=_number(entry["covariation"]),
+                levels={str(level): _moments(row) for level, row in entry["levels"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record of a class: {error}") from error
+        return record
+
+
+def _row(moments: Moments) -> dict[str, float]:
+    return {"count": moments.count, "mean": moments.mean, "squares": moments.squares}
+
+
+def _moments(row: Any) -> Moments:
+    return Moments(_number(row["count"]), _number(row["mean"]), _number(row["squares"]))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not a finite number")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class LengthBelief:
+    """Where the logarithm of a request's true length lies: the prediction, corrected."""
+
+    median_tokens: float
+    log_sd: float
+
+
+class Knowledge:
+    """All classes, and what they have in common."""
+
+    def __init__(self) -> None:
+        self.classes: dict[str, ClassRecord] = {}
+        self.everything = ClassRecord()
+        self._changed: set[str] = set()
+        self._slope = 0.0
+        self._slope_is_old = False
+
+    def add(self, request_class: str, predicted_tokens: float, hinted: bool, tokens: int, steps: int) -> None:
+        """A request has ended by itself after `steps` steps."""
+        if steps < 1:
+            return
+        name = self._name(request_class)
+        level = prediction_level(predicted_tokens, hinted)
+        log_error = math.log(max(1, tokens) / predicted_tokens)
+        self.classes.setdefault(name, ClassRecord()).add(level, tokens, steps, log_error)
+        self.everything.add(level, tokens, steps, log_error)
+        self._changed.add(name)
+        self._slope_is_old = True
+
+    def requests(self, request_class: str) -> float:
+        """Finished requests of the class that count."""
+        record = self.classes.get(self._name(request_class))
+        return 0.0 if record is None else record.log_error.count
+
+    def length(self, request_class: str, predicted_tokens: float, hinted: bool) -> LengthBelief:
+        """The prediction corrected by what predictions of its level and class turned out to be.
+
+        A normal-inverse-gamma posterior of log(true / predicted), where all requests are the
+        prior of the class and the class that of the level (Gelman et al., Bayesian Data Analysis, 3.3).
+        """
+        mean, variance = 0.0, PRIOR_LOG_SD**2
+        mean, variance = _update(mean, variance, self.everything.log_error, PRIOR_WEIGHT)
+        record = self.classes.get(self._name(request_class))
+        if record is not None:
+            mean, variance = _update(mean, variance, record.log_error, SHARED_WEIGHT)
+            level = record.levels.get(prediction_level(predicted_tokens, hinted))
+            if level is not None:
+                mean, variance = _update(mean, variance, level, SHARED_WEIGHT)
+        return LengthBelief(predicted_tokens * math.exp(mean), math.sqrt(variance))
+
+    def tokens_per_step(self, request_class: str) -> float:
+        """Mean of the class, shrunk to that of all requests."""
+        shared = (SHARED_STEPS * PRIOR_TOKENS_PER_STEP + self.everything.tokens) / (
+            SHARED_STEPS + self.everything.steps
+        )
+        record = self.classes.get(self._name(request_class))
+        if record is None:
+            return shared
+        return (SHARED_STEPS * shared + record.tokens) / (SHARED_STEPS + record.steps)
+
+    def rate_slope(self) -> float:
+        """How much longer than predicted the well accepted requests of a class turn out to be:
+        the slope of log(true / predicted) over log(tokens per step), pooled over classes.
+        0 with good predictions; 1 means that acceptance says nothing about the number of steps."""
+        if self._slope_is_old:
+            covariation = sum(record.covariation for record in self.classes.values())
+            squares = SLOPE_RIDGE + sum(record.log_rate.squares for record in self.classes.values())
+            self._slope = min(MAX_SLOPE, max(0.0, covariation / squares))
+            self._slope_is_old = False
+        return self._slope
+
+    def typical_log_rate(self, request_class: str) -> float:
+        record = self.classes.get(self._name(request_class))
+        return self.everything.log_rate.mean if record is None else record.log_rate.mean
+
+    def take_changes(self) -> Iterator[tuple[str, ClassRecord]]:
+        """Classes that learnt something since the last call."""
+        for name in sorted(self._changed):
+            yield name, self.classes[name]
+        self._changed.clear()
+
+    def restore(self, classes: Mapping[str, ClassRecord], everything: ClassRecord | None) -> None:
+        for name, record in list(classes.items())[: MAX_CLASSES + 1]:
+            self.classes[name] = record
+        if everything is not None:
+            self.everything = everything
+        self._slope_is_old = True
+
+    def _name(self, request_class: str) -> str:
+        if request_class in self.classes or len(self.classes) < MAX_CLASSES:
+            return request_class
+        return OTHER_CLASSES
+
+
+def prediction_level(predicted_tokens: float, hinted: bool) -> str:
+    """The power of two next to the prediction; guesses of our own are kept apart from the client's."""
+    power = round(math.log2(max(1.0, predicted_tokens)))
+    return f"~{2**power}" if hinted else f"guess {2**power}"
+
+
+def _update(mean: float, variance: float, seen: Moments, weight: float) -> tuple[float, float]:
+    count = seen.count
+    if count <= 0.0:
+        return mean, variance
+    total = weight + count
+    delta = seen.mean - mean
+    return (
+        (weight * mean + count * seen.mean) / total,
+        (weight * variance + seen.squares + weight * count / total * delta * delta) / total,
+    )
+
+
+def mean_excess_tokens(median_tokens: float, log_sd: float, emitted: int) -> float:
+    """Expected further tokens of a log-normal length that is known to exceed `emitted`; at least 1."""
+    if log_sd < 0.01:
+        return max(1.0, median_tokens - emitted, 0.01 * emitted)
+    location = math.log(median_tokens)
+    mean = math.exp(location + log_sd * log_sd / 2.0)
+    if emitted <= 0:
+        return max(1.0, mean)
+    deviation = (math.log(emitted) - location) / log_sd
+    if deviation > 5.0:
+        # The tail's own approximation; both probabilities below underflow there.
+        return max(1.0, emitted * log_sd / deviation)
+    return max(1.0, mean * _above(deviation - log_sd) / _above(deviation) - emitted)
+
+
+def _above(deviation: float) -> float:
+    """Probability that a standard normal variable exceeds `deviation`."""
+    return 0.5 * math.erfc(deviation / math.sqrt(2.0))

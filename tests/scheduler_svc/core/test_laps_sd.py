@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from scheduler_svc.core.policies import make_policy
+from scheduler_svc.core.policies.laps_sd import LapsSd
+from scheduler_svc.core.records import FinishReason, Recovered, StepCosts
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.settings import SchedulerSettings
+
+from .house import FakeWorker, spec, worker
+
+
+def core_with(policy: LapsSd, **settings: Any) -> Scheduler:
+    return Scheduler("pool", policy, SchedulerSettings(**settings))
+
+
+def teach(core: Scheduler, fake: FakeWorker, requests: int, tokens: int, predicted: float) -> float:
+    """Serves so many requests of the class "chat", two tokens a step; the instant afterwards."""
+    now_s = 0.0
+    for number in range(requests):
+        name = f"taught {number}"
+        core.submit(
+            spec(name, max_tokens=4000, predicted_output_tokens=predicted, request_class="chat"), now_s
+        )
+        for step in range(1, tokens // 2 + 1):
+            fake.apply(core.tick(now_s))
+            now_s += 0.032
+            core.report(fake.step(2, finish={name: FinishReason.STOP} if step == tokens // 2 else {}), now_s)
+    return now_s
+
+
+def test_it_has_an_estimate_from_the_first_moment() -> None:
+    core = core_with(LapsSd())
+    core.worker_joined(worker(), [], 0.0)
+    request, _ = core.submit(spec("a", max_tokens=4000, predicted_output_tokens=200.0), 0.0)
+    assert request is not None
+    assert request.predicted_output_tokens == 200.0
+    assert request.perceived_s == pytest.approx(200 / 2 * 0.032, rel=0.1)
+    assert request.level == 3, "3.2 s lies between 2 and 4"
+    assert request.perceptible
+
+
+def test_it_learns_that_a_class_is_shorter_than_predicted_and_remembers() -> None:
+    policy = LapsSd()
+    core, fake = core_with(policy), FakeWorker("w", 1)
+    core.worker_joined(worker(), [], 0.0)
+    fake.apply(core.tick(0.0))
+    now_s = teach(core, fake, 40, tokens=50, predicted=200.0)
+    core.heartbeat("w", now_s + 2.0)
+    learnt = core.tick(now_s + 2.0).commit.learnt
+    record = json.loads(learnt["laps-sd/class/chat"])
+    assert record["requests"] == 40
+    assert record["tokens_per_step"] == pytest.approx(2.0)
+
+    again = core_with(LapsSd())
+    broken = {"laps-sd/class/x": "nonsense", "other": "1"}
+    again.restore(Recovered(learnt={**learnt, **broken}), now_s)
+    told, _ = again.submit(
+        spec("a", max_tokens=4000, predicted_output_tokens=200.0, request_class="chat"), now_s
+    )
+    assert told is not None
+    assert told.predicted_output_tokens == pytest.approx(50.0, rel=0.2)
+
+
+def test_preemption_weighs_its_price() -> None:
+    for switch_s, preempts in ((0.0005, True), (5.0, False)):
+        core, fake = core_with(LapsSd()), FakeWorker("w", 1)
+        core.worker_joined(
+            worker(costs=StepCosts(draft_token_s=0.002, verify_s=0.024, switch_s=switch_s)), [], 0.0
+        )
+        core.submit(spec("long", max_tokens=4000, predicted_output_tokens=900.0), 0.0)
+        fake.apply(core.tick(0.0))
+        core.submit(spec("short", max_tokens=4000, predicted_output_tokens=30.0), 0.1)
+        tick = core.tick(0.1)
+        assert bool(tick.grants) is preempts
+        if preempts:
+            long = core.get("long")
+            assert long is not None
+            assert "short needs" in long.preempted_because
+            assert "switching costs" in long.preempted_because
+
+
+def test_a_request_that_outlives_its_prediction_is_not_perceptible_and_keeps_its_slot() -> None:
+    core, fake = core_with(LapsSd()), FakeWorker("w", 1)
+    core.worker_joined(worker(), [], 0.0)
+    outlived, _ = core.submit(spec("a", max_tokens=4000, predicted_output_tokens=10.0), 0.0)
+    assert outlived is not None
+    fake.apply(core.tick(0.0))
+    for step in range(10):
+        core.report(fake.step(2), step * 0.032)
+    assert not outlived.perceptible
+    core.submit(spec("b", max_tokens=4000, predicted_output_tokens=5.0), 1.0)
+    assert not core.tick(1.0).grants
+
+
+def test_well_accepted_requests_go_first() -> None:
+    core, fake = core_with(LapsSd()), FakeWorker("w", 2)
+    core.worker_joined(worker(slots=2), [], 0.0)
+    fast, _ = core.submit(spec("fast", max_tokens=4000, predicted_output_tokens=1000.0), 0.0)
+    slow, _ = core.submit(spec("slow", max_tokens=4000, predicted_output_tokens=1000.0), 0.0)
+    assert fast is not None
+    assert slow is not None
+    fake.apply(core.tick(0.0))
+    for step in range(60):
+        core.report(fake.step({"fast": 4, "slow": 1}), step * 0.032)
+    core.tick(3.0)
+    assert fast.acceptance_estimate > 0.4 > slow.acceptance_estimate
+    assert fast.rank < slow.rank
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prior_steps": 0.0}, {"levels": 0}, {"doubt": -1.0}, {"threshold_growth": 1.0}]
+)
+def test_parameters_are_checked(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        make_policy("laps-sd", **wrong)
+
+
+def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="laps-sd-paper"):
+        make_policy("best")

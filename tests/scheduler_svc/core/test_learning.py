@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from scheduler_svc.core import learning
+from scheduler_svc.core.learning import ClassRecord, Knowledge, mean_excess_tokens, prediction_level
+
+
+def taught(error: float = 0.0, bias: float = 1.0, requests: int = 300) -> Knowledge:
+    knowledge, dice = Knowledge(), random.Random(0)
+    for _ in range(requests):
+        predicted = dice.uniform(50.0, 400.0)
+        tokens = max(1, round(predicted * bias * math.exp(error * dice.gauss(0, 1))))
+        knowledge.add("chat", predicted, True, tokens, max(1, tokens // 2))
+    return knowledge
+
+
+def test_nothing_learnt_leaves_the_prediction_as_it_is() -> None:
+    belief = Knowledge().length("chat", 100.0, True)
+    assert belief.median_tokens == 100.0
+    assert belief.log_sd == pytest.approx(learning.PRIOR_LOG_SD)
+    assert Knowledge().tokens_per_step("chat") == learning.PRIOR_TOKENS_PER_STEP
+
+
+def test_a_bias_is_corrected_and_the_error_is_known() -> None:
+    belief = taught(error=0.4, bias=0.5).length("chat", 200.0, True)
+    assert belief.median_tokens == pytest.approx(100.0, rel=0.15)
+    assert belief.log_sd == pytest.approx(0.4, rel=0.2)
+    exact = taught().length("chat", 200.0, True)
+    assert exact.median_tokens == pytest.approx(200.0, rel=0.02)
+    assert exact.log_sd < 0.05
+
+
+def test_an_unknown_class_takes_after_all_requests() -> None:
+    knowledge = taught(bias=0.5)
+    assert knowledge.length("new", 200.0, True).median_tokens == pytest.approx(100.0, rel=0.1)
+    assert knowledge.tokens_per_step("new") == pytest.approx(2.0, rel=0.05)
+
+
+def test_the_slope_finds_that_well_accepted_requests_are_longer() -> None:
+    longer, same = Knowledge(), Knowledge()
+    dice = random.Random(1)
+    for _ in range(300):
+        rate = math.exp(dice.gauss(0.7, 0.3))
+        steps = round(50 * math.exp(dice.gauss(0, 0.2)))
+        longer.add("chat", 100.0, True, max(1, round(rate * steps)), steps)
+        same.add("chat", 100.0, True, 100, max(1, round(100 / rate)))
+    assert longer.rate_slope() == pytest.approx(1.0, abs=0.2)
+    assert same.rate_slope() == pytest.approx(0.0, abs=0.05)
+
+
+def test_a_record_survives_json() -> None:
+    record = taught(error=0.3).classes["chat"]
+    again = ClassRecord.from_json(record.to_json())
+    assert again == record
+    assert json.loads(record.to_json())["requests"] == 300
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tokens": "x"}', "null"])
+def test_what_is_not_a_record_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r".*"):
+        ClassRecord.from_json(text)
+
+
+def test_old_requests_fade_and_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "FADE_AT", 100.0)
+    monkeypatch.setattr(learning, "MAX_CLASSES", 3)
+    knowledge = Knowledge()
+    for number in range(1000):
+        knowledge.add(f"class {number % 10}", 100.0, True, 100 if number < 500 else 200, 50)
+    assert set(knowledge.classes) == {"class 0", "class 1", "class 2", learning.OTHER_CLASSES}
+    assert knowledge.everything.log_error.count < 100.0
+    assert knowledge.length("class 9", 100.0, True).median_tokens > 180.0
+
+
+def test_guesses_are_kept_apart_from_predictions() -> None:
+    assert prediction_level(250.0, True) == "~256"
+    assert prediction_level(250.0, False) == "guess 256"
+
+
+def test_mean_excess() -> None:
+    assert mean_excess_tokens(100.0, 0.0, 40) == 60.0
+    assert mean_excess_tokens(100.0, 0.5, 0) == pytest.approx(100.0 * math.exp(0.125))
+    dice = random.Random(0)
+    lengths = [100.0 * math.exp(0.5 * dice.gauss(0, 1)) for _ in range(200_000)]
+    beyond = [length - 120 for length in lengths if length > 120]
+    assert mean_excess_tokens(100.0, 0.5, 120) == pytest.approx(sum(beyond) / len(beyond), rel=0.02)
+    far = [mean_excess_tokens(100.0, 0.1, emitted) for emitted in range(50, 1000)]
+    assert all(math.isfinite(excess) and excess >= 1.0 for excess in far)

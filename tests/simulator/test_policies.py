@@ -1,0 +1,35 @@
+"""A slice of the comparison, as a gate: ratios on fixed seeds, so that noise does not matter.
+The whole table is made by bench/policies.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.mixes import Task, make_mix
+from simulator.replay import simulate
+
+BASELINES = ("fcfs", "sjf", "srpt", "las", "fastserve", "laps-sd-paper")
+NARROW = (Task("chat", 0.7, 180.0, 0.8, 0.45, 0.06), Task("summary", 0.3, 110.0, 0.4, 0.5, 0.06))
+MIXES = {"wide": make_mix(jobs=700, seed=31), "narrow": make_mix(NARROW, jobs=700, seed=32)}
+
+
+@pytest.mark.parametrize("mix", list(MIXES))
+@pytest.mark.parametrize(("slots", "load", "switch_ms", "error"), [(4, 0.9, 0.5, 0.0), (8, 1.05, 5.0, 0.3)])
+def test_laps_sd_keeps_up_with_the_best(
+    mix: str, slots: int, load: float, switch_ms: float, error: float
+) -> None:
+    def mean_s(policy: str) -> float:
+        return simulate(
+            MIXES[mix], policy, slots, load, switch_ms=switch_ms, length_error=error, seed=1
+        ).mean_latency_s
+
+    assert mean_s("laps-sd") <= 1.02 * min(mean_s(policy) for policy in BASELINES)
+
+
+def test_acceptance_closes_most_of_the_gap_where_it_differs_and_lengths_are_known() -> None:
+    means = {
+        policy: simulate(MIXES["wide"], policy, 1, 0.9, switch_ms=0.5, length_error=0.0).mean_latency_s
+        for policy in ("fcfs", "las", "srpt", "oracle", "laps-sd")
+    }
+    assert means["srpt"] - means["laps-sd"] >= 0.6 * (means["srpt"] - means["oracle"])
+    assert means["laps-sd"] <= 0.61 * min(means["fcfs"], means["las"])
