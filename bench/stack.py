@@ -76,7 +76,8 @@ class Transformers:
 class EngineAlone:
     def __init__(self, speculate: bool) -> None:
         pair = load_pair(BUILT_IN_TARGET, BUILT_IN_DRAFT if speculate else None)
-        self.engine = Engine(pair, EngineConfig(slots=max(CONCURRENCIES), threads=1))
+        config = EngineConfig(slots=max(CONCURRENCIES), threads=1, prompt_lookup=speculate)
+        self.engine = Engine(pair, config)
         self.engine.calibrate()
 
     def run(self, prompts: Prompts, tokens: int) -> None:
