@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test lint protos release-protos docs bench lock clean
+.PHONY: help setup demo up test chaos lint protos release-protos docs bench lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ up: $(VENV)/.ready-to-run ## Keeps the whole stack running until Ctrl-C
 
 test: setup ## Runs the tests
 	@$(BIN)/python -m pytest -n auto --dist loadgroup
+
+chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
+	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000)
 
 lint: setup ## Style, types, contracts
 	@$(BIN)/ruff check .

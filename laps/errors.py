@@ -175,6 +175,11 @@ def request_unknown(request_id: str) -> NotFound:
     return NotFound(f"there is no request {request_id!r}", resource_type="request", resource_name=request_id)
 
 
+def store_unreachable(message: str = "the store does not answer") -> Unavailable:
+    """The Unavailable of a store that is away, the same from every service."""
+    return Unavailable(message, reason=Reason.STORE_UNREACHABLE, retry_after_s=1.0)
+
+
 def to_status(error: LapsError) -> status_pb2.Status:
     """The error as a google.rpc.Status with its details."""
     from google.rpc import error_details_pb2 as details

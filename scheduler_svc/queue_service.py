@@ -54,7 +54,7 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
         except BadPageToken as error:
             await errors.abort(context, errors.InvalidArgument("page_token", str(error)))
         except StoreUnavailable as error:
-            await errors.abort(context, _store_down(error))
+            await errors.abort(context, errors.store_unreachable(str(error)))
         return inspector_proto.page_to_proto(page, self._inspector.pool)
 
     async def ListWorkers(
@@ -88,7 +88,7 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
         try:
             return await self._inspector.snapshot(head_limit)
         except StoreUnavailable as error:
-            await errors.abort(context, _store_down(error))
+            await errors.abort(context, errors.store_unreachable(str(error)))
 
     async def _check_pool(self, pool: str, context: Context) -> None:
         if pool not in ("", self._inspector.pool):
@@ -106,7 +106,3 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
     async def _check_limit(field: str, value: int, most: int, context: Context) -> None:
         if value > most:
             await errors.abort(context, errors.InvalidArgument(field, f"must be at most {most}, not {value}"))
-
-
-def _store_down(error: StoreUnavailable) -> errors.LapsError:
-    return errors.Unavailable(str(error), reason=errors.Reason.STORE_UNREACHABLE, retry_after_s=1.0)

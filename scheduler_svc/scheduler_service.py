@@ -12,10 +12,11 @@ import structlog
 from laps import errors
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import convert
-from scheduler_svc.core.records import TOKEN_BYTES, Refused
+from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.store import inspector_proto
+from scheduler_svc.store.errors import StoreUnavailable
 from scheduler_svc.term import Terms
 
 log = structlog.get_logger()
@@ -70,6 +71,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                     break
             if ended.done():
                 await errors.abort(context, self._terms.not_leading())
+            failure = None if reading.cancelled() else reading.exception()
+            if isinstance(failure, StoreUnavailable):
+                # The gateway comes back and follows again from its offsets.
+                await errors.abort(context, errors.store_unreachable(str(failure)))
         finally:
             reading.cancel()
             ended.cancel()
@@ -126,8 +131,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         state = leader.core.cancel(request.request_id, leader.now_s())
         await self._terms.settled_or_abort(leader, context)
         if state is None:
-            if await self._terms.store.read_request(request.request_id) is None:
-                await errors.abort(context, errors.request_unknown(request.request_id))
+            await self._read_or_abort(request.request_id, context)
             return scheduler_pb2.CancelRequestResponse(state=convert.FINISHED)
         return scheduler_pb2.CancelRequestResponse(state=convert.STATE_TO_PROTO[state])
 
@@ -135,9 +139,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request: scheduler_pb2.ReadRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scheduler_pb2.ReadRequestResponse:
         await self._terms.leader_or_abort(context)
-        found = await self._terms.store.read_request(request.request_id)
-        if found is None:
-            await errors.abort(context, errors.request_unknown(request.request_id))
+        found = await self._read_or_abort(request.request_id, context)
         response = scheduler_pb2.ReadRequestResponse(
             request=inspector_proto.request_to_proto(found, self._terms.pool),
             stopping=convert.stopping_params(found.spec),
@@ -147,6 +149,16 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         if found.finish_reason is not None:
             response.complete.CopyFrom(convert.complete(found))
         return response
+
+    async def _read_or_abort(self, request_id: str, context: grpc.aio.ServicerContext[Any, Any]) -> Request:
+        """A stored request; NOT_FOUND, or UNAVAILABLE while the store does not answer."""
+        try:
+            found = await self._terms.store.read_request(request_id)
+        except StoreUnavailable as error:
+            await errors.abort(context, errors.store_unreachable(str(error)))
+        if found is None:
+            await errors.abort(context, errors.request_unknown(request_id))
+        return found
 
     async def DescribePool(
         self, request: scheduler_pb2.DescribePoolRequest, context: grpc.aio.ServicerContext[Any, Any]

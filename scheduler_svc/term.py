@@ -70,12 +70,7 @@ class Terms:
         if leader is None:
             await errors.abort(context, self.not_leading())
         if leader.store_down:
-            await errors.abort(
-                context,
-                errors.Unavailable(
-                    "the store does not answer", reason=errors.Reason.STORE_UNREACHABLE, retry_after_s=1.0
-                ),
-            )
+            await errors.abort(context, errors.store_unreachable())
         return leader
 
     async def settled_or_abort(self, leader: Leader, context: grpc.aio.ServicerContext[Any, Any]) -> None:

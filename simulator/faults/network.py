@@ -15,7 +15,6 @@ from typing import Any
 
 import grpc
 
-from scheduler_svc.store.errors import StoreUnavailable
 from simulator.faults.clock import Process, VirtualLoop, current_process
 from simulator.faults.handlers import Serve
 from simulator.faults.wire import UNAVAILABLE, Abort, ClientCall, Exchange, ServerContext, rpc_error
@@ -138,9 +137,6 @@ class Network:
             error = rpc_error(abort.code, abort.details, abort.trailing)
         except asyncio.CancelledError:
             error = rpc_error(grpc.StatusCode.CANCELLED, "the handler was cancelled")
-        except StoreUnavailable as unexpected:
-            # Known, see `docs/reliability.md`: reading while the store is away ends as UNKNOWN.
-            error = rpc_error(grpc.StatusCode.UNKNOWN, f"Unexpected {type(unexpected)}: {unexpected}")
         except Exception as unexpected:
             self.loop.errors.append(f"{exchange.server.name}: {exchange.path} raised {unexpected!r}")
             error = rpc_error(grpc.StatusCode.UNKNOWN, repr(unexpected))
