@@ -185,9 +185,10 @@ async def test_the_schedulers_refusal_passes_with_its_details(harness: Any) -> N
 
 
 async def test_a_deadline_that_has_passed(harness: Any) -> None:
+    # Whether the call reaches the gateway at all is up to gRPC's clock, which is coarser than this;
+    # that nothing is admitted after a deadline is tested in test_admission.
     error = await failure(harness.inference.Generate(generate_request(), timeout=1e-9))
     assert error.status == "DEADLINE_EXCEEDED"
-    assert not harness.scheduler.requests
 
 
 @pytest.mark.parametrize(
