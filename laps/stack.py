@@ -201,7 +201,12 @@ class Stack:
             log_format="json",
         )
         ready = await self._ready_check(f"{_reachable(settings.host)}:{port}")
-        spec = ChildSpec(name, self._command(role), env | {"PYTHONUNBUFFERED": "1"}, ready)
+        env |= {
+            "PYTHONUNBUFFERED": "1",
+            # torch makes this folder as soon as it is imported, and would leave it in the temporary one.
+            "TORCHINDUCTOR_CACHE_DIR": str(settings.data_dir.resolve() / "torch"),
+        }
+        spec = ChildSpec(name, self._command(role), env, ready)
         child = Child(spec, self.log_dir / f"{name}.log")
         self.children[name] = child
         await child.start()

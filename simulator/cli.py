@@ -139,7 +139,9 @@ def simulate(
                     ]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
-    Console().print(_table(results, jobs))
+    console = Console()
+    # A file or a pipe has no width of its own; names must not be cut there.
+    (console if console.is_terminal else Console(width=120)).print(_table(results, jobs))
     if json_path is not None:
         report = {"policies": {name: result.summary() for name, result in results.items()}}
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

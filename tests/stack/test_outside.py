@@ -176,6 +176,8 @@ def wait_for_text(path: Path, text: str) -> None:
 @pytest.mark.parametrize("how", [None, signal.SIGINT])
 def test_the_demonstration_leaves_nothing_behind(tmp_path: Path, how: signal.Signals | None) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path), "COLUMNS": "120"}
+    # Set by torch in a process that has imported it, such as this one after other tests.
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     process = subprocess.Popen(
         [BIN / "laps", "demo"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
