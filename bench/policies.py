@@ -2,6 +2,7 @@
 
     python bench/policies.py run [--quick] [--data FOLDER]   adds what is missing to results/policies.json
     python bench/policies.py table [--failing]               prints the table of all cells (Markdown)
+    python bench/policies.py starvation [--data FOLDER]      what the starvation bound costs
     python bench/policies.py agreement [--data FOLDER]       compares with an independent simulator
 
 FOLDER holds the workload files (LAPS_TEST_DATA/workloads by default). Runs go through the real scheduler
@@ -112,13 +113,21 @@ def main() -> None:
 
 @main.command()
 @click.option("--quick", is_flag=True, help="A slice: load 0.9 at 8 and 32 slots.")
+@click.option("--slots", type=int, multiple=True, help="Only cells with so many slots; may be repeated.")
+@click.option("--load", type=float, multiple=True, help="Only cells at this load; may be repeated.")
 @click.option("--mixes-only", is_flag=True, help="Generated workloads only; needs no data.")
 @DATA
-def run(quick: bool, mixes_only: bool, data: Path) -> None:
+def run(quick: bool, slots: tuple[int, ...], load: tuple[float, ...], mixes_only: bool, data: Path) -> None:
     """Run what is missing."""
     results = load_results()
     wanted: dict[str, tuple[Cell, str]] = {}
-    chosen = [cell for cell in cells(quick) if not mixes_only or cell.workload in MIXES]
+    chosen = [
+        cell
+        for cell in cells(quick)
+        if (not mixes_only or cell.workload in MIXES)
+        and (not slots or cell.slots in slots)
+        and (not load or cell.load in load)
+    ]
     # The ones that decide most cells first, so that a stopped run is of use.
     for policies in (POLICIES[:2] + BASELINES[:3], BASELINES[3:]):
         for cell in chosen:
@@ -220,6 +229,25 @@ def table(failing: bool) -> None:
         )
     unfinished = sum(bool(row["missing"]) for row in rows)
     click.echo(f"\n{len(rows)} cells, {unfinished} of them not run completely.")
+
+
+@main.command()
+@DATA
+def starvation(data: Path) -> None:
+    """Print what the starvation bound costs laps-sd at eight slots, with the files' own predictions."""
+    click.echo("| workload | load | bound s | mean s | p99 s | longest s | longest wait for a first slot s |")
+    click.echo("| --- " * 7 + "|")
+    for name in RECORDED:
+        workload = workload_of(name, data)
+        for load in (0.9, 1.05):
+            for bound_s in (None, 60.0, 30.0, 10.0):
+                result = simulate(workload, "laps-sd", 8, load, starvation_bound_s=bound_s)
+                figures = result.summary()
+                click.echo(
+                    f"| {name} | {load:g} | {'off' if bound_s is None else f'{bound_s:g}'} "
+                    f"| {figures['mean_latency_s']:.3f} | {figures['p99_latency_s']:.1f} "
+                    f"| {figures['max_latency_s']:.1f} | {max(result.first_waits_s):.1f} |"
+                )
 
 
 @main.command()
