@@ -8,6 +8,7 @@ from typing import Any
 from gateway.calls import Call, Handler
 from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit
+from gateway.validation import check_request_id
 from laps.errors import InvalidArgument, Reason, Unavailable
 from laps.v1 import queue_pb2
 
@@ -29,6 +30,7 @@ class QueueProxy:
             "ListQueues": self.list_queues,
             "ListRequests": self.list_requests,
             "ListWorkers": self.list_workers,
+            "GetTimeline": self.get_timeline,
             "Watch": self.watch,
         }
 
@@ -42,6 +44,11 @@ class QueueProxy:
 
     async def list_workers(self, request: queue_pb2.ListWorkersRequest, call: Call) -> Any:
         return await self._link.query("ListWorkers", request, call.deadline_s())
+
+    async def get_timeline(self, request: queue_pb2.GetTimelineRequest, call: Call) -> Any:
+        check_request_id(request.request_id)
+        call.fields["request_id"] = request.request_id
+        return await self._link.query("GetTimeline", request, call.deadline_s())
 
     async def watch(self, request: queue_pb2.WatchRequest, call: Call) -> None:
         _check_most("head_limit", request.head_limit, MAX_HEAD_LIMIT)

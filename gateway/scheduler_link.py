@@ -126,9 +126,11 @@ class SchedulerLink:
         return await self._call(lambda stubs: stubs.scheduler.CancelRequest, request, until_s)
 
     async def read(
-        self, request_id: str, *, include_output: bool, until_s: float = 0.0
+        self, request_id: str, *, include_output: bool, include_prompt: bool = False, until_s: float = 0.0
     ) -> scheduler_pb2.ReadRequestResponse:
-        request = scheduler_pb2.ReadRequestRequest(request_id=request_id, include_output=include_output)
+        request = scheduler_pb2.ReadRequestRequest(
+            request_id=request_id, include_output=include_output, include_prompt=include_prompt
+        )
         return await self._call(lambda stubs: stubs.scheduler.ReadRequest, request, until_s)
 
     async def query(self, method: str, request: Any, until_s: float = 0.0) -> Any:

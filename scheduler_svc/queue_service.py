@@ -36,7 +36,12 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
     ) -> queue_pb2.ListQueuesResponse:
         await self._check_pool(request.pool, context)
         await self._check_limit("head_limit", request.head_limit, HEAD_LIMIT, context)
-        snapshot = await self._snapshot(request.head_limit, context)
+        snapshot = await self._snapshot(
+            request.head_limit,
+            context,
+            head_offset=request.head_offset,
+            level=request.level if request.HasField("level") else None,
+        )
         return queue_pb2.ListQueuesResponse(pools=[inspector_proto.pool_queues_to_proto(snapshot.queues)])
 
     async def ListRequests(
@@ -50,7 +55,9 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
                 await errors.abort(context, errors.InvalidArgument("states", f"there is no state {number}"))
             states.append(STATES[number])
         try:
-            page = await self._inspector.list_requests(states, request.page_size, request.page_token)
+            page = await self._inspector.list_requests(
+                states, request.page_size, request.page_token, request.finished_after_s
+            )
         except BadPageToken as error:
             await errors.abort(context, errors.InvalidArgument("page_token", str(error)))
         except StoreUnavailable as error:
@@ -65,6 +72,18 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
         return queue_pb2.ListWorkersResponse(
             workers=[inspector_proto.worker_info_to_proto(w, self._inspector.pool) for w in snapshot.workers]
         )
+
+    async def GetTimeline(
+        self, request: queue_pb2.GetTimelineRequest, context: Context
+    ) -> queue_pb2.GetTimelineResponse:
+        await self._check_pool(request.pool, context)
+        try:
+            timeline = await self._inspector.timeline(request.request_id)
+        except StoreUnavailable as error:
+            await errors.abort(context, errors.store_unreachable(str(error)))
+        if timeline is None:
+            await errors.abort(context, errors.request_unknown(request.request_id))
+        return inspector_proto.timeline_to_proto(timeline, self._inspector.pool)
 
     async def Watch(
         self, request: queue_pb2.WatchRequest, context: Context
@@ -84,9 +103,11 @@ class QueueService(queue_pb2_grpc.QueueServiceServicer):
                 yield inspector_proto.snapshot_to_proto(snapshot)
             await asyncio.sleep(interval_s)
 
-    async def _snapshot(self, head_limit: int, context: Context) -> Snapshot:
+    async def _snapshot(
+        self, head_limit: int, context: Context, *, head_offset: int = 0, level: int | None = None
+    ) -> Snapshot:
         try:
-            return await self._inspector.snapshot(head_limit)
+            return await self._inspector.snapshot(head_limit, head_offset=head_offset, level=level)
         except StoreUnavailable as error:
             await errors.abort(context, errors.store_unreachable(str(error)))
 

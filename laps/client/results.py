@@ -121,6 +121,8 @@ class Request:
     first_token_s: float
     finished_s: float
     error: str
+    leased_s: float = 0.0
+    acceptance_histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

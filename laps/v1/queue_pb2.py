@@ -26,41 +26,47 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from laps.v1 import generation_pb2 as laps_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13laps/v1/queue.proto\x12\x07laps.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18laps/v1/generation.proto\"\xae\x05\n\x0bRequestInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.laps.v1.RequestState\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x11\n\tarrival_s\x18\x07 \x01(\x01\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x15\n\routput_tokens\x18\x0b \x01(\r\x12\r\n\x05level\x18\x0c \x01(\r\x12\x0c\n\x04rank\x18\r \x01(\x01\x12\x13\n\x0bperceptible\x18\x0e \x01(\x08\x12\x1b\n\x13\x61\x63\x63\x65ptance_estimate\x18\x0f \x01(\x01\x12\x1f\n\x17predicted_output_tokens\x18\x10 \x01(\x01\x12\x1b\n\x13perceived_service_s\x18\x11 \x01(\x01\x12\x1a\n\x12\x61ttained_service_s\x18\x12 \x01(\x01\x12\x11\n\tnum_steps\x18\x13 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x14 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x15 \x01(\r\x12\x13\n\x0bpreemptions\x18\x16 \x01(\r\x12\x19\n\x11preempted_because\x18\x17 \x01(\t\x12\x11\n\tworker_id\x18\x18 \x01(\t\x12\x0c\n\x04slot\x18\x19 \x01(\r\x12\x19\n\x11\x66irst_scheduled_s\x18\x1a \x01(\x01\x12\x15\n\rfirst_token_s\x18\x1b \x01(\x01\x12\x12\n\nfinished_s\x18\x1c \x01(\x01\x12\r\n\x05\x65rror\x18\x1d \x01(\t\"e\n\nQueueLevel\x12\r\n\x05level\x18\x01 \x01(\r\x12\x13\n\x0bthreshold_s\x18\x02 \x01(\x01\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\"\n\x04head\x18\x04 \x03(\x0b\x32\x14.laps.v1.RequestInfo\"\xb7\x01\n\nPoolQueues\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\ncommit_seq\x18\x04 \x01(\x04\x12\x0e\n\x06leader\x18\x05 \x01(\t\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x11\n\tbacklog_s\x18\x08 \x01(\x01\x12#\n\x06levels\x18\t \x03(\x0b\x32\x13.laps.v1.QueueLevel\"5\n\x11ListQueuesRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x12\n\nhead_limit\x18\x02 \x01(\r\"8\n\x12ListQueuesResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.laps.v1.PoolQueues\"q\n\x13ListRequestsRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.laps.v1.RequestState\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\"W\n\x14ListRequestsResponse\x12&\n\x08requests\x18\x01 \x03(\x0b\x32\x14.laps.v1.RequestInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"E\n\x08SlotInfo\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x17\n\x0flease_expires_s\x18\x03 \x01(\x01\"\x85\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12 \n\x05slots\x18\x04 \x03(\x0b\x32\x11.laps.v1.SlotInfo\x12\x13\n\x0blast_seen_s\x18\x05 \x01(\x01\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x10\n\x08\x64raft_ms\x18\x07 \x01(\x01\x12\x11\n\tverify_ms\x18\x08 \x01(\x01\x12\x11\n\tswitch_ms\x18\t \x01(\x01\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x0b \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x0c \x01(\x04\"\"\n\x12ListWorkersRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\";\n\x13ListWorkersResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.laps.v1.WorkerInfo\"]\n\x0cWatchRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nhead_limit\x18\x03 \x01(\r\"\x90\x01\n\rWatchResponse\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\"\n\x05pools\x18\x02 \x03(\x0b\x32\x13.laps.v1.PoolQueues\x12$\n\x07workers\x18\x03 \x03(\x0b\x32\x13.laps.v1.WorkerInfo\x12%\n\x07running\x18\x04 \x03(\x0b\x32\x14.laps.v1.RequestInfo*\x9b\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x02\x12\x1b\n\x17REQUEST_STATE_PREEMPTED\x10\x03\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x04\x32\xa6\x02\n\x0cQueueService\x12\x45\n\nListQueues\x12\x1a.laps.v1.ListQueuesRequest\x1a\x1b.laps.v1.ListQueuesResponse\x12K\n\x0cListRequests\x12\x1c.laps.v1.ListRequestsRequest\x1a\x1d.laps.v1.ListRequestsResponse\x12H\n\x0bListWorkers\x12\x1b.laps.v1.ListWorkersRequest\x1a\x1c.laps.v1.ListWorkersResponse\x12\x38\n\x05Watch\x12\x15.laps.v1.WatchRequest\x1a\x16.laps.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13laps/v1/queue.proto\x12\x07laps.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18laps/v1/generation.proto\"\xde\x05\n\x0bRequestInfo\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.laps.v1.RequestState\x12,\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x11\n\tarrival_s\x18\x07 \x01(\x01\x12\x12\n\ndeadline_s\x18\x08 \x01(\x01\x12\x15\n\rprompt_tokens\x18\t \x01(\r\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x15\n\routput_tokens\x18\x0b \x01(\r\x12\r\n\x05level\x18\x0c \x01(\r\x12\x0c\n\x04rank\x18\r \x01(\x01\x12\x13\n\x0bperceptible\x18\x0e \x01(\x08\x12\x1b\n\x13\x61\x63\x63\x65ptance_estimate\x18\x0f \x01(\x01\x12\x1f\n\x17predicted_output_tokens\x18\x10 \x01(\x01\x12\x1b\n\x13perceived_service_s\x18\x11 \x01(\x01\x12\x1a\n\x12\x61ttained_service_s\x18\x12 \x01(\x01\x12\x11\n\tnum_steps\x18\x13 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x14 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x15 \x01(\r\x12\x13\n\x0bpreemptions\x18\x16 \x01(\r\x12\x19\n\x11preempted_because\x18\x17 \x01(\t\x12\x11\n\tworker_id\x18\x18 \x01(\t\x12\x0c\n\x04slot\x18\x19 \x01(\r\x12\x19\n\x11\x66irst_scheduled_s\x18\x1a \x01(\x01\x12\x15\n\rfirst_token_s\x18\x1b \x01(\x01\x12\x12\n\nfinished_s\x18\x1c \x01(\x01\x12\r\n\x05\x65rror\x18\x1d \x01(\t\x12\x10\n\x08leased_s\x18\x1e \x01(\x01\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x1f \x03(\r\"e\n\nQueueLevel\x12\r\n\x05level\x18\x01 \x01(\r\x12\x13\n\x0bthreshold_s\x18\x02 \x01(\x01\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\"\n\x04head\x18\x04 \x03(\x0b\x32\x14.laps.v1.RequestInfo\"\xb7\x01\n\nPoolQueues\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\ncommit_seq\x18\x04 \x01(\x04\x12\x0e\n\x06leader\x18\x05 \x01(\t\x12\x0f\n\x07waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x11\n\tbacklog_s\x18\x08 \x01(\x01\x12#\n\x06levels\x18\t \x03(\x0b\x32\x13.laps.v1.QueueLevel\"h\n\x11ListQueuesRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x12\n\nhead_limit\x18\x02 \x01(\r\x12\x13\n\x0bhead_offset\x18\x03 \x01(\r\x12\x12\n\x05level\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_level\"8\n\x12ListQueuesResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.laps.v1.PoolQueues\"\x8b\x01\n\x13ListRequestsRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12%\n\x06states\x18\x02 \x03(\x0e\x32\x15.laps.v1.RequestState\x12\x11\n\tpage_size\x18\x03 \x01(\r\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x18\n\x10\x66inished_after_s\x18\x05 \x01(\x01\"W\n\x14ListRequestsResponse\x12&\n\x08requests\x18\x01 \x03(\x0b\x32\x14.laps.v1.RequestInfo\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"E\n\x08SlotInfo\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x17\n\x0flease_expires_s\x18\x03 \x01(\x01\"\x85\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12 \n\x05slots\x18\x04 \x03(\x0b\x32\x11.laps.v1.SlotInfo\x12\x13\n\x0blast_seen_s\x18\x05 \x01(\x01\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x10\n\x08\x64raft_ms\x18\x07 \x01(\x01\x12\x11\n\tverify_ms\x18\x08 \x01(\x01\x12\x11\n\tswitch_ms\x18\t \x01(\x01\x12\x11\n\tnum_steps\x18\n \x01(\x04\x12\x16\n\x0ekv_used_tokens\x18\x0b \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x0c \x01(\x04\"\"\n\x12ListWorkersRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\";\n\x13ListWorkersResponse\x12$\n\x07workers\x18\x01 \x03(\x0b\x32\x13.laps.v1.WorkerInfo\"6\n\x12GetTimelineRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"O\n\x0cRequestEvent\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x04 \x01(\t\"\xc6\x01\n\x13GetTimelineResponse\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12%\n\x07request\x18\x02 \x01(\x0b\x32\x14.laps.v1.RequestInfo\x12%\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x15.laps.v1.RequestEvent\x12\x13\n\x0b\x65vents_lost\x18\x04 \x01(\x08\x12\x18\n\x10tokens_per_entry\x18\x05 \x03(\r\x12\x15\n\x08position\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_position\"]\n\x0cWatchRequest\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12+\n\x08interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nhead_limit\x18\x03 \x01(\r\"\x90\x01\n\rWatchResponse\x12\x0e\n\x06time_s\x18\x01 \x01(\x01\x12\"\n\x05pools\x18\x02 \x03(\x0b\x32\x13.laps.v1.PoolQueues\x12$\n\x07workers\x18\x03 \x03(\x0b\x32\x13.laps.v1.WorkerInfo\x12%\n\x07running\x18\x04 \x03(\x0b\x32\x14.laps.v1.RequestInfo*\x9b\x01\n\x0cRequestState\x12\x1d\n\x19REQUEST_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_STATE_QUEUED\x10\x01\x12\x19\n\x15REQUEST_STATE_RUNNING\x10\x02\x12\x1b\n\x17REQUEST_STATE_PREEMPTED\x10\x03\x12\x1a\n\x16REQUEST_STATE_FINISHED\x10\x04\x32\xf0\x02\n\x0cQueueService\x12\x45\n\nListQueues\x12\x1a.laps.v1.ListQueuesRequest\x1a\x1b.laps.v1.ListQueuesResponse\x12K\n\x0cListRequests\x12\x1c.laps.v1.ListRequestsRequest\x1a\x1d.laps.v1.ListRequestsResponse\x12H\n\x0bListWorkers\x12\x1b.laps.v1.ListWorkersRequest\x1a\x1c.laps.v1.ListWorkersResponse\x12H\n\x0bGetTimeline\x12\x1b.laps.v1.GetTimelineRequest\x1a\x1c.laps.v1.GetTimelineResponse\x12\x38\n\x05Watch\x12\x15.laps.v1.WatchRequest\x1a\x16.laps.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'laps.v1.queue_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REQUESTSTATE']._serialized_start=2060
-  _globals['_REQUESTSTATE']._serialized_end=2215
+  _globals['_REQUESTSTATE']._serialized_start=2524
+  _globals['_REQUESTSTATE']._serialized_end=2679
   _globals['_REQUESTINFO']._serialized_start=91
-  _globals['_REQUESTINFO']._serialized_end=777
-  _globals['_QUEUELEVEL']._serialized_start=779
-  _globals['_QUEUELEVEL']._serialized_end=880
-  _globals['_POOLQUEUES']._serialized_start=883
-  _globals['_POOLQUEUES']._serialized_end=1066
-  _globals['_LISTQUEUESREQUEST']._serialized_start=1068
-  _globals['_LISTQUEUESREQUEST']._serialized_end=1121
-  _globals['_LISTQUEUESRESPONSE']._serialized_start=1123
-  _globals['_LISTQUEUESRESPONSE']._serialized_end=1179
-  _globals['_LISTREQUESTSREQUEST']._serialized_start=1181
-  _globals['_LISTREQUESTSREQUEST']._serialized_end=1294
-  _globals['_LISTREQUESTSRESPONSE']._serialized_start=1296
-  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1383
-  _globals['_SLOTINFO']._serialized_start=1385
-  _globals['_SLOTINFO']._serialized_end=1454
-  _globals['_WORKERINFO']._serialized_start=1457
-  _globals['_WORKERINFO']._serialized_end=1718
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1720
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1754
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1756
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1815
-  _globals['_WATCHREQUEST']._serialized_start=1817
-  _globals['_WATCHREQUEST']._serialized_end=1910
-  _globals['_WATCHRESPONSE']._serialized_start=1913
-  _globals['_WATCHRESPONSE']._serialized_end=2057
-  _globals['_QUEUESERVICE']._serialized_start=2218
-  _globals['_QUEUESERVICE']._serialized_end=2512
+  _globals['_REQUESTINFO']._serialized_end=825
+  _globals['_QUEUELEVEL']._serialized_start=827
+  _globals['_QUEUELEVEL']._serialized_end=928
+  _globals['_POOLQUEUES']._serialized_start=931
+  _globals['_POOLQUEUES']._serialized_end=1114
+  _globals['_LISTQUEUESREQUEST']._serialized_start=1116
+  _globals['_LISTQUEUESREQUEST']._serialized_end=1220
+  _globals['_LISTQUEUESRESPONSE']._serialized_start=1222
+  _globals['_LISTQUEUESRESPONSE']._serialized_end=1278
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=1281
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=1420
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=1422
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=1509
+  _globals['_SLOTINFO']._serialized_start=1511
+  _globals['_SLOTINFO']._serialized_end=1580
+  _globals['_WORKERINFO']._serialized_start=1583
+  _globals['_WORKERINFO']._serialized_end=1844
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1846
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1880
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1882
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1941
+  _globals['_GETTIMELINEREQUEST']._serialized_start=1943
+  _globals['_GETTIMELINEREQUEST']._serialized_end=1997
+  _globals['_REQUESTEVENT']._serialized_start=1999
+  _globals['_REQUESTEVENT']._serialized_end=2078
+  _globals['_GETTIMELINERESPONSE']._serialized_start=2081
+  _globals['_GETTIMELINERESPONSE']._serialized_end=2279
+  _globals['_WATCHREQUEST']._serialized_start=2281
+  _globals['_WATCHREQUEST']._serialized_end=2374
+  _globals['_WATCHRESPONSE']._serialized_start=2377
+  _globals['_WATCHRESPONSE']._serialized_end=2521
+  _globals['_QUEUESERVICE']._serialized_start=2682
+  _globals['_QUEUESERVICE']._serialized_end=3050
 # @@protoc_insertion_point(module_scope)

@@ -87,6 +87,8 @@ class RequestInfo(_message.Message):
     FIRST_TOKEN_S_FIELD_NUMBER: _builtins.int
     FINISHED_S_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    LEASED_S_FIELD_NUMBER: _builtins.int
+    ACCEPTANCE_HISTOGRAM_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     pool: _builtins.str
     state: Global___RequestState.ValueType
@@ -126,6 +128,12 @@ class RequestInfo(_message.Message):
     first_token_s: _builtins.float
     finished_s: _builtins.float
     error: _builtins.str
+    leased_s: _builtins.float
+    """When it got the slot that it holds, or held last; 0: none yet."""
+    @_builtins.property
+    def acceptance_histogram(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Entry a counts the steps in which a drafted tokens were accepted."""
+
     def __init__(
         self,
         *,
@@ -158,10 +166,12 @@ class RequestInfo(_message.Message):
         first_token_s: _builtins.float = ...,
         finished_s: _builtins.float = ...,
         error: _builtins.str = ...,
+        leased_s: _builtins.float = ...,
+        acceptance_histogram: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_estimate", b"acceptance_estimate", "arrival_s", b"arrival_s", "attained_service_s", b"attained_service_s", "deadline_s", b"deadline_s", "error", b"error", "finish_reason", b"finish_reason", "finished_s", b"finished_s", "first_scheduled_s", b"first_scheduled_s", "first_token_s", b"first_token_s", "level", b"level", "max_tokens", b"max_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_steps", b"num_steps", "output_tokens", b"output_tokens", "perceived_service_s", b"perceived_service_s", "perceptible", b"perceptible", "pool", b"pool", "predicted_output_tokens", b"predicted_output_tokens", "preempted_because", b"preempted_because", "preemptions", b"preemptions", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_class", b"request_class", "request_id", b"request_id", "slot", b"slot", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptance_estimate", b"acceptance_estimate", "acceptance_histogram", b"acceptance_histogram", "arrival_s", b"arrival_s", "attained_service_s", b"attained_service_s", "deadline_s", b"deadline_s", "error", b"error", "finish_reason", b"finish_reason", "finished_s", b"finished_s", "first_scheduled_s", b"first_scheduled_s", "first_token_s", b"first_token_s", "leased_s", b"leased_s", "level", b"level", "max_tokens", b"max_tokens", "num_accepted_tokens", b"num_accepted_tokens", "num_draft_tokens", b"num_draft_tokens", "num_steps", b"num_steps", "output_tokens", b"output_tokens", "perceived_service_s", b"perceived_service_s", "perceptible", b"perceptible", "pool", b"pool", "predicted_output_tokens", b"predicted_output_tokens", "preempted_because", b"preempted_because", "preemptions", b"preemptions", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "rank", b"rank", "request_class", b"request_class", "request_id", b"request_id", "slot", b"slot", "state", b"state", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,21 +261,31 @@ class ListQueuesRequest(_message.Message):
 
     POOL_FIELD_NUMBER: _builtins.int
     HEAD_LIMIT_FIELD_NUMBER: _builtins.int
+    HEAD_OFFSET_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     """Empty: all pools."""
     head_limit: _builtins.int
     """Requests to return per level, at most 1000."""
+    head_offset: _builtins.int
+    """Requests to pass over at the front of each level: heads begin after them."""
+    level: _builtins.int
+    """Only this level's head; the counts of all levels are told in any case."""
     def __init__(
         self,
         *,
         pool: _builtins.str = ...,
         head_limit: _builtins.int = ...,
+        head_offset: _builtins.int = ...,
+        level: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "level", b"level"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_limit", b"head_limit", "pool", b"pool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_level", b"_level", "head_limit", b"head_limit", "head_offset", b"head_offset", "level", b"level", "pool", b"pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__level: _TypeAlias = _typing.Literal["level"]  # noqa: Y015
+    _WhichOneofArgType__level: _TypeAlias = _typing.Literal["_level", b"_level"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__level) -> _WhichOneofReturnType__level | None: ...
 
 Global___ListQueuesRequest: _TypeAlias = ListQueuesRequest  # noqa: Y015
 
@@ -297,10 +317,13 @@ class ListRequestsRequest(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FINISHED_AFTER_S_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     page_size: _builtins.int
     """At most 1000; 0: 100."""
     page_token: _builtins.str
+    finished_after_s: _builtins.float
+    """Of the finished only those that ended after this instant; 0: all that are kept."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___RequestState.ValueType]:
         """Empty: all live ones."""
@@ -312,10 +335,11 @@ class ListRequestsRequest(_message.Message):
         states: _abc.Iterable[Global___RequestState.ValueType] | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        finished_after_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "pool", b"pool", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished_after_s", b"finished_after_s", "page_size", b"page_size", "page_token", b"page_token", "pool", b"pool", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -463,6 +487,106 @@ class ListWorkersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListWorkersResponse: _TypeAlias = ListWorkersResponse  # noqa: Y015
+
+@_typing.final
+class GetTimelineRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    pool: _builtins.str
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool", b"pool", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTimelineRequest: _TypeAlias = GetTimelineRequest  # noqa: Y015
+
+@_typing.final
+class RequestEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_S_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    time_s: _builtins.float
+    """On the store's clock."""
+    kind: _builtins.str
+    """submitted, leased, preempted, requeued, row_refused or finished."""
+    worker_id: _builtins.str
+    detail: _builtins.str
+    """In words: the slot, why it was preempted, how it ended."""
+    def __init__(
+        self,
+        *,
+        time_s: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "kind", b"kind", "time_s", b"time_s", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestEvent: _TypeAlias = RequestEvent  # noqa: Y015
+
+@_typing.final
+class GetTimelineResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_S_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    EVENTS_LOST_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_ENTRY_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    time_s: _builtins.float
+    events_lost: _builtins.bool
+    """The pool keeps some ten thousand events: this request's first ones are gone."""
+    position: _builtins.int
+    """While it waits: requests before it at its level."""
+    @_builtins.property
+    def request(self) -> Global___RequestInfo: ...
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestEvent]:
+        """Oldest first."""
+
+    @_builtins.property
+    def tokens_per_entry(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Output tokens in each entry of its token log. A commit writes one entry for what a request's
+        steps since the last commit gave, most often one step.
+        """
+
+    def __init__(
+        self,
+        *,
+        time_s: _builtins.float = ...,
+        request: Global___RequestInfo | None = ...,
+        events: _abc.Iterable[Global___RequestEvent] | None = ...,
+        events_lost: _builtins.bool = ...,
+        tokens_per_entry: _abc.Iterable[_builtins.int] | None = ...,
+        position: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "position", b"position", "request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_position", b"_position", "events", b"events", "events_lost", b"events_lost", "position", b"position", "request", b"request", "time_s", b"time_s", "tokens_per_entry", b"tokens_per_entry"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__position: _TypeAlias = _typing.Literal["position"]  # noqa: Y015
+    _WhichOneofArgType__position: _TypeAlias = _typing.Literal["_position", b"_position"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__position) -> _WhichOneofReturnType__position | None: ...
+
+Global___GetTimelineResponse: _TypeAlias = GetTimelineResponse  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):

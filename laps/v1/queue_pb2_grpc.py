@@ -51,6 +51,11 @@ class QueueServiceStub:
                 request_serializer=laps_dot_v1_dot_queue__pb2.ListWorkersRequest.SerializeToString,
                 response_deserializer=laps_dot_v1_dot_queue__pb2.ListWorkersResponse.FromString,
                 _registered_method=True)
+        self.GetTimeline = channel.unary_unary(
+                '/laps.v1.QueueService/GetTimeline',
+                request_serializer=laps_dot_v1_dot_queue__pb2.GetTimelineRequest.SerializeToString,
+                response_deserializer=laps_dot_v1_dot_queue__pb2.GetTimelineResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/laps.v1.QueueService/Watch',
                 request_serializer=laps_dot_v1_dot_queue__pb2.WatchRequest.SerializeToString,
@@ -81,6 +86,13 @@ class QueueServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTimeline(self, request, context):
+        """What happened to one request, and how its output grew: several readings, of what only grows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Sends the whole picture at once and then whenever it has changed.
         """
@@ -105,6 +117,11 @@ def add_QueueServiceServicer_to_server(servicer, server):
                     servicer.ListWorkers,
                     request_deserializer=laps_dot_v1_dot_queue__pb2.ListWorkersRequest.FromString,
                     response_serializer=laps_dot_v1_dot_queue__pb2.ListWorkersResponse.SerializeToString,
+            ),
+            'GetTimeline': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTimeline,
+                    request_deserializer=laps_dot_v1_dot_queue__pb2.GetTimelineRequest.FromString,
+                    response_serializer=laps_dot_v1_dot_queue__pb2.GetTimelineResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -195,6 +212,33 @@ class QueueService:
             '/laps.v1.QueueService/ListWorkers',
             laps_dot_v1_dot_queue__pb2.ListWorkersRequest.SerializeToString,
             laps_dot_v1_dot_queue__pb2.ListWorkersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTimeline(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/laps.v1.QueueService/GetTimeline',
+            laps_dot_v1_dot_queue__pb2.GetTimelineRequest.SerializeToString,
+            laps_dot_v1_dot_queue__pb2.GetTimelineResponse.FromString,
             options,
             channel_credentials,
             insecure,

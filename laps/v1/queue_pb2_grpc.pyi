@@ -38,6 +38,8 @@ class QueueServiceStub:
     ListQueues: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ListQueuesRequest, _queue_pb2.ListQueuesResponse]
     ListRequests: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ListRequestsRequest, _queue_pb2.ListRequestsResponse]
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_queue_pb2.ListWorkersRequest, _queue_pb2.ListWorkersResponse]
+    GetTimeline: _grpc.UnaryUnaryMultiCallable[_queue_pb2.GetTimelineRequest, _queue_pb2.GetTimelineResponse]
+    """What happened to one request, and how its output grew: several readings, of what only grows."""
     Watch: _grpc.UnaryStreamMultiCallable[_queue_pb2.WatchRequest, _queue_pb2.WatchResponse]
     """Sends the whole picture at once and then whenever it has changed."""
 
@@ -51,6 +53,8 @@ class QueueServiceAsyncStub(QueueServiceStub):
     ListQueues: _aio.UnaryUnaryMultiCallable[_queue_pb2.ListQueuesRequest, _queue_pb2.ListQueuesResponse]  # type: ignore[assignment]
     ListRequests: _aio.UnaryUnaryMultiCallable[_queue_pb2.ListRequestsRequest, _queue_pb2.ListRequestsResponse]  # type: ignore[assignment]
     ListWorkers: _aio.UnaryUnaryMultiCallable[_queue_pb2.ListWorkersRequest, _queue_pb2.ListWorkersResponse]  # type: ignore[assignment]
+    GetTimeline: _aio.UnaryUnaryMultiCallable[_queue_pb2.GetTimelineRequest, _queue_pb2.GetTimelineResponse]  # type: ignore[assignment]
+    """What happened to one request, and how its output grew: several readings, of what only grows."""
     Watch: _aio.UnaryStreamMultiCallable[_queue_pb2.WatchRequest, _queue_pb2.WatchResponse]  # type: ignore[assignment]
     """Sends the whole picture at once and then whenever it has changed."""
 
@@ -79,6 +83,14 @@ class QueueServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _queue_pb2.ListWorkersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_queue_pb2.ListWorkersResponse, _abc.Awaitable[_queue_pb2.ListWorkersResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetTimeline(
+        self,
+        request: _queue_pb2.GetTimelineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_queue_pb2.GetTimelineResponse, _abc.Awaitable[_queue_pb2.GetTimelineResponse]]:
+        """What happened to one request, and how its output grew: several readings, of what only grows."""
 
     @_abc_1.abstractmethod
     def Watch(

@@ -374,17 +374,20 @@ class ReadRequestRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     INCLUDE_OUTPUT_FIELD_NUMBER: _builtins.int
+    INCLUDE_PROMPT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     include_output: _builtins.bool
+    include_prompt: _builtins.bool
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         include_output: _builtins.bool = ...,
+        include_prompt: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_output", b"include_output", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_output", b"include_output", "include_prompt", b"include_prompt", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -398,7 +401,10 @@ class ReadRequestResponse(_message.Message):
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     COMPLETE_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     output_token_ids: _builtins.bytes
+    prompt_token_ids: _builtins.bytes
+    """Little-endian unsigned 32-bit integers."""
     @_builtins.property
     def request(self) -> _queue_pb2.RequestInfo: ...
     @_builtins.property
@@ -414,10 +420,11 @@ class ReadRequestResponse(_message.Message):
         output_token_ids: _builtins.bytes = ...,
         complete: _generation_pb2.Complete | None = ...,
         stopping: _generation_pb2.StoppingParams | None = ...,
+        prompt_token_ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "request", b"request", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "output_token_ids", b"output_token_ids", "request", b"request", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "output_token_ids", b"output_token_ids", "prompt_token_ids", b"prompt_token_ids", "request", b"request", "stopping", b"stopping"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,6 +100,7 @@ class Board:
         request.state = RequestState.RUNNING
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
+        request.leased_s = now_s
         worker.running[slot] = request
         self.leases[request.lease_id] = request
         grant = Grant(

@@ -110,6 +110,8 @@ class Request:
     preemptions: int = 0
     preempted_because: str = ""
     first_scheduled_s: float | None = None
+    leased_s: float | None = None
+    """When it got the slot that it holds, or held last."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     finished_s: float | None = None

@@ -6,6 +6,7 @@ apart, `1` and `0` for yes and no, nothing for "none". Instants are seconds sinc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ class Field:
     meaning: str
     encode: Callable[[Any], str]
     decode: Callable[[str], Any]
+    absent: str | None = None
+    """What its absence means, in a record of a version that did not have it yet; None: damage."""
 
 
 def _flag(value: bool) -> str:
@@ -125,6 +128,9 @@ CHANGING_FIELDS = (
     _text("matched_stop", "the stop string that ended it"),
     _int_or_none("matched_stop_token_id", "the stop token that ended it"),
     _text("error", "why it failed"),
+    dataclasses.replace(
+        _float_or_none("leased_s", "instant of the slot that it holds, or held last"), absent=""
+    ),
 )
 """What a tick may change. Each is an attribute of `Request`."""
 
@@ -146,6 +152,7 @@ REQUEST_FIELDS = LEADING_FIELDS + tuple(f for f in CHANGING_FIELDS if f not in L
 
 REQUEST_NAMES = tuple(field.name for field in REQUEST_FIELDS)
 CHANGING_NAMES = tuple(field.name for field in CHANGING_FIELDS)
+ABSENT = {field.name: field.absent for field in REQUEST_FIELDS if field.absent is not None}
 CHANGING_ENCODERS = tuple(field.encode for field in CHANGING_FIELDS)
 
 WORKER_FIELDS = (
@@ -254,6 +261,7 @@ def changing_values(r: Request) -> tuple[Any, ...]:
         r.matched_stop,
         r.matched_stop_token_id,
         r.error,
+        r.leased_s,
     )
 
 
@@ -338,7 +346,7 @@ def request_from_fields(
         log_entries=int(stored["log_entries"]),
     )
     for name, decode in _CHANGING:
-        setattr(request, name, decode(stored[name]))
+        setattr(request, name, decode(stored[name] if name in stored else ABSENT[name]))
     return request
 
 

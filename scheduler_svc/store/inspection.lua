@@ -35,18 +35,19 @@ local function request(prefix, id)
   return fields
 end
 
--- args: requests to return per level, and of the running ones.
+-- args: requests to return per level, and of the running ones; requests to pass over at the front of
+-- each level; the only level whose requests are told, or ''.
 -- Returns {now_ms, meta, leader, live, levels, running, slots, workers}: levels as
 -- {count, {id, request, id, request, ...}}; running as {id, expires_ms, request, ...}; slots as
 -- {id, expires_ms, worker_id, slot, releasing, ...} of every lease; workers as {id, expires_ms, worker, ...}.
 register('laps_snapshot', function(prefix, args)
-  local head_limit, running_limit = tonumber(args[1]), tonumber(args[2])
+  local head_limit, running_limit, head_offset = tonumber(args[1]), tonumber(args[2]), tonumber(args[3])
   local meta = redis.call('HGETALL', prefix .. 'meta')
   local levels = {}
   for level = 0, tonumber(redis.call('HGET', prefix .. 'meta', 'levels') or 0) - 1 do
     local key, head = prefix .. 'queue:' .. level, {}
-    if head_limit > 0 then
-      for _, id in ipairs(redis.call('ZRANGE', key, 0, head_limit - 1)) do
+    if head_limit > 0 and (args[4] == '' or args[4] == tostring(level)) then
+      for _, id in ipairs(redis.call('ZRANGE', key, head_offset, head_offset + head_limit - 1)) do
         head[#head + 1] = id
         head[#head + 1] = request(prefix, id)
       end
@@ -74,9 +75,10 @@ register('laps_snapshot', function(prefix, args)
 end)
 
 -- The next `limit` members of a sorted set after the one given, as {id, score, ...}, and whether there are more.
+-- Without an id: from the score on.
 local function members_after(key, score, last_id, limit)
   local first = 0
-  if last_id ~= '' then
+  if score ~= '' then
     local place = redis.call('ZRANK', key, last_id)
     -- Gone since: everything before its score has been returned.
     first = place and place + 1 or redis.call('ZCOUNT', key, '-inf', '(' .. score)
@@ -125,6 +127,34 @@ register('laps_list', function(prefix, args)
     end
   end
   return { found, more, score, last_id }
+end)
+
+-- args: id; the first entry of its token log that is wanted, entries at most; where to begin among the
+-- events ('': at its arrival), events to look at, seconds by which the clocks of events and arrivals may differ.
+-- Returns {now_ms, request, position in its queue or -1, offsets of the entries, its events as
+-- {id, kind, worker_id, detail, ...}, how many events were looked at, id of the last of them or ''}.
+register('laps_timeline', function(prefix, args)
+  local id, offsets, found, last, after = args[1], {}, {}, '', args[4]
+  local place = redis.call('HMGET', prefix .. 'request:' .. id, 'queue', 'arrival_s')
+  if not place[2] then return { now_ms(), {}, -1, {}, {}, 0, '' } end
+  local log = redis.call('XRANGE', prefix .. 'tokens:' .. id, args[2] .. '-0', '+', 'COUNT', args[3])
+  for i, entry in ipairs(log) do offsets[i] = tonumber(entry[2][2]) end
+  if after == '' then
+    after = string.format('%.0f-0', math.max(0, math.floor((tonumber(place[2]) - tonumber(args[6])) * 1000)))
+  end
+  local events = redis.call('XRANGE', prefix .. 'events', after, '+', 'COUNT', args[5])
+  for _, event in ipairs(events) do
+    last = event[1]
+    local fields = {}
+    for i = 1, #event[2], 2 do fields[event[2][i]] = event[2][i + 1] end
+    if fields.request_id == id then
+      for _, value in ipairs { last, fields.kind, fields.worker_id or '', fields.detail or '' } do
+        found[#found + 1] = value
+      end
+    end
+  end
+  local position = place[1] ~= '' and redis.call('ZRANK', prefix .. 'queue:' .. place[1], id)
+  return { now_ms(), request(prefix, id), position or -1, offsets, found, #events, last }
 end)
 
 -- args: id; the output offset in tokens from which the log is wanted; entries to return at most; 1 for prompt and parameters.

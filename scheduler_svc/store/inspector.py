@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ PAGE_DEFAULT = 100
 LOOK_LIMIT = 2000
 """Requests that one call looks at, at most: bounds how long the store is busy with a page."""
 CALLS_PER_PAGE = 5
+CLOCK_SKEW_S = 10
+"""How far the store's clock, which events carry, may be from the leader's, which arrivals carry."""
 
 _TOKEN = re.compile(r"(?P<source>[a-z]+)/(?P<score>[0-9.e+]{0,30})/(?P<id>.*)", re.DOTALL)
 
@@ -90,6 +93,31 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class EventView:
+    time_s: float
+    """On the store's clock."""
+    kind: str
+    worker_id: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One request's life."""
+
+    time_s: float
+    """On the store's clock."""
+    request: RequestView
+    events: list[EventView]
+    events_lost: bool
+    """The first ones are no longer kept."""
+    tokens_per_entry: list[int]
+    """Of its token log."""
+    position: int | None
+    """Requests before it at its level, while it waits."""
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     requests: list[RequestView] = field(default_factory=list)
     next_page_token: str = ""
@@ -114,14 +142,23 @@ class Inspector:
         await self._reader.redis.aclose()
         await self._reader.redis.connection_pool.aclose()
 
-    async def snapshot(self, head_limit: int = 10, running_limit: int = 1000) -> Snapshot:
-        """The whole picture. `head_limit`: waiting requests told per level, at most 1000.
+    async def snapshot(
+        self,
+        head_limit: int = 10,
+        running_limit: int = 1000,
+        *,
+        head_offset: int = 0,
+        level: int | None = None,
+    ) -> Snapshot:
+        """The whole picture. `head_limit`: waiting requests told per level, at most 1000, after the first
+        `head_offset`; of one `level`, or of all.
 
         Raises:
             StoreUnavailable: the store does not answer.
         """
         head_limit = max(0, min(head_limit, HEAD_LIMIT))
-        answer = await self._reader.ask("laps_snapshot", head_limit, running_limit)
+        only = "" if level is None else level
+        answer = await self._reader.ask("laps_snapshot", head_limit, running_limit, head_offset, only)
         now_ms, meta, leader, _live, levels, running, slots, workers = answer
         held = _leases(slots)
         return Snapshot(
@@ -138,17 +175,24 @@ class Inspector:
             ],
         )
 
-    async def list_queues(self, head_limit: int = 10) -> QueuesView:
-        return (await self.snapshot(head_limit, 0)).queues
+    async def list_queues(
+        self, head_limit: int = 10, *, head_offset: int = 0, level: int | None = None
+    ) -> QueuesView:
+        return (await self.snapshot(head_limit, 0, head_offset=head_offset, level=level)).queues
 
     async def list_workers(self) -> list[WorkerView]:
         return (await self.snapshot(0, 0)).workers
 
     async def list_requests(
-        self, states: Collection[RequestState] = LIVE, page_size: int = 0, page_token: str = ""
+        self,
+        states: Collection[RequestState] = LIVE,
+        page_size: int = 0,
+        page_token: str = "",
+        finished_after_s: float = 0.0,
     ) -> Page:
-        """Live requests by arrival, then finished ones by time of finish; only running ones by id.
-        No states: all live ones. A page can be short, or even empty, and not be the last.
+        """Live requests by arrival, then finished ones by time of finish, of those only the ones that ended
+        after `finished_after_s`; only running ones by id. No states: all live ones. A page can be short, or
+        even empty, and not be the last.
 
         Raises:
             BadPageToken: the token is none of ours.
@@ -156,7 +200,10 @@ class Inspector:
         """
         wanted = frozenset(states) or LIVE
         sources = _sources(wanted)
-        source, score, last_id = _parse_token(page_token) if page_token else (sources[0], "", "")
+        first = {"finished": repr(max(finished_after_s * 1e3 - 1.0, 0.0))} if finished_after_s > 0.0 else {}
+        source, score, last_id = (
+            _parse_token(page_token) if page_token else (sources[0], first.get(sources[0], ""), "")
+        )
         if source not in sources:
             raise BadPageToken(f"page_token {page_token!r} belongs to a listing of other states")
         size = max(1, min(page_size or PAGE_DEFAULT, PAGE_LIMIT))
@@ -166,14 +213,53 @@ class Inspector:
             flat, more, score, last_id = await self._reader.ask(
                 "laps_list", source, score, last_id, size - len(found), LOOK_LIMIT, states_text
             )
-            found += [RequestView(request_id, request_fields(stored)) for request_id, stored in pairs(flat)]
+            views = [RequestView(request_id, request_fields(stored)) for request_id, stored in pairs(flat)]
+            # The store's order is in whole milliseconds.
+            found += [view for view in views if (view.fields["finished_s"] or math.inf) > finished_after_s]
             if not more:
                 if source == sources[-1]:
                     return Page(found)
-                source, score, last_id = sources[-1], "", ""
+                source, score, last_id = sources[-1], first.get(sources[-1], ""), ""
             if len(found) == size:
                 break
         return Page(found, f"{source}/{score}/{last_id}")
+
+    async def timeline(self, request_id: str) -> Timeline | None:
+        """What happened to a request; None: it is not known. Several readings, of what only grows: the events
+        from its arrival to its end, and the offsets of its log.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+        """
+        offsets: list[int] = []
+        events: list[EventView] = []
+        after = ""
+        while True:
+            answer = await self._reader.ask(
+                "laps_timeline", request_id, len(offsets) + 1, LOOK_LIMIT, after, LOOK_LIMIT, CLOCK_SKEW_S
+            )
+            now_ms, stored, position, more_offsets, flat, looked, last = answer
+            if not stored:
+                return None
+            fields = request_fields(stored)
+            offsets += more_offsets
+            events += [
+                EventView(_event_s(event_id), kind, worker_id, detail)
+                for event_id, kind, worker_id, detail in zip(*[iter(flat)] * 4, strict=True)
+            ]
+            ended = bool(events) and events[-1].kind == "finished"
+            if len(more_offsets) < LOOK_LIMIT and (ended or looked < LOOK_LIMIT):
+                break
+            after = f"({last}" if last else after
+        ends = [*offsets[1:], fields["output_tokens"]] if offsets else []
+        return Timeline(
+            time_s=now_ms / 1e3,
+            request=RequestView(request_id, fields),
+            events=events,
+            events_lost=not events or events[0].kind != "submitted",
+            tokens_per_entry=[end - start for start, end in zip(offsets, ends, strict=True)],
+            position=None if position < 0 else position,
+        )
 
     def _queues(
         self, meta: dict[str, str], leader: dict[str, str], levels: list[Any], running: int, now_ms: float
@@ -218,6 +304,10 @@ def _parse_token(token: str) -> tuple[str, str, str]:
     if found is None:
         raise BadPageToken(f"page_token {token!r} is not one of ours")
     return found["source"], found["score"], found["id"]
+
+
+def _event_s(event_id: str) -> float:
+    return int(event_id.partition("-")[0]) / 1e3
 
 
 def _triples(flat: list[Any]) -> Any:

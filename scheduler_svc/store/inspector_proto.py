@@ -8,7 +8,14 @@ from typing import Any
 from laps.v1 import generation_pb2, queue_pb2, scheduler_pb2
 from scheduler_svc.core.records import FinishReason, Request, RequestState
 from scheduler_svc.store import codec
-from scheduler_svc.store.inspector import Page, QueuesView, RequestView, Snapshot, WorkerView
+from scheduler_svc.store.inspector import (
+    Page,
+    QueuesView,
+    RequestView,
+    Snapshot,
+    Timeline,
+    WorkerView,
+)
 
 STATES = {
     RequestState.QUEUED: queue_pb2.REQUEST_STATE_QUEUED,
@@ -59,6 +66,8 @@ def request_info_to_proto(request_id: str, fields: Mapping[str, Any], pool: str)
         first_token_s=fields["first_token_s"] or 0.0,
         finished_s=fields["finished_s"] or 0.0,
         error=fields["error"],
+        leased_s=fields.get("leased_s") or 0.0,
+        acceptance_histogram=fields["acceptance_histogram"],
     )
 
 
@@ -114,6 +123,24 @@ def worker_info_to_proto(worker: WorkerView, pool: str) -> queue_pb2.WorkerInfo:
         kv_used_tokens=fields["kv_used_tokens"],
         kv_capacity_tokens=fields["kv_capacity_tokens"],
     )
+
+
+def timeline_to_proto(timeline: Timeline, pool: str) -> queue_pb2.GetTimelineResponse:
+    response = queue_pb2.GetTimelineResponse(
+        time_s=timeline.time_s,
+        request=view_to_proto(timeline.request, pool),
+        events=[
+            queue_pb2.RequestEvent(
+                time_s=event.time_s, kind=event.kind, worker_id=event.worker_id, detail=event.detail
+            )
+            for event in timeline.events
+        ],
+        events_lost=timeline.events_lost,
+        tokens_per_entry=timeline.tokens_per_entry,
+    )
+    if timeline.position is not None:
+        response.position = timeline.position
+    return response
 
 
 def page_to_proto(page: Page, pool: str) -> queue_pb2.ListRequestsResponse:

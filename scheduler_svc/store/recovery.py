@@ -78,6 +78,11 @@ def _live_request(
     request_id: str, values: list[str | Literal[False]], prompt: str, params_json: str, log: list[str]
 ) -> Request:
     if False in values:
+        values = [
+            codec.ABSENT.get(name, value) if value is False else value
+            for name, value in zip(codec.REQUEST_NAMES, values, strict=True)
+        ]
+    if False in values:
         missing = ", ".join(
             name for name, value in zip(codec.REQUEST_NAMES, values, strict=True) if value is False
         )

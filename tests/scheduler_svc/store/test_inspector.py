@@ -14,6 +14,7 @@ from laps.v1 import queue_pb2, scheduler_pb2
 from scheduler_svc.core.records import (
     Append,
     Commit,
+    Event,
     FinishReason,
     QueueMove,
     RequestState,
@@ -318,3 +319,97 @@ async def test_an_unreachable_store_is_told_in_one_line():
     assert "127.0.0.1:1" in str(caught.value)
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_a_timeline_tells_a_life(leading, apply, make_request, tokens, inspector, monkeypatch):
+    # Everything in batches of two: what is read by several calls is put together right.
+    monkeypatch.setattr("scheduler_svc.store.inspector.LOOK_LIMIT", 2)
+    now_s = time.time()
+    request, other = make_request(1), make_request(2)
+    request.arrival_s = now_s
+    await apply(
+        leading,
+        submitted=[request, other],
+        moves=[QueueMove("req-2", 0, 1.0), QueueMove("req-1", 0, 2.0)],
+        events=[Event("submitted", "req-1"), Event("submitted", "req-2")],
+    )
+    waiting = await inspector.timeline("req-1")
+    assert (waiting.position, waiting.tokens_per_entry, waiting.events_lost) == (1, [], False)
+    request.leased_s = now_s + 1
+    await apply(
+        leading,
+        changed=[run(request)],
+        moves=[QueueMove("req-1", None)],
+        leased=[("req-1", now_s + 60)],
+        events=[Event("leased", "req-2", "w-2", "slot 1"), Event("leased", "req-1", "w-1", "slot 0")],
+    )
+    for entry, (offset, ids) in enumerate([(0, (5,)), (1, (6, 7, 8)), (4, (9, 9)), (6, (1,))], start=1):
+        await apply(leading, appended=[Append("req-1", entry, offset, tokens(*ids))])
+    running = await inspector.timeline("req-1")
+    assert (running.position, running.tokens_per_entry) == (None, [1, 3, 2, 1])
+    assert running.request.fields["leased_s"] == pytest.approx(now_s + 1)
+    await apply(leading, finished=[finish(request)], events=[Event("finished", "req-1", "w-1", "length")])
+    await apply(leading, events=[Event("leased", "req-2") for _ in range(5)])
+    ended = await inspector.timeline("req-1")
+    assert [(event.kind, event.worker_id, event.detail) for event in ended.events] == [
+        ("submitted", "", ""),
+        ("leased", "w-1", "slot 0"),
+        ("finished", "w-1", "length"),
+    ]
+    assert all(abs(event.time_s - now_s) < 60 for event in ended.events)
+    message = inspector_proto.timeline_to_proto(ended, inspector.pool)
+    assert list(message.tokens_per_entry) == [1, 3, 2, 1]
+    assert not message.HasField("position")
+    assert await inspector.timeline("nobody") is None
+
+
+async def test_a_timeline_says_when_its_beginning_is_lost(leading, apply, make_request, inspector, raw, pool):
+    request = make_request(1)
+    request.arrival_s = time.time()
+    await apply(leading, submitted=[request], events=[Event("submitted", "req-1")])
+    assert not (await inspector.timeline("req-1")).events_lost
+    await raw.xtrim(f"laps:{{{pool}}}:events", maxlen=0, approximate=False)
+    timeline = await inspector.timeline("req-1")
+    assert timeline.events_lost
+    assert timeline.events == []
+
+
+async def test_a_window_of_one_level(leading, apply, make_request, inspector):
+    requests = [make_request(n) for n in range(1, 31)]
+    await apply(
+        leading,
+        submitted=requests,
+        moves=[QueueMove(r.request_id, r.arrival_seq % 2, float(r.arrival_seq)) for r in requests],
+    )
+    whole = await inspector.list_queues(head_limit=100)
+    order = [[view.request_id for view in level.head] for level in whole.levels]
+    for level, offset, limit in ((0, 0, 4), (1, 3, 5), (1, 14, 5), (0, 99, 5)):
+        window = await inspector.list_queues(limit, head_offset=offset, level=level)
+        assert [each.waiting for each in window.levels] == [15, 15]
+        assert [view.request_id for view in window.levels[level].head] == order[level][
+            offset : offset + limit
+        ]
+        assert window.levels[1 - level].head == []
+
+
+async def test_the_finished_of_late(leading, apply, make_request, inspector):
+    requests = [make_request(n) for n in range(1, 8)]
+    await apply(leading, submitted=requests)
+    for number, request in enumerate(requests):
+        finish(request).finished_s = NOW_S + number / 10
+        await apply(leading, now_s=NOW_S + number / 10, finished=[request])
+    states = [RequestState.FINISHED]
+    for number in range(7):
+        page = await inspector.list_requests(states, finished_after_s=NOW_S + number / 10)
+        assert [view.request_id for view in page.requests] == [f"req-{n + 2}" for n in range(number, 6)]
+    page = await inspector.list_requests(states, 2, finished_after_s=NOW_S + 0.2)
+    assert [view.request_id for view in page.requests] == ["req-4", "req-5"]
+    page = await inspector.list_requests(states, 9, page.next_page_token, NOW_S + 0.2)
+    assert [view.request_id for view in page.requests] == ["req-6", "req-7"]
+
+
+async def test_a_record_of_an_earlier_version_is_recovered(leading, apply, make_request, raw, pool):
+    await apply(leading, submitted=[make_request(1)])
+    assert await raw.hdel(f"laps:{{{pool}}}:request:req-1", "leased_s") == 1
+    [request] = (await leading.recover()).requests
+    assert request.leased_s is None
