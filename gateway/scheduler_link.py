@@ -44,6 +44,8 @@ BACKOFF_MAX_S = 1.0
 UNREACHABLE = frozenset({"UNAVAILABLE", "ABORTED"})
 BROKEN = frozenset({"DEADLINE_EXCEEDED", "CANCELLED"})
 
+SCHEDULER = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name
+
 log = get_logger()
 
 
@@ -51,7 +53,7 @@ class Stubs:
     """One connection to the scheduler."""
 
     def __init__(self, address: str, max_message_bytes: int) -> None:
-        self.channel = open_channel(address, max_message_bytes=max_message_bytes)
+        self.channel = open_channel(address, max_message_bytes=max_message_bytes, serving=SCHEDULER)
         self.scheduler = scheduler_pb2_grpc.SchedulerServiceStub(self.channel)
         self.queue = queue_pb2_grpc.QueueServiceStub(self.channel)
 

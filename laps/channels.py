@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ RECONNECT_FIRST_MS = 100
 RECONNECT_MAX_MS = 2_000
 CONNECT_TIMEOUT_MS = 2_000
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 
 
 def _shared_options(max_message_bytes: int) -> Options:
@@ -65,15 +66,31 @@ def server_options(
     return options
 
 
+def to_the_one_that_serves(service: str) -> Options:
+    """For an address that several processes share: calls go to the one whose health says that it serves
+    `service` (gRPC's client-side health checking). A name is resolved to all of its addresses; without one
+    that serves, calls fail with UNAVAILABLE."""
+    config = {"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": service}}
+    return [
+        ("grpc.service_config", json.dumps(config)),
+        # The name's addresses are looked up again this soon after a connection was lost, not after 30 s.
+        ("grpc.dns_min_time_between_resolutions_ms", RECONNECT_MAX_MS),
+    ]
+
+
 def open_channel(
     address: str,
     *,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    serving: str = "",
     credentials: grpc.ChannelCredentials | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT; in the clear unless `credentials` are given."""
+    """An asyncio channel to HOST:PORT; in the clear unless `credentials` are given. `serving`: see
+    `to_the_one_that_serves`."""
     options = channel_options(max_message_bytes)
+    if serving:
+        options += to_the_one_that_serves(serving)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)

@@ -100,25 +100,52 @@ async def run_until_signalled(start: Callable[[Lifetime], Awaitable[Stop]], drai
             loop.remove_signal_handler(number)
 
 
+ALIVE = "laps.alive"
+"""Health name: the process has started and does its work. Not serving: only a restart will help."""
+READY = "laps.ready"
+"""Health name: it can be counted on, as what serves or as what stands by to."""
+
+
 class Readiness:
-    """grpc.health.v1 of a server. Made by `add_readiness`."""
+    """grpc.health.v1 of a server, under three meanings. Made by `add_readiness`.
+
+    "" and the services' names: it serves calls now. `READY`, `ALIVE`: see there.
+    """
 
     def __init__(self, servicer: HealthServicer, services: tuple[str, ...]) -> None:
         self._servicer = servicer
         self._services = services
-        self.ready = False
+        self._told: dict[str, bool] = {}
 
-    async def set(self, ready: bool) -> None:
-        """Says it for the server as a whole ("") and for every service."""
-        self.ready = ready
-        response = health_pb2.HealthCheckResponse
-        status = response.SERVING if ready else response.NOT_SERVING
+    @property
+    def ready(self) -> bool:
+        return self._told.get(READY, False)
+
+    async def set(self, serving: bool) -> None:
+        """Whether it serves. Where nothing stands by, that is what ready means too."""
+        await self.set_serving(serving)
+        await self.set_ready(serving)
+
+    async def set_serving(self, serving: bool) -> None:
         for service in self._services:
-            await self._servicer.set(service, status)
+            await self._tell(service, serving)
+
+    async def set_ready(self, ready: bool) -> None:
+        await self._tell(READY, ready)
+
+    async def set_alive(self, alive: bool) -> None:
+        await self._tell(ALIVE, alive)
+
+    async def _tell(self, name: str, well: bool) -> None:
+        if self._told.get(name) != well:
+            self._told[name] = well
+            response = health_pb2.HealthCheckResponse
+            await self._servicer.set(name, response.SERVING if well else response.NOT_SERVING)
 
 
 async def add_readiness(server: grpc.aio.Server, *services: str) -> Readiness:
-    """Adds grpc.health.v1 to a server that has not started; it does not serve until `set(True)`.
+    """Adds grpc.health.v1 to a server that has not started: alive as soon as it answers, and not serving
+    until `set(True)`.
 
     `services` are full names such as "laps.v1.InferenceService".
     """
@@ -126,6 +153,7 @@ async def add_readiness(server: grpc.aio.Server, *services: str) -> Readiness:
     readiness = Readiness(servicer, ("", *services))
     # The library's servicer begins as serving.
     await readiness.set(False)
+    await readiness.set_alive(True)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return readiness
 

@@ -79,6 +79,7 @@ class Leader:
         self._wake = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
         self._store_down = False
+        self._renewed = True
         self.hub.restored(core.requests.values(), self.now_s())
 
     # --- What the services use ---------------------------------------------------------------
@@ -87,6 +88,11 @@ class Leader:
     def store_down(self) -> bool:
         """The store does not answer: nothing new may be accepted."""
         return self._store_down
+
+    @property
+    def store_answers(self) -> bool:
+        """As far as is known: where nothing is to be stored, it is asked by the renewals alone."""
+        return self._renewed and not self._store_down
 
     def wake(self) -> None:
         self._wake.set()
@@ -154,7 +160,9 @@ class Leader:
             await asyncio.sleep(self._leader_ttl_s / 3)
             try:
                 await self._store.renew()
+                self._renewed = True
             except StoreUnavailable as error:
+                self._renewed = False
                 # Not the end of the term: commits check the epoch in any case.
                 log.warning("leadership not renewed", error=str(error))
 

@@ -38,6 +38,8 @@ from scheduler_svc.worker_service import WorkerService
 
 log = structlog.get_logger()
 
+READINESS_INTERVAL_S = 0.25
+
 SERVICES = (
     scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"].full_name,
     worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
@@ -70,12 +72,14 @@ class SchedulerServer:
     _store: Store
     _readiness: runtime.Readiness
     leading: asyncio.Task[None]
+    _watching: asyncio.Task[None]
     _close_metrics: Callable[[], None]
 
     async def stop(self, drain_s: float) -> None:
+        self._watching.cancel()
         await self._readiness.set(False)
         self.leading.cancel()
-        await asyncio.gather(self.leading, return_exceptions=True)
+        await asyncio.gather(self.leading, self._watching, return_exceptions=True)
         await self._server.stop(grace=min(drain_s, 0.5))
         with contextlib.suppress(StoreError):
             await self._store.resign()
@@ -96,7 +100,7 @@ async def serve(settings: Settings) -> SchedulerServer:
     changes: set[asyncio.Task[None]] = set()
 
     def on_change(leading: bool) -> None:
-        change = asyncio.ensure_future(readiness.set(leading))
+        change = asyncio.ensure_future(readiness.set_serving(leading))
         changes.add(change)
         change.add_done_callback(changes.discard)
 
@@ -128,7 +132,14 @@ async def serve(settings: Settings) -> SchedulerServer:
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
     leading = asyncio.create_task(_lead(terms), name="leadership")
-    return SchedulerServer(port, terms, server, store, readiness, leading, close_metrics)
+    watching = asyncio.create_task(_watch_readiness(terms, readiness), name="readiness")
+    return SchedulerServer(port, terms, server, store, readiness, leading, watching, close_metrics)
+
+
+async def _watch_readiness(terms: Terms, readiness: runtime.Readiness) -> None:
+    while True:
+        await readiness.set_ready(terms.ready)
+        await asyncio.sleep(READINESS_INTERVAL_S)
 
 
 async def _lead(terms: Terms) -> None:

@@ -43,6 +43,7 @@ class Terms:
         self.pool = pool
         self.store = store
         self.leader: Leader | None = None
+        self._stands_by = False
         self._policy = policy
         self._core_settings = core_settings
         # Whoever comes back under the same name may take its own term over at once after a crash.
@@ -53,6 +54,11 @@ class Terms:
         self._leader_ttl_s = leader_ttl_s
         self._gateway_grace_s = gateway_grace_s
         self._on_change = on_change
+
+    @property
+    def ready(self) -> bool:
+        """It leads, or would when the leader went; and its store answers."""
+        return self._stands_by if self.leader is None else self.leader.store_answers
 
     # --- For the services --------------------------------------------------------------------
 
@@ -131,7 +137,9 @@ class Terms:
                 leadership = await self.store.lead(self._holder, self._address, self._leader_ttl_s)
             except StoreUnavailable as error:
                 log.error("store does not answer", error=str(error))
-                leadership = None
+                leadership, self._stands_by = None, False
+            else:
+                self._stands_by = True
             if leadership is not None:
                 return leadership
             if not waiting:
@@ -166,6 +174,6 @@ class Terms:
         try:
             await leader.run()
         finally:
-            self.leader = None
+            self.leader, self._stands_by = None, False
             self._on_change(False)
             leader.ended.set()

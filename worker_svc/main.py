@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 STALLED_S = 60.0
 """A worker whose engine has not turned for this long is not alive."""
+HEALTH_INTERVAL_S = 0.1
 
 
 @dataclass
@@ -98,13 +99,13 @@ async def _keep_linked(link: WorkerLink, lifetime: runtime.Lifetime) -> None:
 
 
 async def _watch_health(driver: EngineDriver, link: WorkerLink, readiness: runtime.Readiness) -> None:
-    """SERVING while in session and the engine turns."""
+    """Alive while the engine turns, serving while it is in session too. A scheduler that is away makes no
+    worker dead: a restart would cost the models' loading and bring nobody back."""
     while True:
-        stalled = time.monotonic() - driver.last_progress_s > STALLED_S
-        ready = link.connected and not stalled
-        if ready != readiness.ready:
-            await readiness.set(ready)
-        await asyncio.sleep(0.1)
+        turns = time.monotonic() - driver.last_progress_s <= STALLED_S
+        await readiness.set(turns and link.connected)
+        await readiness.set_alive(turns)
+        await asyncio.sleep(HEALTH_INTERVAL_S)
 
 
 def hello(settings: Settings, engine: Engine, worker_id: str) -> worker_pb2.WorkerHello:

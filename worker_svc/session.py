@@ -20,6 +20,7 @@ log = structlog.get_logger()
 RECONNECT_FIRST_S = 0.05
 RECONNECT_LAST_S = 2.0
 DETACH_TIMEOUT_S = 60.0
+SCHEDULER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 REFUSALS = frozenset(
     {
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -60,7 +61,7 @@ class WorkerLink:
             try:
                 # A new connection each time: behind one name another scheduler may lead by now, and an
                 # old connection would go on to the one that does not.
-                async with channels.open_channel(self.address) as channel:
+                async with channels.open_channel(self.address, serving=SCHEDULER) as channel:
                     await self._session(worker_pb2_grpc.WorkerServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 if error.code() in REFUSALS:

@@ -12,6 +12,7 @@ import rendered
 import yaml
 from rendered import DEPLOY, K8S, ROOT, Object, container, name, of_kind
 
+from laps import runtime
 from laps.cli import cli
 from laps.setting import ENV_PREFIX, env_name, used_by
 from laps.settings import Settings
@@ -170,7 +171,9 @@ def test_compose() -> None:
             check_command(service["command"][0], service["command"][1:])
             grace_s = int(service["stop_grace_period"].removesuffix("s"))
             assert grace_s >= float(values["LAPS_DRAIN_S"]) + 5
-            assert service["healthcheck"]["test"][-1] in values.values()
+            *_, port, health = service["healthcheck"]["test"]
+            assert port in values.values()
+            assert health in (runtime.ALIVE, runtime.READY)
     mounted = [volume.split(":")[0] for volume in services["redis"]["volumes"] if volume.startswith(".")]
     assert mounted
     assert all((COMPOSE.parent / path).is_file() for path in mounted)

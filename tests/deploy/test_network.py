@@ -43,7 +43,7 @@ OUTSIDE = (
     Peer("store", address="192.0.2.10"),
     Peer("internet", address="198.51.100.7"),
 )
-PORTS = [(port, "TCP") for port in (50051, 50052, 50053, 6379, 9090, 53, 443)] + [(53, "UDP")]
+PORTS = [(port, "TCP") for port in (50051, 8000, 50052, 50053, 6379, 9090, 53, 443)] + [(53, "UDP")]
 
 
 def edges(objects: list[Object]) -> set[Edge]:
@@ -110,6 +110,8 @@ def call_graph(suffix: str, store: str) -> set[Edge]:
     return {
         ("client", gateway, 50051, "TCP"),
         ("app", gateway, 50051, "TCP"),
+        ("client", gateway, 8000, "TCP"),
+        ("app", gateway, 8000, "TCP"),
         ("prometheus", gateway, 9090, "TCP"),
         ("prometheus", scheduler, 9090, "TCP"),
         (gateway, scheduler, 50052, "TCP"),

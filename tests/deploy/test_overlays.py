@@ -67,12 +67,17 @@ def test_services_and_budgets_select_one_workload_each(objects: list[Object]) ->
 
 
 def test_no_budget_forbids_to_drain_a_node(objects: list[Object]) -> None:
-    """With one replica, or a leader beside standbys that are never ready, it could."""
+    """With one replica it could."""
     for budget in of_kind(objects, "PodDisruptionBudget"):
-        spec = budget["spec"]
-        assert spec.get("maxUnavailable", 0) or spec["minAvailable"] == 0, name(budget)
-        if name(budget).startswith("scheduler"):
-            assert spec["minAvailable"] == 0, "only the leader is ready"
+        assert budget["spec"]["maxUnavailable"] == 1, name(budget)
+
+
+def test_every_scheduler_can_be_found(objects: list[Object]) -> None:
+    """Who looks for the leader asks all of them, so the name must lead to each, and to those that start."""
+    for service in of_kind(objects, "Service"):
+        if name(service).startswith("scheduler"):
+            assert service["spec"]["clusterIP"] == "None"
+            assert service["spec"]["publishNotReadyAddresses"] is True
 
 
 def test_selectors_match_their_own_pods_and_no_other(objects: list[Object]) -> None:

@@ -8,9 +8,13 @@ import pytest
 import rendered
 from rendered import Object, container, name, of_kind, pod_spec
 
+from laps import runtime
+
 SETTING_OF_PORT = {"gateway": "LAPS_PORT", "scheduler": "LAPS_SCHEDULER_PORT", "worker": "LAPS_WORKER_PORT"}
 STOP_MARGIN_S = 5
 """Between the end of the drain and the kill. The processes take about a second."""
+NAMES_KEPT_S = 30
+"""A cluster's resolver answers from its memory for so long."""
 WAITS_FOR_DISK_S = 20
 """Redis' shutdown-timeout."""
 RESTRICTED_VOLUMES = {
@@ -80,28 +84,14 @@ def test_each_probe_asks_what_it_means(objects: list[Object], workloads: list[Ob
             continue
         port = int(rendered.environment(objects, workload)[SETTING_OF_PORT[rendered.role(workload)]])
         assert port in {each["containerPort"] for each in only["ports"]}
-        answers = ["python", "/app/deploy/docker/health.py", "answers", str(port)]
-        assert only["startupProbe"]["exec"]["command"] == answers
-        assert only["readinessProbe"]["grpc"]["port"] == port
-        liveness = only["livenessProbe"]
-        if rendered.role(workload) == "worker":
-            # Health says that the engine turns and that there is a session. The scheduler's absence must not
-            # restart every worker of a pool.
-            assert liveness["grpc"]["port"] == port
-            assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 300
-        else:
-            assert liveness["exec"]["command"] == answers
-
-
-def test_probed_services_are_those_that_report_health(workloads: list[Object]) -> None:
-    from gateway.main import INFERENCE
-    from scheduler_svc.main import SERVICES
-
-    known = {"gateway": {INFERENCE.full_name}, "scheduler": set(SERVICES), "worker": {""}}
-    for workload in workloads:
-        if rendered.role(workload) != "redis":
-            service = container(workload)["readinessProbe"]["grpc"].get("service", "")
-            assert service in known[rendered.role(workload)]
+        # A scheduler's absence must not restart the workers of a pool, nor a standby's the standby.
+        for kind, health in (
+            ("startup", runtime.ALIVE),
+            ("readiness", runtime.READY),
+            ("liveness", runtime.ALIVE),
+        ):
+            assert only[f"{kind}Probe"]["grpc"] == {"port": port, "service": health}
+        assert only["livenessProbe"]["failureThreshold"] * only["livenessProbe"]["periodSeconds"] >= 60
 
 
 def test_time_to_stop_covers_pre_stop_and_drain(objects: list[Object], workloads: list[Object]) -> None:
@@ -118,7 +108,8 @@ def test_rollouts_cannot_wait_for_each_other(workloads: list[Object]) -> None:
     for workload in workloads:
         rolling = workload["spec"].get("strategy", {}).get("rollingUpdate")
         if rendered.role(workload) == "scheduler":
-            assert rolling["maxUnavailable"] == "100%", "a new one is ready only when the old leader is gone"
+            assert rolling == {"maxSurge": 1, "maxUnavailable": 0}, "one stands by before another goes"
+            assert workload["spec"]["minReadySeconds"] > NAMES_KEPT_S
         elif rendered.role(workload) == "worker":
             assert rolling["maxSurge"] == 0, "a surge would wait for a device that the old one holds"
 

@@ -1,0 +1,93 @@
+"""Two schedulers of one pool: what their health says, and how a caller finds the one that leads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from laps import channels, runtime
+from laps.settings import Settings
+from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
+from scheduler_svc import main
+from scheduler_svc.store.server import LocalServer
+
+TERM_S = 0.5
+
+
+@pytest.fixture
+def store() -> LocalServer:
+    return LocalServer(appendfsync=None)
+
+
+@asynccontextmanager
+async def scheduler(url: str, name: str) -> AsyncIterator[main.SchedulerServer]:
+    settings = Settings(redis_url=url, scheduler_port=0, scheduler_id=name, leader_ttl_s=TERM_S)
+    running = await main.serve(settings)
+    try:
+        yield running
+    finally:
+        await running.stop(0.1)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], timeout_s: float = 15.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def health(running: main.SchedulerServer) -> tuple[bool, bool, bool]:
+    """(alive, ready, serving)"""
+    async with channels.open_channel(f"127.0.0.1:{running.port}") as channel:
+        names = (runtime.ALIVE, runtime.READY, main.SERVICES[0])
+        alive, ready, serving = [await runtime.is_ready(channel, each) for each in names]
+        return alive, ready, serving
+
+
+async def says(running: main.SchedulerServer, *expected: bool) -> None:
+    async def same() -> bool:
+        return await health(running) == expected
+
+    await until(same)
+
+
+async def test_a_standby_is_ready_and_does_not_serve(store: LocalServer) -> None:
+    with store:
+        async with scheduler(store.url, "one") as leader:
+            await says(leader, True, True, True)
+            async with scheduler(store.url, "two") as standby:
+                await says(standby, True, True, False)
+        async with scheduler(store.url, "three") as alone:
+            await says(alone, True, True, True)
+            store.stop()
+            # It leads still, for whoever waits for the store with it.
+            await says(alone, True, False, True)
+
+
+async def test_calls_find_the_one_that_leads(store: LocalServer) -> None:
+    with store:
+        async with scheduler(store.url, "one") as first, scheduler(store.url, "two") as second:
+
+            async def one_leads() -> bool:
+                return (first.terms.leader is None) != (second.terms.leader is None)
+
+            await until(one_leads)
+            address = f"ipv4:127.0.0.1:{first.port},127.0.0.1:{second.port}"
+            async with channels.open_channel(address, serving=main.SERVICES[0]) as channel:
+                stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+                request = scheduler_pb2.DescribePoolRequest()
+                epochs = {(await stub.DescribePool(request, timeout=5)).epoch for _ in range(20)}
+                assert len(epochs) == 1
+                await (first if first.terms.leader else second).stop(0.1)
+
+                async def answered() -> bool:
+                    try:
+                        epochs.add((await stub.DescribePool(request, timeout=5)).epoch)
+                    except main.grpc.RpcError:
+                        return False
+                    return True
+
+                await until(answered)
+                assert len(epochs) == 2, "the standby, by the same channel"

@@ -1,0 +1,42 @@
+"""What a worker's health says: one whose engine hangs is not alive, one without a scheduler is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from laps import channels, runtime
+from worker_svc import main
+
+
+async def test_an_engine_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "HEALTH_INTERVAL_S", 0.001)
+    driver = SimpleNamespace(last_progress_s=time.monotonic())
+    link = SimpleNamespace(connected=False)
+    server = channels.new_server()
+    readiness = await runtime.add_readiness(server)
+    port = channels.bind(server, "127.0.0.1", 0)
+    await server.start()
+    watching = asyncio.create_task(main._watch_health(driver, link, readiness))  # type: ignore[arg-type]
+    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+
+        async def says(alive: bool, ready: bool) -> None:
+            async with asyncio.timeout(10):
+                while (  # noqa: ASYNC110
+                    await runtime.is_ready(channel, runtime.ALIVE),
+                    await runtime.is_ready(channel, runtime.READY),
+                ) != (alive, ready):
+                    await asyncio.sleep(0.005)
+
+        await says(alive=True, ready=False)
+        link.connected = True
+        await says(alive=True, ready=True)
+        driver.last_progress_s -= main.STALLED_S + 1
+        await says(alive=False, ready=False)
+        driver.last_progress_s = time.monotonic()
+        await says(alive=True, ready=True)
+    watching.cancel()
+    await server.stop(0)
