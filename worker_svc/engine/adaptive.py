@@ -1,9 +1,9 @@
 """Who drafts for each request and how many tokens: what makes the batch's expected tokens per second largest.
 
-With acceptance a per drafted token, a draft of n tokens yields 1 + a + ... + a^n tokens in expectation
-(Leviathan et al., 2023, eq. 1). A batch is padded to its longest draft, and the draft model runs over all
-rows if it runs for one, so a step's cost depends on two lengths alone: the longest draft of the draft model,
-and the longest of any drafter. These two are chosen for the step; within them each row takes the drafter that
+A draft yields, beside the target's own token, as many tokens in expectation as the chances that each of its
+positions is reached add up to. A batch is padded to its longest draft, and the draft model runs over all rows
+if it runs for one, so a step's cost depends on two lengths alone: the longest draft of the draft model, and
+the longest of any drafter. These two are chosen for the step; within them each row takes the drafter that
 promises it more, and requests with a lower limit of their own keep it.
 """
 
@@ -18,44 +18,8 @@ import numpy.typing as npt
 
 from .costs import StepCosts
 
-_DECAY = 0.95
-_PRIOR_WEIGHT = 4.0
-_PRIOR_ACCEPTANCE = 0.6
 _MARGIN = 1.02
 _PROBE_STEPS = 48
-
-
-class AcceptanceEstimate:
-    """Probability that a drafted token is accepted, given that those before it were; recent steps count more.
-
-    `prior` is the estimate of all requests together, from which a new request starts.
-    """
-
-    def __init__(self, prior: AcceptanceEstimate | None = None) -> None:
-        self._prior = prior
-        self._accepted = 0.0
-        self._tried = 0.0
-
-    def observe(self, drafted: int, accepted: int) -> None:
-        if drafted == 0:
-            return
-        self._accepted = _DECAY * self._accepted + accepted
-        # Tokens behind the first rejection were not tried.
-        self._tried = _DECAY * self._tried + min(accepted + 1, drafted)
-        if self._prior is not None:
-            self._prior.observe(drafted, accepted)
-
-    @property
-    def value(self) -> float:
-        prior = self._prior.value if self._prior is not None else _PRIOR_ACCEPTANCE
-        return (self._accepted + _PRIOR_WEIGHT * prior) / (self._tried + _PRIOR_WEIGHT)
-
-
-def expected_tokens(acceptance: float, drafted: int) -> float:
-    """Tokens that one verification of `drafted` tokens emits in expectation, at least 1."""
-    if acceptance >= 1.0:
-        return drafted + 1.0
-    return float((1.0 - acceptance ** (drafted + 1)) / (1.0 - acceptance))
 
 
 class Drafter(enum.StrEnum):
@@ -68,14 +32,15 @@ class Drafter(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a row could have drafted: at most `draft_tokens` by the draft model, or `found_tokens` by lookup,
-    and the acceptance to be expected of each.
+    """What a row could have drafted: at most `draft_tokens` by the draft model, or `found_tokens` by lookup.
+
+    draft_survival, found_survival: by length from 1, the chance that so many tokens are all accepted.
     """
 
     draft_tokens: int
-    draft_acceptance: float
+    draft_survival: Sequence[float] = ()
     found_tokens: int = 0
-    found_acceptance: float = 0.0
+    found_survival: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +59,9 @@ class DraftChooser:
         self._costs = costs
         self._steps = 0
 
-    def choose(self, offers: Sequence[Offer], catch_up_s: float) -> list[RowPlan]:
+    def choose(self, offers: Sequence[Offer], catch_up_s: float, reach_tokens: int = 0) -> list[RowPlan]:
         """catch_up_s: seconds to bring the draft's KV up to date first, if the draft model is to be used.
+        reach_tokens: longest KV of the batch.
 
         The longest drafts while costs are unknown. Speculation must promise a gain of some percent, for
         estimates are noisy.
@@ -105,11 +71,11 @@ class DraftChooser:
         limit = max(limit, drafted_limit)
         if limit == 0 or not self._costs.calibrated:
             return longest(offers)
-        drafting = _expected([(o.draft_acceptance, o.draft_tokens) for o in offers], drafted_limit)
-        looking_up = _expected([(o.found_acceptance, o.found_tokens) for o in offers], limit)
+        drafting = _expected([o.draft_survival[: o.draft_tokens] for o in offers], drafted_limit)
+        looking_up = _expected([o.found_survival[: o.found_tokens] for o in offers], limit)
         # tokens[d, w]: with at most d tokens of the draft model, and a batch padded to w drafted tokens.
         tokens = np.maximum(drafting[:, :, None], looking_up[:, None, :]).sum(0)
-        seconds = self._costs.steps_s(len(offers), drafted_limit, limit)
+        seconds = self._costs.steps_s(len(offers), drafted_limit, limit, reach_tokens)
         seconds[1:] += catch_up_s / _PROBE_STEPS
         rates = np.triu(tokens / seconds)
         best = int(rates.argmax())
@@ -147,9 +113,10 @@ def _row_plan(offer: Offer, drafted: int, width: int, prefers_lookup: bool) -> R
     return NO_DRAFT
 
 
-def _expected(drafts: Sequence[tuple[float, int]], longest: int) -> npt.NDArray[np.float64]:
-    """Expected tokens [rows, 1 + longest] by length, for rows of (acceptance, limit)."""
-    table = np.array(drafts, dtype=np.float64)
-    lengths = np.arange(longest + 1)
-    chances = np.where(lengths <= table[:, 1:], table[:, :1] ** lengths, 0.0)
+def _expected(survival: Sequence[Sequence[float]], longest: int) -> npt.NDArray[np.float64]:
+    """Expected tokens [rows, 1 + longest] by length, for rows that may draft as far as their chances go."""
+    chances = np.zeros((len(survival), longest + 1))
+    chances[:, 0] = 1.0
+    for row, values in enumerate(survival):
+        chances[row, 1 : len(values) + 1] = values
     return chances.cumsum(1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .adaptive import AcceptanceEstimate
+from .acceptance import AcceptanceEstimate
 from .config import EngineConfig, EngineRequest
 from .errors import InvalidRequestError
 from .loading import ModelPair

@@ -21,9 +21,11 @@ class EngineConfig:
     - slots: requests that decode together.
     - spare_slots: further slots in which preempted requests keep their KV.
     - context_tokens: longest prompt and output; None takes the models' own limit.
-    - draft_tokens: upper bound of drafted tokens a step, for requests that name none.
+    - draft_tokens: upper bound of the draft model's tokens a step, for requests that name none.
     - prompt_lookup: draft also by looking up what followed the last tokens earlier in the request's own text;
       works without a draft model too.
+    - lookup_tokens: upper bound of looked up tokens a step. They cost no model, so more of them may pay than
+      of the draft model's; a request whose own bound is 0 looks nothing up.
     - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it the oldest
       are dropped.
     - kv_limit_bytes: bound of the device's KV cache; a context that cannot fit is refused at construction.
@@ -44,6 +46,7 @@ class EngineConfig:
     context_tokens: int | None = None
     draft_tokens: int = 4
     prompt_lookup: bool = True
+    lookup_tokens: int = MAX_DRAFT_TOKENS
     host_cache_bytes: int = 1 << 30
     kv_limit_bytes: int | None = None
     kv_block_tokens: int = 256
@@ -57,6 +60,7 @@ class EngineConfig:
         _require_int("slots", self.slots, 1, 4096)
         _require_int("spare_slots", self.spare_slots, 0, 4096)
         _require_int("draft_tokens", self.draft_tokens, 0, MAX_DRAFT_TOKENS)
+        _require_int("lookup_tokens", self.lookup_tokens, 0, MAX_DRAFT_TOKENS)
         _require_int("host_cache_bytes", self.host_cache_bytes, 0, 1 << 62)
         _require_int("kv_block_tokens", self.kv_block_tokens, 1, 1 << 20)
         _require_int("prefill_tokens", self.prefill_tokens, 1, 1 << 20)
@@ -144,7 +148,8 @@ class StoppingConfig:
 class EngineRequest:
     """A request to start, or to resume with the output tokens that it already has.
 
-    draft_tokens: upper bound of drafted tokens a step for this request; None takes the engine's.
+    draft_tokens: upper bound of tokens that the draft model drafts a step for this request; None takes the
+    engine's; 0 is no speculation at all, not by lookup either.
     """
 
     request_id: str

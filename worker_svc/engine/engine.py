@@ -10,13 +10,15 @@ One thread drives an engine; nothing here locks.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .adaptive import AcceptanceEstimate, Drafter, RowPlan
+from .acceptance import AcceptanceEstimate
+from .adaptive import Drafter, RowPlan
 from .admission import checked_tokens, new_row
 from .cache import SlotCache
 from .calibration import calibrate
@@ -35,8 +37,9 @@ from .runners import make_runner
 from .slots import Residency
 
 _MIN_CONTEXT_TOKENS = 16
-# Prompts get on by so many tokens a step even where that stalls others more than is wished.
-_MIN_PREFILL_TOKENS = 16
+# Prefill may take so much of the time that a step without it takes, while others decode: less than once, so
+# that with what the estimates miss the gap between two tokens does not double.
+_PREFILL_SHARE = 0.7
 # Padding of short drafts may be written this far behind a row that is at the end of its context.
 _MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
 
@@ -179,7 +182,8 @@ class Engine:
         switched = sum(row.entered for row in self._running.values())
         for row in self._running.values():
             row.entered = False
-        prefill = self._prefiller.target(list(self._running.values()), self._prefill_budget_tokens())
+        limit_s = self._prefill_limit_s()
+        prefill = self._prefiller.target(list(self._running.values()), self.config.prefill_tokens, limit_s)
         ready = [row for row in self._running.values() if row.prefill_tokens == 0]
         switch_s, self._switch_s = self._switch_s, 0.0
         if not ready:
@@ -193,18 +197,21 @@ class Engine:
             )
         arranging = time.perf_counter()
         batch, moved = self._residency.arrange(ready)
-        if moved or switched:
-            switch_s += time.perf_counter() - arranging
-        plans, caught_up = self._planner.plan(batch)
+        arranged_s = time.perf_counter() - arranging if moved or switched else 0.0
+        switch_s += arranged_s
+        plans, caught_up = self._planner.plan(batch, limit_s - prefill.seconds)
+        prefill_s = prefill.seconds + caught_up.seconds
         drafted = max(plan.length for plan in plans)
         modelled = max(plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans)
-        expected_s = self.costs.step_s(len(batch), drafted, modelled) + prefill.seconds + caught_up.seconds
+        reach_tokens = max(len(row.tokens) for row in batch)
+        expected_s = self.costs.step_s(len(batch), drafted, modelled, reach_tokens) + prefill_s + arranged_s
         decoded = self._decoder.decode(batch, plans)
         columns = self._take(batch, plans, decoded)
         step_s = time.perf_counter() - began
-        prefill_s = prefill.seconds + caught_up.seconds
-        other_s = max(0.0, step_s - decoded.draft_s - decoded.verify_s - prefill_s)
-        self.costs.observe_step(len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s, modelled)
+        other_s = step_s - decoded.draft_s - decoded.verify_s - prefill_s - arranged_s
+        self.costs.observe_step(
+            len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s, modelled, reach_tokens
+        )
         return columns.result(
             prefill_tokens=prefill.tokens,
             prefill_s=prefill_s,
@@ -230,17 +237,13 @@ class Engine:
         self._residency.shrink()
         return self.costs
 
-    def _prefill_budget_tokens(self) -> int:
-        """Prompt tokens for this step: all that is allowed, or as many as take about as long as the step
-        itself.
-        """
-        limit = self.config.prefill_tokens
+    def _prefill_limit_s(self) -> float:
+        """Seconds that prefill may take in this step: without limit where nobody waits for it."""
         decoding = sum(row.prefill_tokens == 0 for row in self._running.values())
         if not (decoding and self.config.adaptive and self.costs.calibrated):
-            return limit
-        step_s = self.costs.step_s(decoding, self.costs.drafted, self.costs.modelled)
-        affordable = step_s / max(self.costs.prefill_s_per_token, 1e-9)
-        return min(limit, max(_MIN_PREFILL_TOKENS, int(affordable)))
+            return math.inf
+        costs = self.costs
+        return _PREFILL_SHARE * costs.step_s(decoding, costs.drafted, costs.modelled, costs.reach_tokens)
 
     def _take(self, batch: Sequence[Row], plans: Sequence[RowPlan], decoded: Decoded) -> StepColumns:
         """Gives the rows their tokens, ends those that are finished, and returns the columns."""

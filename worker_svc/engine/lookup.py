@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .adaptive import AcceptanceEstimate
+from .acceptance import AcceptanceEstimate
 
 # Longest first. On text of the built-in kind a match of 6 tokens goes on right in 96% of cases, one of 3 in
 # 75%, one of 2 in 70%, and one of a single token in 31%, which is too little to be worth a verification.
-MATCH_TOKENS = (6, 3, 2)
+# Matches of 12 go on for longer than those of 6, which is what decides how long a proposal may be.
+MATCH_TOKENS = (12, 6, 3, 2)
 
 
 class NgramIndex:
@@ -63,15 +64,15 @@ class PromptLookup:
         self._acceptance = {size: AcceptanceEstimate(prior) for size, prior in priors.items()}
         self.proposal: Proposal | None = None
 
-    def propose(self, tokens: Sequence[int], limit: int) -> tuple[int, float]:
+    def propose(self, tokens: Sequence[int], limit: int) -> tuple[int, Sequence[float]]:
         """Looks up what may follow `tokens`, at most `limit` of it.
 
-        Returns the number of tokens found and the chance of each to be accepted after those before it.
+        Returns the number of tokens found, and by length the chance that so many are all accepted.
         """
         self.proposal = None
         match = self._index.find(tokens) if limit > 0 else None
         if match is None:
-            return 0, 0.0
+            return 0, ()
         matched, position = match
         found = list(tokens[position : position + limit])
         period = len(tokens) - position
@@ -79,7 +80,7 @@ class PromptLookup:
         while len(found) < limit:
             found.append(found[len(found) - period])
         self.proposal = Proposal(matched, found)
-        return limit, self._acceptance[matched].value
+        return limit, self._acceptance[matched].survival
 
     def observe(self, emitted: Sequence[int]) -> None:
         """Learns from what the request really emitted, whether the proposal was used or not: what is emitted

@@ -21,17 +21,18 @@ class Planner:
         self._has_draft = has_draft
         self._chooser = DraftChooser(costs)
 
-    def plan(self, batch: Sequence[Row]) -> tuple[list[RowPlan], Prefilled]:
-        """A plan for each row, and what was prefilled for it."""
+    def plan(self, batch: Sequence[Row], catch_up_limit_s: float) -> tuple[list[RowPlan], Prefilled]:
+        """A plan for each row, and what was prefilled for it in about `catch_up_limit_s` at most."""
         offers = [self._offer(row) for row in batch]
         if self._config.adaptive:
-            plans = self._chooser.choose(offers, self._catch_up_s(batch))
+            reach_tokens = max(len(row.tokens) for row in batch)
+            plans = self._chooser.choose(offers, self._catch_up_s(batch), reach_tokens)
         else:
             plans = longest(offers)
         wanting = [row for row, plan in zip(batch, plans, strict=True) if plan.drafter is Drafter.DRAFT]
         if not wanting:
             return plans, Prefilled()
-        caught_up = self._prefiller.draft(wanting, self._config.prefill_tokens)
+        caught_up = self._prefiller.draft(wanting, self._config.prefill_tokens, catch_up_limit_s)
         for index, row in enumerate(batch):
             if plans[index].drafter is Drafter.DRAFT and draft_lags(row):
                 plans[index] = NO_DRAFT
@@ -39,12 +40,16 @@ class Planner:
 
     def _offer(self, row: Row) -> Offer:
         # The last emitted token is always the target's own.
-        limit = min(row.draft_limit_tokens, row.stopper.limit_tokens - row.output_tokens - 1)
-        found, acceptance = row.lookup.propose(row.tokens, limit) if row.lookup is not None else (0, 0.0)
-        return Offer(limit if self._has_draft else 0, row.acceptance.value, found, acceptance)
+        room = row.stopper.limit_tokens - row.output_tokens - 1
+        drafted = min(row.draft_limit_tokens, room) if self._has_draft else 0
+        found = 0
+        survival: Sequence[float] = ()
+        if row.lookup is not None and row.draft_limit_tokens:
+            found, survival = row.lookup.propose(row.tokens, min(self._config.lookup_tokens, room))
+        return Offer(drafted, row.acceptance.survival, found, survival)
 
     def _catch_up_s(self, batch: Sequence[Row]) -> float:
         if not self._has_draft:
             return 0.0
-        lag_tokens = sum(len(row.tokens) - row.kv_tokens[DRAFT] for row in batch if draft_lags(row))
-        return lag_tokens * self._costs.draft_prefill_s_per_token
+        lags = [len(row.tokens) - row.kv_tokens[DRAFT] for row in batch if draft_lags(row)]
+        return sum(self._costs.draft_prefill.seconds(lag) for lag in lags)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from .clock import PhaseClock
-from .costs import StepCosts
+from .costs import PrefillCost, StepCosts
 from .forward import Runner
 from .rows import DRAFT, TARGET, Row
 
 # Up to so many unseen tokens are fed by the first drafting pass itself; more are prefilled before it.
-DRAFT_LAG_TOKENS = 2
+DRAFT_LAG_TOKENS = 8
+# Prompts get on by so many tokens a step even where that stalls others more than is wished.
+_LEAST_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +26,8 @@ class Prefilled:
 
 
 class Prefiller:
-    """Prefills within a budget of tokens per step, first come first served, so that long prompts do not stall
-    others.
+    """Prefills within a budget of tokens and of seconds per step, first come first served, so that long
+    prompts do not stall others.
     """
 
     def __init__(self, runners: Sequence[Runner], costs: StepCosts, device: torch.device) -> None:
@@ -33,40 +36,50 @@ class Prefiller:
         self._device = device
         self._clock = PhaseClock(device)
 
-    def target(self, rows: Sequence[Row], budget_tokens: int) -> Prefilled:
-        """Brings the target's KV to all tokens but the last of each row, as far as the budget goes."""
-        done = self._run(TARGET, rows, budget_tokens)
-        if done.tokens:
-            self._costs.observe_prefill(done.tokens, done.seconds)
-        return done
+    def target(self, rows: Sequence[Row], budget_tokens: int, limit_s: float = math.inf) -> Prefilled:
+        """Brings the target's KV to all tokens but the last of each row, as far as the budgets go."""
+        return self._run(TARGET, rows, budget_tokens, limit_s, self._costs.prefill)
 
-    def draft(self, rows: Sequence[Row], budget_tokens: int) -> Prefilled:
+    def draft(self, rows: Sequence[Row], budget_tokens: int, limit_s: float = math.inf) -> Prefilled:
         """Brings the draft's KV so far that the first drafting pass can feed the rest; rows may still lag
         afterwards.
         """
-        done = self._run(DRAFT, [row for row in rows if draft_lags(row)], budget_tokens)
-        if done.tokens:
-            self._costs.observe_draft_prefill(done.tokens, done.seconds)
-        return done
+        lagging = [row for row in rows if draft_lags(row)]
+        return self._run(DRAFT, lagging, budget_tokens, limit_s, self._costs.draft_prefill)
 
-    def _run(self, model: int, rows: Sequence[Row], budget_tokens: int) -> Prefilled:
-        total = 0
-        began = None
+    def _run(
+        self, model: int, rows: Sequence[Row], budget_tokens: int, limit_s: float, cost: PrefillCost
+    ) -> Prefilled:
+        chunks: list[tuple[int, int]] = []
+        total, expected_s = 0, 0.0
+        began = self._clock.mark()
         for row in rows:
             start = row.kv_tokens[model]
-            count = min(len(row.tokens) - 1 - start, budget_tokens - total)
-            if count <= 0:
+            left = min(len(row.tokens) - 1 - start, budget_tokens - total)
+            if left <= 0:
                 continue
-            began = began if began is not None else self._clock.mark()
+            count = min(left, _affordable_tokens(cost, limit_s - expected_s, start, first=not chunks))
+            if count <= 0:
+                break
             fed = torch.tensor([row.tokens[start : start + count]], device=self._device)
             self._runners[model].forward(fed, row.slot, [start], 1)
             row.kv_tokens[model] = start + count
+            chunks.append((count, start))
             total += count
-        if began is None:
+            expected_s += cost.seconds(count, start)
+        if not chunks:
             return Prefilled()
-        return Prefilled(total, self._clock.seconds(began, self._clock.mark()))
+        seconds = self._clock.seconds(began, self._clock.mark())
+        cost.observe(chunks, seconds)
+        return Prefilled(total, seconds)
 
 
 def draft_lags(row: Row) -> bool:
     """Whether the draft's KV lies too far behind for the row to draft."""
     return len(row.tokens) - row.kv_tokens[DRAFT] > DRAFT_LAG_TOKENS
+
+
+def _affordable_tokens(cost: PrefillCost, seconds: float, start: int, first: bool) -> int:
+    if seconds == math.inf:
+        return 1 << 30
+    return max(cost.affordable_tokens(seconds, start), _LEAST_TOKENS if first else 0)

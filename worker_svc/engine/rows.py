@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from .adaptive import AcceptanceEstimate
+from .acceptance import AcceptanceEstimate
 from .config import EngineRequest
 from .lookup import PromptLookup
 from .sampling import SamplingRow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import statistics
 from typing import Any
 
 import pytest
 
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig
-from worker_svc.engine.adaptive import AcceptanceEstimate, DraftChooser, Offer, expected_tokens
+from worker_svc.engine.acceptance import AcceptanceEstimate, expected_tokens
+from worker_svc.engine.adaptive import DraftChooser, Offer
 from worker_svc.engine.costs import CostTable, StepCosts
 
 
@@ -24,8 +26,13 @@ def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
     return costs
 
 
+def _same(chance: float) -> list[float]:
+    """Survival where each position has the same chance."""
+    return [chance**length for length in range(1, 17)]
+
+
 def _choose(costs: StepCosts, acceptance: float, rows: int = 1, limit: int = 8) -> int:
-    plans = DraftChooser(costs).choose([Offer(limit, acceptance)] * rows, 0.0)
+    plans = DraftChooser(costs).choose([Offer(limit, _same(acceptance))] * rows, 0.0)
     return max(plan.length for plan in plans)
 
 
@@ -38,7 +45,7 @@ def test_expected_tokens() -> None:
             while emitted <= drafted and generator.random() < acceptance:
                 emitted += 1
             total += emitted
-        assert total / 4000 == pytest.approx(expected_tokens(acceptance, drafted), rel=0.05)
+        assert total / 4000 == pytest.approx(expected_tokens(_same(acceptance), drafted), rel=0.05)
 
 
 def test_longer_drafts_for_better_acceptance() -> None:
@@ -63,29 +70,29 @@ def test_never_chooses_a_length_that_costs_more_than_it_gives() -> None:
         costs = _costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
         rows, acceptance = generator.choice((1, 2, 4, 8)), generator.random()
         length = _choose(costs, acceptance, rows)
-        assert rows * expected_tokens(acceptance, length) / costs.step_s(rows, length) >= rows / costs.step_s(
-            rows, 0
-        )
+        assert rows * expected_tokens(_same(acceptance), length) / costs.step_s(
+            rows, length
+        ) >= rows / costs.step_s(rows, 0)
 
 
 def test_limits_of_requests_are_kept() -> None:
     costs = _costs(draft_s=0.01, verify_s=1.0, row_s=0.0)
     assert _choose(costs, 0.99, limit=3) == 3
     assert _choose(costs, 0.99, limit=0) == 0
-    plans = DraftChooser(costs).choose([Offer(0, 0.9), Offer(5, 0.9)], 0.0)
+    plans = DraftChooser(costs).choose([Offer(0, _same(0.9)), Offer(5, _same(0.9))], 0.0)
     assert [plan.length for plan in plans] == [0, 5]
-    assert DraftChooser(costs).choose([Offer(5, 0.9)], 1e9)[0].length == 0
-    assert DraftChooser(StepCosts()).choose([Offer(5, 0.1)], 0.0)[0].length == 5
+    assert DraftChooser(costs).choose([Offer(5, _same(0.9))], 1e9)[0].length == 0
+    assert DraftChooser(StepCosts()).choose([Offer(5, _same(0.1))], 0.0)[0].length == 5
 
 
 def test_neighbouring_lengths_are_tried_now_and_then() -> None:
     chooser = DraftChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
-    chosen = [chooser.choose([Offer(8, 0.7)], 0.0)[0].length for _ in range(400)]
+    chosen = [chooser.choose([Offer(8, _same(0.7))], 0.0)[0].length for _ in range(400)]
     usual = max(set(chosen), key=chosen.count)
     assert set(chosen) == {usual - 1, usual, usual + 1}
     assert chosen.count(usual) > 380
     hopeless = DraftChooser(_costs(draft_s=5.0, verify_s=1.0, row_s=0.5))
-    tried = [hopeless.choose([Offer(8, 0.1)], 0.0)[0].length for _ in range(400)]
+    tried = [hopeless.choose([Offer(8, _same(0.1))], 0.0)[0].length for _ in range(400)]
     assert set(tried) == {0, 1}
     assert tried.count(1) <= 400 / 40
 
@@ -99,12 +106,27 @@ def test_acceptance_is_learned_and_shared() -> None:
         while accepted < 4 and generator.random() < 0.8:
             accepted += 1
         first.observe(4, accepted)
-    assert first.value == pytest.approx(0.8, abs=0.1)
-    assert AcceptanceEstimate(everyone).value == pytest.approx(everyone.value)
+    assert first.chances[:4] == pytest.approx([0.8] * 4, abs=0.12)
+    assert AcceptanceEstimate(everyone).chances[0] == pytest.approx(everyone.chances[0], abs=0.02)
     for _ in range(80):
         first.observe(4, 0)
-    assert first.value < 0.2
+    assert first.chances[0] < 0.1
+    before = list(first.chances)
     first.observe(0, 0)
+    assert list(first.chances) == before
+
+
+def test_acceptance_of_copied_text_differs_by_position() -> None:
+    """Half of the drafts fail at once, the others hold to the end: a single rate would be 0.5 everywhere."""
+    estimate = AcceptanceEstimate()
+    generator = random.Random(3)
+    for _ in range(400):
+        estimate.observe(8, 8 if generator.random() < 0.5 else 0)
+    assert estimate.chances[0] == pytest.approx(0.5, abs=0.15)
+    assert min(estimate.chances[2:8]) > 0.9
+    assert estimate.survival[7] == pytest.approx(0.45, abs=0.15)
+    # Positions that were never tried take after the last ones that were.
+    assert estimate.chances[8] > 0.9
 
 
 def test_unmeasured_sizes_are_fitted() -> None:
@@ -117,23 +139,95 @@ def test_unmeasured_sizes_are_fitted() -> None:
     assert table.estimate(8, 5) == pytest.approx(9.0)
 
 
+def test_a_cliff_shows_in_what_is_expected_of_its_neighbours() -> None:
+    """Between two measured widths behind a cliff the estimate is theirs, not that of a plane."""
+
+    def seconds(rows: int, width: int) -> float:
+        return 1.0 + 0.1 * rows if width < 3 else 3.0 + 0.3 * rows
+
+    table = CostTable()
+    for rows in (1, 2, 4, 8):
+        for width in (1, 2, 4, 6):
+            table.set(rows, width, seconds(rows, width))
+    assert table.estimate(4, 5) == pytest.approx(seconds(4, 5), rel=0.12)
+    assert table.estimate(6, 1) == pytest.approx(seconds(6, 1), rel=0.12)
+
+
 def test_a_slower_machine_changes_all_estimates() -> None:
     costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     before = costs.step_s(8, 2), costs.draft_s, costs.verify_s
-    for _ in range(40):
+    for _ in range(3):
         costs.observe_step(1, 4, 0.4 * 2, (1.0 + 0.05 * 5) * 2, 0.0)
     costs.batch, costs.drafted = 1, 0
     after = costs.step_s(8, 2), costs.draft_s, costs.verify_s
     assert after == pytest.approx(tuple(2 * value for value in before), rel=0.1)
 
 
+def test_one_interrupted_step_changes_nothing() -> None:
+    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    for _ in range(3):
+        costs.observe_step(1, 4, 0.4, 1.25, 0.01)
+    before = costs.step_s(1, 4), costs.step_s(8, 2)
+    costs.observe_step(1, 4, 0.4, 30.0, 5.0)
+    assert (costs.step_s(1, 4), costs.step_s(8, 2)) == pytest.approx(before, rel=0.15)
+
+
+def test_longer_contexts_cost_more() -> None:
+    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs.held_tokens, costs.kv_s = 128, (1e-4, 1e-5)
+    extra_s = 4 * 1000 * (1e-4 + 3e-5)
+    assert costs.step_s(4, 2, 0, 1128) == pytest.approx(costs.step_s(4, 2, 0, 128) + extra_s)
+    assert costs.steps_s(4, 1, 2, 1128)[0, 2] == pytest.approx(costs.step_s(4, 2, 0, 1128))
+    known = costs.verify.estimate(4, 3)
+    # A step that took what the length explains says nothing new of the entry.
+    costs.observe_step(4, 2, 0.0, known + extra_s, 0.0, 0, 1128)
+    assert costs.verify.estimate(4, 3) == pytest.approx(known, rel=1e-6)
+
+
+def _true_s(rows: int, drafted: int, modelled: int, reach_tokens: int) -> tuple[float, float]:
+    """A machine with a cliff at 5 tokens a row, whose calibration was 15 to 40% off by shape."""
+    cliff = 1.5 if drafted >= 4 else 1.0
+    verify_s = cliff * (2e-3 + 2.5e-4 * rows * (drafted + 1)) + rows * reach_tokens * 2e-7
+    return 3e-4 * modelled * (1 + 0.1 * rows), verify_s * (1.15 + 0.25 * ((rows * 7 + drafted) % 5) / 4)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 16])
+def test_step_times_are_foreseen(batch: int) -> None:
+    """On a synthetic clock: shapes that vary from step to step, rows that finish, noise of 4%, interruptions,
+    and a machine that gets 1.6 times slower on the way. Within 10% in the median, and without a bias.
+    """
+    generator = random.Random(batch)
+    costs = StepCosts()
+    for rows in (1, 2, 4, 8, 16):
+        for length in (0, 1, 2, 3, 4, 6, 8):
+            costs.verify.set(rows, length + 1, 2e-3 + 2.5e-4 * rows * (length + 1))
+            if length:
+                costs.draft.set(rows, length, 3e-4 * length)
+    costs.calibrated = True
+    errors = []
+    for step in range(300):
+        rows = max(1, batch - step % 60 // 12 * batch // 5)
+        drafted = generator.choice((2, 2, 4, 4, 4, 8))
+        modelled = generator.choice((0, min(drafted, 2)))
+        reach_tokens = 40 + 3 * (step % 60)
+        draft_s, verify_s = _true_s(rows, drafted, modelled, reach_tokens)
+        noise = generator.lognormvariate(0.0, 0.04) * (3.0 if generator.random() < 0.03 else 1.0)
+        speed = noise * (1.6 if step >= 150 else 1.0)
+        other_s = 3e-4 * generator.lognormvariate(0.0, 0.1)
+        taken_s = (draft_s + verify_s) * speed + other_s
+        errors.append(costs.step_s(rows, drafted, modelled, reach_tokens) / taken_s - 1.0)
+        costs.observe_step(rows, drafted, draft_s * speed, verify_s * speed, other_s, modelled, reach_tokens)
+    assert statistics.median(map(abs, errors)) < 0.10
+    assert abs(statistics.median(errors)) < 0.05
+
+
 def test_calibration_fills_the_tables(tools: Any, pair: ModelPair) -> None:
-    engine = tools.engine(pair, slots=3, draft_tokens=2)
+    engine = tools.engine(pair, slots=3, draft_tokens=2, lookup_tokens=5)
     costs = engine.calibrate()
     assert costs is engine.costs
     assert costs.calibrated
     assert [(rows, width) for rows, width, _ in costs.verify] == [
-        (r, w) for r in (1, 2, 3) for w in (1, 2, 3)
+        (r, w) for r in (1, 2, 3) for w in (1, 2, 3, 4, 5, 6)
     ]
     assert [(rows, width) for rows, width, _ in costs.draft] == [(r, w) for r in (1, 2, 3) for w in (1, 2)]
     assert costs.draft_s > 0
@@ -158,8 +252,9 @@ def test_the_engine_stops_and_starts_drafting(tools: Any, pair: ModelPair, agree
     engine.add(EngineRequest("a", [5, 6], sampling=wrong, stopping=stopping))
     row = engine._rows["a"]
     # What is tested is the reaction; what the draft really achieves is beside the point.
+    for _ in range(200):
+        row.acceptance.observe(6, 0 if agreement == "none" else 6)
     row.acceptance.observe = lambda drafted, accepted: None
-    row.acceptance._accepted, row.acceptance._tried = (0.0, 1e6) if agreement == "none" else (1e6, 1e6)
     drafted = []
     while engine.running:
         drafted += engine.step().drafted_counts

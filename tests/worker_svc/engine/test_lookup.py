@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig, load_pair
+from worker_svc.engine.acceptance import expected_tokens
 from worker_svc.engine.adaptive import DraftChooser, Drafter, Offer
 from worker_svc.engine.costs import StepCosts
 from worker_svc.engine.lookup import MATCH_TOKENS, NgramIndex, PromptLookup, shared_priors
@@ -39,13 +40,13 @@ def test_the_index_finds_what_a_search_finds(chunks: list[list[int]]) -> None:
 
 def test_proposals_go_on_behind_the_end() -> None:
     lookup = PromptLookup(shared_priors())
-    assert lookup.propose([1, 2, 3, 4], 5) == (0, 0.0)
+    assert lookup.propose([1, 2, 3, 4], 5) == (0, ())
     assert lookup.proposal is None
     assert lookup.propose([1, 2, 3, 4, 1, 2], 5)[0] == 5
     assert lookup.proposal is not None
     assert lookup.proposal.matched == 2
     assert lookup.proposal.tokens == [3, 4, 1, 2, 3]
-    assert lookup.propose([1, 2, 3, 4, 1, 2], 0) == (0, 0.0)
+    assert lookup.propose([1, 2, 3, 4, 1, 2], 0) == (0, ())
     same = PromptLookup(shared_priors())
     assert same.propose([9, 7, 7, 7], 3)[0] == 3
     assert same.proposal is not None
@@ -60,12 +61,14 @@ def test_lookups_are_judged_by_what_is_emitted_and_shared() -> None:
     for _ in range(60):
         lookup.propose(tokens, 4)
         lookup.observe([7, 8, 1])
-    assert lookup.propose(tokens, 4)[1] == pytest.approx(2 / 3, abs=0.05)
-    assert priors[2].value == pytest.approx(2 / 3, abs=0.05)
-    assert PromptLookup(priors).propose(tokens, 4)[1] == pytest.approx(2 / 3, abs=0.05)
+    # Two tokens are always right, the third never, and what is behind it stays unknown.
+    for known in (lookup, PromptLookup(priors)):
+        survival = known.propose(tokens, 4)[1]
+        assert survival[1] > 0.8
+        assert survival[2] < 0.3
     # A match of three tokens is another matter than one of two.
     other = PromptLookup(priors)
-    assert other.propose([4, 5, 6, 7, 8, 4, 5, 6], 4)[1] == pytest.approx(0.6)
+    assert other.propose([4, 5, 6, 7, 8, 4, 5, 6], 4)[1][0] == pytest.approx(0.6)
 
 
 def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
@@ -79,14 +82,20 @@ def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
     return costs
 
 
+def _same(chance: float) -> list[float]:
+    return [chance**length for length in range(1, 17)]
+
+
 def test_each_row_takes_the_drafter_that_promises_more() -> None:
     chooser = DraftChooser(_costs(draft_s=0.05, verify_s=1.0, row_s=0.01))
-    plans = chooser.choose([Offer(8, 0.8, 8, 0.2), Offer(8, 0.4, 8, 0.95), Offer(0, 0.9)], 0.0)
+    plans = chooser.choose(
+        [Offer(8, _same(0.8), 8, _same(0.2)), Offer(8, _same(0.4), 8, _same(0.95)), Offer(0)], 0.0
+    )
     assert [plan.drafter for plan in plans] == [Drafter.DRAFT, Drafter.LOOKUP, Drafter.NONE]
     assert 0 < plans[0].length < plans[1].length == 8
     # Where drafting is dear, a lookup that is worse but free is preferred.
     dear = DraftChooser(_costs(draft_s=0.9, verify_s=1.0, row_s=0.01))
-    (plan,) = dear.choose([Offer(8, 0.8, 3, 0.6)], 0.0)
+    (plan,) = dear.choose([Offer(8, _same(0.8), 3, _same(0.6))], 0.0)
     assert (plan.drafter, plan.length) == (Drafter.LOOKUP, 3)
 
 
@@ -95,24 +104,29 @@ def test_never_slower_than_none() -> None:
     for _ in range(300):
         costs = _costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
         offers = [
-            Offer(generator.randrange(9), generator.random(), generator.randrange(9), generator.random())
+            Offer(
+                generator.randrange(9),
+                _same(generator.random()),
+                generator.randrange(9),
+                _same(generator.random()),
+            )
             for _ in range(generator.choice((1, 2, 4, 8)))
         ]
         plans = DraftChooser(costs).choose(offers, 0.0)
         tokens, modelled = 0.0, 0
         for offer, plan in zip(offers, plans, strict=True):
-            chance = offer.found_acceptance if plan.drafter is Drafter.LOOKUP else offer.draft_acceptance
+            survival = offer.found_survival if plan.drafter is Drafter.LOOKUP else offer.draft_survival
             limit = {Drafter.LOOKUP: offer.found_tokens, Drafter.DRAFT: offer.draft_tokens}.get(
                 plan.drafter, 0
             )
             assert plan.length <= limit
             assert (plan.length == 0) == (plan.drafter is Drafter.NONE)
             modelled = max(modelled, plan.length if plan.drafter is Drafter.DRAFT else 0)
-            tokens += sum(chance**n for n in range(plan.length + 1))
+            tokens += expected_tokens(survival, plan.length)
         seconds = costs.step_s(len(offers), max(plan.length for plan in plans), modelled)
         assert tokens / seconds >= len(offers) / costs.step_s(len(offers), 0)
     useless = DraftChooser(_costs(draft_s=0.5, verify_s=1.0, row_s=0.2))
-    assert useless.choose([Offer(0, 0.6, 8, 0.05)] * 4, 0.0)[0].drafter is Drafter.NONE
+    assert useless.choose([Offer(0, (), 8, _same(0.05))] * 4, 0.0)[0].drafter is Drafter.NONE
 
 
 def _requests(sampling: SamplingConfig | None = None, limits: tuple[int | None, ...] = (None,)) -> Any:
@@ -218,6 +232,38 @@ def test_a_target_alone_speculates(tools: Any, folders: Any, plain: Any) -> None
     assert {width for _, width, _ in engine.costs.verify} >= {1, 2, 3, 4}
     assert list(engine.costs.draft) == []
     assert engine.costs.draft_s == 0.0
+
+
+def test_lookups_have_a_limit_of_their_own(tools: Any, folders: Any, pair: ModelPair, plain: Any) -> None:
+    """Longer than the draft model's, up to `lookup_tokens`; none at all for a request that may not draft."""
+    engine = tools.engine(pair, draft_tokens=2, lookup_tokens=9)
+    requests = _requests(limits=(None, 1, 0))
+    for request in requests[:4]:
+        engine.add(request)
+    lengths: dict[tuple[str, Drafter], int] = {}
+    outputs: dict[str, Any] = {}
+    while engine.running:
+        result = engine.step()
+        tools.collect(outputs, result)
+        for name, drafter, drafted in zip(
+            result.request_ids, result.drafters, result.drafted_counts, strict=True
+        ):
+            lengths[name, drafter] = max(drafted, lengths.get((name, drafter), 0))
+    assert max(length for (_, drafter), length in lengths.items() if drafter is Drafter.DRAFT) == 2
+    assert max(length for (_, drafter), length in lengths.items() if drafter is Drafter.LOOKUP) == 9
+    assert {drafter for name, drafter in lengths if name == "2"} == {Drafter.NONE}
+    assert {name: output.tokens for name, output in outputs.items()} == {
+        request.request_id: plain[None][request.request_id] for request in requests[:4]
+    }
+
+
+def test_long_lookups_are_chosen_where_they_have_been_right() -> None:
+    chooser = DraftChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.03))
+    short, long = (
+        chooser.choose([Offer(4, _same(0.6), 8, _same(chance))], 0.0)[0].length for chance in (0.4, 0.99)
+    )
+    assert short <= 4
+    assert long == 8
 
 
 def test_a_shorter_log_starts_a_new_index(tools: Any, folders: Any, plain: Any) -> None:

@@ -17,6 +17,7 @@ from worker_svc.engine import (
     StoppingConfig,
     UnknownRequestError,
 )
+from worker_svc.engine.costs import PrefillCost
 
 STOPPING = StoppingConfig(max_tokens=40, ignore_eos=True)
 
@@ -209,17 +210,35 @@ def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:
 
 
 def test_prefill_yields_to_running_requests(tools: Any, pair: ModelPair) -> None:
-    """With known costs, a step that decodes for others prefills no longer than it decodes."""
+    """With known costs, a step that decodes for others prefills no longer than most of what it decodes."""
     engine = tools.engine(pair, adaptive=True, draft_tokens=0)
     engine.calibrate(budget_s=0.0)
     engine.costs.observe_step = lambda *seconds: None
-    engine.costs.observe_prefill = lambda *seconds: None
-    engine.costs.prefill_s_per_token = engine.costs.step_s(1, 0) / 30.5  # no sum may round below 30
+    engine.costs.prefill.observe = lambda *seconds: None
+    # Nothing but whole tokens: 30 of them, and a little, take as long as prefill may.
+    engine.costs.prefill.set(0.0, 0.7 * engine.costs.step_s(1, 0) / 30.5, 0.0)
     outputs: dict[str, Any] = {}
     engine.add(EngineRequest("long", [7] * 80, stopping=STOPPING))
     assert _prefilled(tools, engine, outputs) == 79
+    engine.costs.reach_tokens = 0
+    engine.costs.kv_s = (0.0, 0.0)
     engine.add(EngineRequest("next", [8] * 80, stopping=STOPPING))
     assert [_prefilled(tools, engine, outputs) for _ in range(3)] == [30, 30, 19]
-    engine.costs.prefill_s_per_token = 1e9
+    engine.costs.prefill.set(0.0, 1e9, 0.0)
     engine.add(EngineRequest("last", [9] * 40, stopping=STOPPING))
     assert _prefilled(tools, engine, outputs) == 16
+
+
+def test_a_chunk_takes_the_time_that_it_is_given() -> None:
+    cost = PrefillCost()
+    assert cost.seconds(10) == 0.0
+    cost.set(1e-3, 1e-5, 1e-8)
+    for start in (0, 100, 1000, 10_000):
+        for seconds in (1e-3, 2e-3, 1e-2):
+            tokens = cost.affordable_tokens(seconds, start)
+            assert cost.seconds(tokens, start) <= seconds + 1e-9
+            assert cost.seconds(tokens + 1, start) > seconds - 1e-9
+    assert cost.affordable_tokens(5e-4) == 0
+    for _ in range(100):
+        cost.observe([(100, 0)], 5e-3)
+    assert cost.seconds(100) == pytest.approx(5e-3, rel=0.01)
