@@ -22,6 +22,7 @@ from gateway.deliveries import Feeds, ProtocolError
 from gateway.streams import Reader
 from laps.channels import open_channel
 from laps.errors import DeadlineExceeded, LapsError, Reason, Unavailable, from_rpc_error
+from laps.history import HistoryPoint
 from laps.logs import get_logger
 from laps.v1 import queue_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
@@ -76,6 +77,8 @@ class SchedulerLink:
         self.gateway_id = gateway_id
         self.pool: scheduler_pb2.DescribePoolResponse | None = None
         """What the scheduler said last about its pool."""
+        self.seen = HistoryPoint()
+        """The furthest that any scheduler has said the pool's history to be stored."""
         self.connected = False
         self._address = address
         self._max_message_bytes = max_message_bytes
@@ -239,6 +242,7 @@ class SchedulerLink:
 
     async def _receive(self, call: Any) -> None:
         while (response := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+            self.seen = max(self.seen, HistoryPoint.from_proto(response.history))
             self._feeds.accept(response)
 
     async def _heartbeat(self, backoff: Backoff) -> None:
@@ -249,8 +253,9 @@ class SchedulerLink:
             backoff.reset()
 
     async def _describe(self) -> None:
-        request = scheduler_pb2.DescribePoolRequest()
+        request = scheduler_pb2.DescribePoolRequest(seen=self.seen.to_proto())
         self.pool = await self._stubs.scheduler.DescribePool(request, timeout=self._heartbeat_timeout_s)
+        self.seen = max(self.seen, HistoryPoint.from_proto(self.pool.history))
 
     def _set_connected(self, connected: bool) -> None:
         if connected != self.connected:

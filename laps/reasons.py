@@ -52,6 +52,10 @@ class Reason(enum.Enum):
     SCHEDULER_UNREACHABLE = ("UNAVAILABLE", "The gateway has no connection to the pool's scheduler.")
     STORE_UNREACHABLE = ("UNAVAILABLE", "The scheduler has no connection to its store.")
     NOT_LEADER = ("UNAVAILABLE", "This scheduler does not lead the pool; another does or will soon.")
+    POOL_STOPPED = (
+        "UNAVAILABLE",
+        "The pool's store has lost something that it had stored; an operator has to look (laps pool status).",
+    )
     SHUTTING_DOWN = ("UNAVAILABLE", "The service is being stopped; another or the next one goes on.")
     NOT_READY = ("UNAVAILABLE", "The service has started and is not ready yet.")
     UNREACHABLE = ("UNAVAILABLE", "There is no connection to the server.")

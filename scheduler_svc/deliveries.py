@@ -66,8 +66,8 @@ class Follower:
         self._unknown.append(request_id)
         self._wake.set()
 
-    async def next_message(self, commit_seq: int) -> scheduler_pb2.DeliverResponse:
-        """Waits until something is to be sent and takes all of it."""
+    async def next_message(self) -> scheduler_pb2.DeliverResponse:
+        """Waits until something is to be sent and takes all of it; the caller adds the commit's number."""
         while not (self._rows or self._completions or self._unknown or self.overrun):
             self._wake.clear()
             await self._wake.wait()
@@ -76,7 +76,6 @@ class Follower:
         unknown, self._unknown = self._unknown, []
         self._pending_bytes = 0
         message = scheduler_pb2.DeliverResponse(
-            commit_seq=commit_seq,
             request_ids=rows.keys(),
             offsets=[row.offset for row in rows.values()],
             counts=[len(row.token_ids) // TOKEN_BYTES for row in rows.values()],

@@ -262,11 +262,13 @@ class Leader:
                 convert.grant(grant, output_crc32(grant.request))
             )
         settings = self.core.settings
+        history = self._store.seen.to_proto()
         for worker_id, update in updates.items():
             session = sessions.get(worker_id)
             if session is None or self._sessions.get(worker_id) is not session:
                 continue
             update.epoch = self.epoch
+            update.history.CopyFrom(history)
             update.acknowledged_step = acknowledged.get(worker_id, session.last_step)
             update.step_credit = settings.step_credit
             update.lease_duration_s = settings.lease_duration_s

@@ -30,7 +30,7 @@ from scheduler_svc.core.policies import servable_policies
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.errors import Alarm, StoreError
+from scheduler_svc.store.errors import StoreError
 from scheduler_svc.store.inspector import Inspector
 from scheduler_svc.store.store import Store
 from scheduler_svc.term import Terms
@@ -131,7 +131,7 @@ async def serve(settings: Settings) -> SchedulerServer:
         )
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
-    leading = asyncio.create_task(_lead(terms), name="leadership")
+    leading = asyncio.create_task(terms.run(), name="leadership")
     watching = asyncio.create_task(_watch_readiness(terms, readiness), name="readiness")
     return SchedulerServer(port, terms, server, store, readiness, leading, watching, close_metrics)
 
@@ -140,16 +140,6 @@ async def _watch_readiness(terms: Terms, readiness: runtime.Readiness) -> None:
     while True:
         await readiness.set_ready(terms.ready)
         await asyncio.sleep(READINESS_INTERVAL_S)
-
-
-async def _lead(terms: Terms) -> None:
-    try:
-        await terms.run()
-    except Alarm as alarm:
-        # Leading on would tell clients two different stories. A person has to look, and until
-        # then this process stays up, not serving, so that nothing restarts it into the same.
-        log.critical("pool stopped: the store does not hold what was written to it", error=str(alarm))
-        await asyncio.Event().wait()
 
 
 def run(settings: Settings) -> int:

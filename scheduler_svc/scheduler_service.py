@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from laps import errors
+from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import convert
 from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
@@ -52,10 +53,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         ended = asyncio.create_task(leader.ended.wait())
         try:
             while True:
-                message = asyncio.create_task(follower.next_message(leader.ticks))
+                message = asyncio.create_task(follower.next_message())
                 await asyncio.wait({reading, ended, message}, return_when=asyncio.FIRST_COMPLETED)
                 if message.done():
-                    yield message.result()
+                    response = message.result()
+                    response.history.CopyFrom(self._terms.store.seen.to_proto())
+                    response.commit_seq = response.history.commit_seq
+                    yield response
                 else:
                     message.cancel()
                 if follower.overrun:
@@ -166,8 +170,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request: scheduler_pb2.DescribePoolRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scheduler_pb2.DescribePoolResponse:
         leader = await self._terms.leader_or_abort(context)
+        await self._terms.check_seen_or_abort(leader, HistoryPoint.from_proto(request.seen), context)
         response = scheduler_pb2.DescribePoolResponse(
-            pool=self._terms.pool, policy=leader.core.policy.name, epoch=leader.epoch
+            pool=self._terms.pool,
+            policy=leader.core.policy.name,
+            epoch=leader.epoch,
+            history=self._terms.store.seen.to_proto(),
         )
         for worker in leader.core.workers.values():
             response.workers += 1

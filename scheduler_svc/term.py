@@ -11,16 +11,19 @@ import grpc
 import structlog
 
 from laps import errors
+from laps.history import HistoryPoint
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.leader import Leader
-from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
+from scheduler_svc.store.errors import Alarm, PoolStopped, StaleLeader, StoreUnavailable
 from scheduler_svc.store.store import Leadership, Store
 
 log = structlog.get_logger()
 
 STORE_RETRY_S = 0.5
+STOPPED_RETRY_AFTER_S = 30.0
+"""What callers of a stopped pool are told: it takes a person."""
 
 
 class Terms:
@@ -39,10 +42,13 @@ class Terms:
         leader_ttl_s: float,
         gateway_grace_s: float,
         on_change: Callable[[bool], None] = lambda leading: None,
+        on_alarm: Callable[[Alarm], None] = lambda alarm: None,
     ) -> None:
         self.pool = pool
         self.store = store
         self.leader: Leader | None = None
+        self.stopped = ""
+        """Why nobody may lead the pool; empty: somebody may."""
         self._stands_by = False
         self._policy = policy
         self._core_settings = core_settings
@@ -54,6 +60,8 @@ class Terms:
         self._leader_ttl_s = leader_ttl_s
         self._gateway_grace_s = gateway_grace_s
         self._on_change = on_change
+        self._on_alarm = on_alarm
+        self._stopping: asyncio.Task[None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -63,6 +71,12 @@ class Terms:
     # --- For the services --------------------------------------------------------------------
 
     def not_leading(self) -> errors.LapsError:
+        if self.stopped:
+            return errors.Unavailable(
+                f"pool {self.pool} was stopped and waits for an operator (laps pool status): {self.stopped}",
+                reason=errors.Reason.POOL_STOPPED,
+                retry_after_s=STOPPED_RETRY_AFTER_S,
+            )
         return errors.Unavailable(
             f"this scheduler does not lead pool {self.pool}",
             reason=errors.Reason.NOT_LEADER,
@@ -78,6 +92,23 @@ class Terms:
         if leader.store_down:
             await errors.abort(context, errors.store_unreachable())
         return leader
+
+    async def check_seen_or_abort(
+        self, leader: Leader, seen: HistoryPoint, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """A peer tells how far it has seen the history. If the store is behind that, this leader has
+        either been succeeded or leads what has been restored from an older copy: the peer is turned away."""
+        try:
+            await self.store.witness(seen)
+        except StoreUnavailable as error:
+            await errors.abort(context, errors.store_unreachable(str(error)))
+        except StaleLeader:
+            await errors.abort(context, self.not_leading())
+        except Alarm as alarm:
+            if self._stopping is None:
+                # A task of its own: the peer's call may end before the mark is stored.
+                self._stopping = asyncio.create_task(self._stop_pool(alarm, seen))
+            await errors.abort(context, self.not_leading())
 
     async def settled_or_abort(self, leader: Leader, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Waits until all is stored. If the term ends first the caller must ask again, and the
@@ -96,22 +127,42 @@ class Terms:
     # --- The life ----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Leads whenever it can, for ever. Ends only by cancellation or by an alarm.
+        """Leads whenever it can, for ever. Ends only by cancellation.
 
-        Raises:
-            HistoryWentBack, LogConflict: the store does not hold what was written to it;
-                going on would tell clients two different stories.
+        An alarm (the store does not hold what was written to it; leading on would tell clients two
+        different stories) stops the pool: a mark in the store keeps everybody from leading, this process
+        and those that start later too, until an operator lets it go on.
         """
         await self._prepare_store()
         while True:
-            leadership = await self._until_leading()
+            if self._stopping is not None:
+                await self._stopping
+                self._stopping = None
+            epoch = 0
             try:
+                leadership = await self._until_leading()
+                epoch = leadership.epoch
                 await self._serve_term(leadership)
             except StaleLeader as error:
-                log.warning("leadership lost", pool=self.pool, epoch=leadership.epoch, error=str(error))
+                log.warning("leadership lost", pool=self.pool, epoch=epoch, error=str(error))
+            except Alarm as alarm:
+                await self._stop_pool(alarm, self.store.seen)
             except StoreUnavailable as error:
                 log.error("store lost while taking over", error=str(error))
                 await asyncio.sleep(STORE_RETRY_S)
+
+    async def _stop_pool(self, alarm: Alarm, seen: HistoryPoint) -> None:
+        self.stopped = str(alarm)
+        log.critical("pool stopped: the store does not hold what was written to it", error=str(alarm))
+        self._on_alarm(alarm)
+        while True:
+            try:
+                await self.store.stop_pool(self._holder, str(alarm), seen)
+            except StoreUnavailable as error:
+                log.error("the pool's stop is not stored yet", error=str(error))
+                await asyncio.sleep(STORE_RETRY_S)
+            else:
+                return
 
     async def _prepare_store(self) -> None:
         complained = False
@@ -138,8 +189,18 @@ class Terms:
             except StoreUnavailable as error:
                 log.error("store does not answer", error=str(error))
                 leadership, self._stands_by = None, False
+            except PoolStopped as stopped:
+                if not self.stopped:
+                    log.critical(
+                        "pool is stopped until an operator resumes it", pool=self.pool, error=str(stopped)
+                    )
+                self.stopped, self._stands_by = str(stopped), False
+                await asyncio.sleep(STORE_RETRY_S)
+                continue
             else:
-                self._stands_by = True
+                if self.stopped:
+                    log.warning("pool was resumed", pool=self.pool, history=str(self.store.seen))
+                self.stopped, self._stands_by = "", True
             if leadership is not None:
                 return leadership
             if not waiting:

@@ -10,6 +10,7 @@ import grpc
 import structlog
 
 from laps import errors
+from laps.history import HistoryPoint
 from laps.v1 import worker_pb2, worker_pb2_grpc
 from scheduler_svc import convert
 from scheduler_svc.leader import Leader, WorkerSession
@@ -30,11 +31,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.SessionResponse]:
         leader = await self._terms.leader_or_abort(context)
         hello = await self._hello_or_abort(leader, request_iterator, context)
+        await self._terms.check_seen_or_abort(leader, HistoryPoint.from_proto(hello.seen), context)
         session = WorkerSession(hello.worker_id)
         welcome = worker_pb2.SessionWelcome(
             epoch=leader.epoch,
             session_timeout_s=leader.core.settings.session_timeout_s,
             heartbeat_interval_s=self._heartbeat_interval_s,
+            history=self._terms.store.seen.to_proto(),
         )
         leader.open_session(session, convert.worker(hello), convert.residents(hello))
         log.info("worker joined", worker_id=hello.worker_id, slots=hello.slots, resident=len(hello.resident))

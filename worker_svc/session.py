@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 import structlog
 
 from laps import channels
+from laps.history import HistoryPoint
 from laps.v1 import worker_pb2, worker_pb2_grpc
 from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
 
@@ -46,6 +47,8 @@ class WorkerLink:
     driver: EngineDriver
     hello: Callable[[], worker_pb2.WorkerHello]
     connected: bool = False
+    seen: HistoryPoint = field(default_factory=HistoryPoint)
+    """The furthest that any scheduler has said the pool's history to be stored."""
     draining: bool = False
     _outbox: Outbox | None = None
 
@@ -91,14 +94,17 @@ class WorkerLink:
         outbox: Outbox = asyncio.Queue()
         hello = self.hello()
         hello.resident.extend(self.driver.resident())
+        hello.seen.CopyFrom(self.seen.to_proto())
         outbox.put_nowait(worker_pb2.SessionRequest(hello=hello))
         call: Call = stub.Session()  # type: ignore[call-arg]  # the stubs do not know that it is optional
         tasks = [asyncio.create_task(self._write(call, outbox))]
         try:
             async for message in call:
                 if message.WhichOneof("message") == "leases":
+                    self.seen = max(self.seen, HistoryPoint.from_proto(message.leases.history))
                     self.driver.post(message.leases)
                     continue
+                self.seen = max(self.seen, HistoryPoint.from_proto(message.welcome.history))
                 self._open(outbox, message.welcome)
                 tasks.append(asyncio.create_task(self._beat(outbox, message.welcome)))
         finally:

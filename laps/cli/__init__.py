@@ -24,6 +24,7 @@ _COMMANDS = {
     "request": ("laps.cli.inspect:request", "Show one request."),
     "cancel": ("laps.cli.inspect:cancel", "Cancel a request."),
     "workers": ("laps.cli.inspect:workers", "Show workers and their slots."),
+    "pool": ("laps.cli.pool:pool", "Show whether a pool is stopped, and let it go on."),
     "models": ("laps.cli.inspect:models", "Show the models that can be asked for."),
     "top": ("laps.cli.top:top", "Watch queue, slots and acceptance live."),
     "simulate": ("simulator.cli:simulate", "Replay a workload under scheduling policies."),

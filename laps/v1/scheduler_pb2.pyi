@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from laps.v1 import generation_pb2 as _generation_pb2
+from laps.v1 import history_pb2 as _history_pb2
 from laps.v1 import queue_pb2 as _queue_pb2
 import builtins as _builtins
 import sys
@@ -243,6 +244,7 @@ class DeliverResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     COMPLETIONS_FIELD_NUMBER: _builtins.int
     UNKNOWN_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     commit_seq: _builtins.int
     token_ids: _builtins.bytes
     """All tokens, little-endian unsigned 32-bit integers, in the order of the columns."""
@@ -264,6 +266,10 @@ class DeliverResponse(_message.Message):
     def unknown(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Followed requests that are not known (never submitted, or past retention)."""
 
+    @_builtins.property
+    def history(self) -> _history_pb2.HistoryPoint:
+        """How far the history is stored, with everything in this message."""
+
     def __init__(
         self,
         *,
@@ -275,10 +281,11 @@ class DeliverResponse(_message.Message):
         logprobs: _abc.Mapping[_builtins.int, Global___TokenLogprobs] | None = ...,
         completions: _abc.Iterable[Global___Completion] | None = ...,
         unknown: _abc.Iterable[_builtins.str] | None = ...,
+        history: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seq", b"commit_seq", "completions", b"completions", "counts", b"counts", "logprobs", b"logprobs", "offsets", b"offsets", "request_ids", b"request_ids", "token_ids", b"token_ids", "unknown", b"unknown"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seq", b"commit_seq", "completions", b"completions", "counts", b"counts", "history", b"history", "logprobs", b"logprobs", "offsets", b"offsets", "request_ids", b"request_ids", "token_ids", b"token_ids", "unknown", b"unknown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -434,12 +441,19 @@ Global___ReadRequestResponse: _TypeAlias = ReadRequestResponse  # noqa: Y015
 class DescribePoolRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SEEN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def seen(self) -> _history_pb2.HistoryPoint:
+        """The furthest that this gateway has seen."""
+
     def __init__(
         self,
+        *,
+        seen: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["seen", b"seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seen", b"seen"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,6 +473,7 @@ class DescribePoolResponse(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     policy: _builtins.str
     epoch: _builtins.int
@@ -470,6 +485,8 @@ class DescribePoolResponse(_message.Message):
     model_fingerprint: _builtins.str
     target: _builtins.str
     draft: _builtins.str
+    @_builtins.property
+    def history(self) -> _history_pb2.HistoryPoint: ...
     def __init__(
         self,
         *,
@@ -483,10 +500,11 @@ class DescribePoolResponse(_message.Message):
         model_fingerprint: _builtins.str = ...,
         target: _builtins.str = ...,
         draft: _builtins.str = ...,
+        history: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "draft", b"draft", "epoch", b"epoch", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "pool", b"pool", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "draft", b"draft", "epoch", b"epoch", "history", b"history", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "pool", b"pool", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

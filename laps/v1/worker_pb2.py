@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from laps.v1 import generation_pb2 as laps_dot_v1_dot_generation__pb2
+from laps.v1 import history_pb2 as laps_dot_v1_dot_history__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14laps/v1/worker.proto\x12\x07laps.v1\x1a\x18laps/v1/generation.proto\"\xb3\x01\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.laps.v1.WorkerHelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.laps.v1.StepReportH\x00\x12\'\n\theartbeat\x18\x03 \x01(\x0b\x32\x12.laps.v1.HeartbeatH\x00\x12\x1f\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0e.laps.v1.DrainH\x00\x42\t\n\x07message\"p\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.laps.v1.SessionWelcomeH\x00\x12&\n\x06leases\x18\x02 \x01(\x0b\x32\x14.laps.v1.LeaseUpdateH\x00\x42\t\n\x07message\"R\n\x0fResidentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x14\n\x0coutput_crc32\x18\x03 \x01(\x07\"\x87\x02\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0e\n\x06target\x18\x05 \x01(\t\x12\r\n\x05\x64raft\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\r\x12!\n\x05\x63osts\x18\n \x01(\x0b\x32\x12.laps.v1.StepCosts\x12*\n\x08resident\x18\x0b \x03(\x0b\x32\x18.laps.v1.ResidentRequest\"_\n\tStepCosts\x12\x15\n\rdraft_token_s\x18\x01 \x01(\x01\x12\x10\n\x08verify_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x03 \x01(\x01\x12\x10\n\x08switch_s\x18\x04 \x01(\x01\"X\n\x0eSessionWelcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11session_timeout_s\x18\x02 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x03 \x01(\x01\"\x0b\n\tHeartbeat\"\x07\n\x05\x44rain\"\xa2\x02\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x14\n\x0coutput_crc32\x18\x05 \x01(\x07\x12\x13\n\x0bhas_context\x18\x06 \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\x07 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x08 \x01(\x0c\x12)\n\x08sampling\x18\t \x01(\x0b\x32\x17.laps.v1.SamplingParams\x12)\n\x08stopping\x18\n \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x14\n\x0c\x64raft_tokens\x18\x0b \x01(\r\"Z\n\x0bLeaseRevoke\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x06reason\x18\x03 \x01(\x0e\x32\x15.laps.v1.RevokeReason\"\xb2\x01\n\x0bLeaseUpdate\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x07revokes\x18\x02 \x03(\x0b\x32\x14.laps.v1.LeaseRevoke\x12#\n\x06grants\x18\x03 \x03(\x0b\x32\x13.laps.v1.LeaseGrant\x12\x19\n\x11\x61\x63knowledged_step\x18\x04 \x01(\x04\x12\x13\n\x0bstep_credit\x18\x05 \x01(\r\x12\x18\n\x10lease_duration_s\x18\x06 \x01(\x01\"\x9d\x04\n\nStepReport\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tlease_ids\x18\x03 \x03(\x06\x12\x0f\n\x07offsets\x18\x04 \x03(\r\x12\x16\n\x0e\x65mitted_counts\x18\x05 \x03(\r\x12\x16\n\x0e\x64rafted_counts\x18\x06 \x03(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_counts\x18\x07 \x03(\r\x12\x11\n\ttoken_ids\x18\x08 \x01(\x0c\x12$\n\x08\x66inishes\x18\t \x03(\x0b\x32\x12.laps.v1.RowFinish\x12\x1a\n\x12released_lease_ids\x18\n \x03(\x06\x12\x19\n\x11missing_lease_ids\x18\x0b \x03(\x06\x12!\n\x06\x65rrors\x18\x0c \x03(\x0b\x32\x11.laps.v1.RowError\x12\x33\n\x08logprobs\x18\r \x03(\x0b\x32!.laps.v1.StepReport.LogprobsEntry\x12%\n\x07timings\x18\x0e \x01(\x0b\x32\x14.laps.v1.StepTimings\x12\x16\n\x0ekv_used_tokens\x18\x0f \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x10 \x01(\x04\x12\x1b\n\x13\x65victed_request_ids\x18\x11 \x03(\t\x1a\x45\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.laps.v1.RowLogprobs:\x02\x38\x01\"\x93\x01\n\tRowFinish\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x03 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x18\n\x16_matched_stop_token_id\"-\n\x08RowError\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x0f\n\x07message\x18\x02 \x01(\t\"6\n\x0bRowLogprobs\x12\'\n\x08logprobs\x18\x01 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\x9f\x01\n\x0bStepTimings\x12\x11\n\tprefill_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x64raft_s\x18\x02 \x01(\x01\x12\x10\n\x08verify_s\x18\x03 \x01(\x01\x12\x0e\n\x06step_s\x18\x04 \x01(\x01\x12\x15\n\rswitched_rows\x18\x05 \x01(\r\x12\x10\n\x08switch_s\x18\x06 \x01(\x01\x12!\n\x05\x63osts\x18\x07 \x01(\x0b\x32\x12.laps.v1.StepCosts*c\n\x0cRevokeReason\x12\x1d\n\x19REVOKE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REVOKE_REASON_PREEMPTED\x10\x01\x12\x17\n\x13REVOKE_REASON_ENDED\x10\x02\x32Q\n\rWorkerService\x12@\n\x07Session\x12\x17.laps.v1.SessionRequest\x1a\x18.laps.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14laps/v1/worker.proto\x12\x07laps.v1\x1a\x18laps/v1/generation.proto\x1a\x15laps/v1/history.proto\"\xb3\x01\n\x0eSessionRequest\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x14.laps.v1.WorkerHelloH\x00\x12%\n\x06report\x18\x02 \x01(\x0b\x32\x13.laps.v1.StepReportH\x00\x12\'\n\theartbeat\x18\x03 \x01(\x0b\x32\x12.laps.v1.HeartbeatH\x00\x12\x1f\n\x05\x64rain\x18\x04 \x01(\x0b\x32\x0e.laps.v1.DrainH\x00\x42\t\n\x07message\"p\n\x0fSessionResponse\x12*\n\x07welcome\x18\x01 \x01(\x0b\x32\x17.laps.v1.SessionWelcomeH\x00\x12&\n\x06leases\x18\x02 \x01(\x0b\x32\x14.laps.v1.LeaseUpdateH\x00\x42\t\n\x07message\"R\n\x0fResidentRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12\x14\n\x0coutput_crc32\x18\x03 \x01(\x07\"\xac\x02\n\x0bWorkerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x0e\n\x06target\x18\x05 \x01(\t\x12\r\n\x05\x64raft\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\t \x01(\r\x12!\n\x05\x63osts\x18\n \x01(\x0b\x32\x12.laps.v1.StepCosts\x12*\n\x08resident\x18\x0b \x03(\x0b\x32\x18.laps.v1.ResidentRequest\x12#\n\x04seen\x18\x0c \x01(\x0b\x32\x15.laps.v1.HistoryPoint\"_\n\tStepCosts\x12\x15\n\rdraft_token_s\x18\x01 \x01(\x01\x12\x10\n\x08verify_s\x18\x02 \x01(\x01\x12\x17\n\x0fprefill_token_s\x18\x03 \x01(\x01\x12\x10\n\x08switch_s\x18\x04 \x01(\x01\"\x80\x01\n\x0eSessionWelcome\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x19\n\x11session_timeout_s\x18\x02 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x03 \x01(\x01\x12&\n\x07history\x18\x04 \x01(\x0b\x32\x15.laps.v1.HistoryPoint\"\x0b\n\tHeartbeat\"\x07\n\x05\x44rain\"\xa2\x02\n\nLeaseGrant\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x15\n\routput_tokens\x18\x04 \x01(\r\x12\x14\n\x0coutput_crc32\x18\x05 \x01(\x07\x12\x13\n\x0bhas_context\x18\x06 \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\x07 \x01(\x0c\x12\x18\n\x10output_token_ids\x18\x08 \x01(\x0c\x12)\n\x08sampling\x18\t \x01(\x0b\x32\x17.laps.v1.SamplingParams\x12)\n\x08stopping\x18\n \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x14\n\x0c\x64raft_tokens\x18\x0b \x01(\r\"Z\n\x0bLeaseRevoke\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12%\n\x06reason\x18\x03 \x01(\x0e\x32\x15.laps.v1.RevokeReason\"\xda\x01\n\x0bLeaseUpdate\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x07revokes\x18\x02 \x03(\x0b\x32\x14.laps.v1.LeaseRevoke\x12#\n\x06grants\x18\x03 \x03(\x0b\x32\x13.laps.v1.LeaseGrant\x12\x19\n\x11\x61\x63knowledged_step\x18\x04 \x01(\x04\x12\x13\n\x0bstep_credit\x18\x05 \x01(\r\x12\x18\n\x10lease_duration_s\x18\x06 \x01(\x01\x12&\n\x07history\x18\x07 \x01(\x0b\x32\x15.laps.v1.HistoryPoint\"\x9d\x04\n\nStepReport\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tlease_ids\x18\x03 \x03(\x06\x12\x0f\n\x07offsets\x18\x04 \x03(\r\x12\x16\n\x0e\x65mitted_counts\x18\x05 \x03(\r\x12\x16\n\x0e\x64rafted_counts\x18\x06 \x03(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_counts\x18\x07 \x03(\r\x12\x11\n\ttoken_ids\x18\x08 \x01(\x0c\x12$\n\x08\x66inishes\x18\t \x03(\x0b\x32\x12.laps.v1.RowFinish\x12\x1a\n\x12released_lease_ids\x18\n \x03(\x06\x12\x19\n\x11missing_lease_ids\x18\x0b \x03(\x06\x12!\n\x06\x65rrors\x18\x0c \x03(\x0b\x32\x11.laps.v1.RowError\x12\x33\n\x08logprobs\x18\r \x03(\x0b\x32!.laps.v1.StepReport.LogprobsEntry\x12%\n\x07timings\x18\x0e \x01(\x0b\x32\x14.laps.v1.StepTimings\x12\x16\n\x0ekv_used_tokens\x18\x0f \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x10 \x01(\x04\x12\x1b\n\x13\x65victed_request_ids\x18\x11 \x03(\t\x1a\x45\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.laps.v1.RowLogprobs:\x02\x38\x01\"\x93\x01\n\tRowFinish\x12\x0b\n\x03row\x18\x01 \x01(\r\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x03 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x18\n\x16_matched_stop_token_id\"-\n\x08RowError\x12\x10\n\x08lease_id\x18\x01 \x01(\x06\x12\x0f\n\x07message\x18\x02 \x01(\t\"6\n\x0bRowLogprobs\x12\'\n\x08logprobs\x18\x01 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\x9f\x01\n\x0bStepTimings\x12\x11\n\tprefill_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x64raft_s\x18\x02 \x01(\x01\x12\x10\n\x08verify_s\x18\x03 \x01(\x01\x12\x0e\n\x06step_s\x18\x04 \x01(\x01\x12\x15\n\rswitched_rows\x18\x05 \x01(\r\x12\x10\n\x08switch_s\x18\x06 \x01(\x01\x12!\n\x05\x63osts\x18\x07 \x01(\x0b\x32\x12.laps.v1.StepCosts*c\n\x0cRevokeReason\x12\x1d\n\x19REVOKE_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17REVOKE_REASON_PREEMPTED\x10\x01\x12\x17\n\x13REVOKE_REASON_ENDED\x10\x02\x32Q\n\rWorkerService\x12@\n\x07Session\x12\x17.laps.v1.SessionRequest\x1a\x18.laps.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,42 +35,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STEPREPORT_LOGPROBSENTRY']._loaded_options = None
   _globals['_STEPREPORT_LOGPROBSENTRY']._serialized_options = b'8\001'
-  _globals['_REVOKEREASON']._serialized_start=2439
-  _globals['_REVOKEREASON']._serialized_end=2538
-  _globals['_SESSIONREQUEST']._serialized_start=60
-  _globals['_SESSIONREQUEST']._serialized_end=239
-  _globals['_SESSIONRESPONSE']._serialized_start=241
-  _globals['_SESSIONRESPONSE']._serialized_end=353
-  _globals['_RESIDENTREQUEST']._serialized_start=355
-  _globals['_RESIDENTREQUEST']._serialized_end=437
-  _globals['_WORKERHELLO']._serialized_start=440
-  _globals['_WORKERHELLO']._serialized_end=703
-  _globals['_STEPCOSTS']._serialized_start=705
-  _globals['_STEPCOSTS']._serialized_end=800
-  _globals['_SESSIONWELCOME']._serialized_start=802
-  _globals['_SESSIONWELCOME']._serialized_end=890
-  _globals['_HEARTBEAT']._serialized_start=892
-  _globals['_HEARTBEAT']._serialized_end=903
-  _globals['_DRAIN']._serialized_start=905
-  _globals['_DRAIN']._serialized_end=912
-  _globals['_LEASEGRANT']._serialized_start=915
-  _globals['_LEASEGRANT']._serialized_end=1205
-  _globals['_LEASEREVOKE']._serialized_start=1207
-  _globals['_LEASEREVOKE']._serialized_end=1297
-  _globals['_LEASEUPDATE']._serialized_start=1300
-  _globals['_LEASEUPDATE']._serialized_end=1478
-  _globals['_STEPREPORT']._serialized_start=1481
-  _globals['_STEPREPORT']._serialized_end=2022
-  _globals['_STEPREPORT_LOGPROBSENTRY']._serialized_start=1953
-  _globals['_STEPREPORT_LOGPROBSENTRY']._serialized_end=2022
-  _globals['_ROWFINISH']._serialized_start=2025
-  _globals['_ROWFINISH']._serialized_end=2172
-  _globals['_ROWERROR']._serialized_start=2174
-  _globals['_ROWERROR']._serialized_end=2219
-  _globals['_ROWLOGPROBS']._serialized_start=2221
-  _globals['_ROWLOGPROBS']._serialized_end=2275
-  _globals['_STEPTIMINGS']._serialized_start=2278
-  _globals['_STEPTIMINGS']._serialized_end=2437
-  _globals['_WORKERSERVICE']._serialized_start=2540
-  _globals['_WORKERSERVICE']._serialized_end=2621
+  _globals['_REVOKEREASON']._serialized_start=2580
+  _globals['_REVOKEREASON']._serialized_end=2679
+  _globals['_SESSIONREQUEST']._serialized_start=83
+  _globals['_SESSIONREQUEST']._serialized_end=262
+  _globals['_SESSIONRESPONSE']._serialized_start=264
+  _globals['_SESSIONRESPONSE']._serialized_end=376
+  _globals['_RESIDENTREQUEST']._serialized_start=378
+  _globals['_RESIDENTREQUEST']._serialized_end=460
+  _globals['_WORKERHELLO']._serialized_start=463
+  _globals['_WORKERHELLO']._serialized_end=763
+  _globals['_STEPCOSTS']._serialized_start=765
+  _globals['_STEPCOSTS']._serialized_end=860
+  _globals['_SESSIONWELCOME']._serialized_start=863
+  _globals['_SESSIONWELCOME']._serialized_end=991
+  _globals['_HEARTBEAT']._serialized_start=993
+  _globals['_HEARTBEAT']._serialized_end=1004
+  _globals['_DRAIN']._serialized_start=1006
+  _globals['_DRAIN']._serialized_end=1013
+  _globals['_LEASEGRANT']._serialized_start=1016
+  _globals['_LEASEGRANT']._serialized_end=1306
+  _globals['_LEASEREVOKE']._serialized_start=1308
+  _globals['_LEASEREVOKE']._serialized_end=1398
+  _globals['_LEASEUPDATE']._serialized_start=1401
+  _globals['_LEASEUPDATE']._serialized_end=1619
+  _globals['_STEPREPORT']._serialized_start=1622
+  _globals['_STEPREPORT']._serialized_end=2163
+  _globals['_STEPREPORT_LOGPROBSENTRY']._serialized_start=2094
+  _globals['_STEPREPORT_LOGPROBSENTRY']._serialized_end=2163
+  _globals['_ROWFINISH']._serialized_start=2166
+  _globals['_ROWFINISH']._serialized_end=2313
+  _globals['_ROWERROR']._serialized_start=2315
+  _globals['_ROWERROR']._serialized_end=2360
+  _globals['_ROWLOGPROBS']._serialized_start=2362
+  _globals['_ROWLOGPROBS']._serialized_end=2416
+  _globals['_STEPTIMINGS']._serialized_start=2419
+  _globals['_STEPTIMINGS']._serialized_end=2578
+  _globals['_WORKERSERVICE']._serialized_start=2681
+  _globals['_WORKERSERVICE']._serialized_end=2762
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from laps.v1 import generation_pb2 as _generation_pb2
+from laps.v1 import history_pb2 as _history_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -146,6 +147,7 @@ class WorkerHello(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     COSTS_FIELD_NUMBER: _builtins.int
     RESIDENT_FIELD_NUMBER: _builtins.int
+    SEEN_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     pool: _builtins.str
     slots: _builtins.int
@@ -159,6 +161,10 @@ class WorkerHello(_message.Message):
     def costs(self) -> Global___StepCosts: ...
     @_builtins.property
     def resident(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentRequest]: ...
+    @_builtins.property
+    def seen(self) -> _history_pb2.HistoryPoint:
+        """The furthest that this worker has seen in any session."""
+
     def __init__(
         self,
         *,
@@ -173,10 +179,11 @@ class WorkerHello(_message.Message):
         context_tokens: _builtins.int = ...,
         costs: Global___StepCosts | None = ...,
         resident: _abc.Iterable[Global___ResidentRequest] | None = ...,
+        seen: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "seen", b"seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "draft", b"draft", "model_fingerprint", b"model_fingerprint", "pool", b"pool", "resident", b"resident", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "costs", b"costs", "device", b"device", "draft", b"draft", "model_fingerprint", b"model_fingerprint", "pool", b"pool", "resident", b"resident", "seen", b"seen", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,20 +226,24 @@ class SessionWelcome(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     SESSION_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     session_timeout_s: _builtins.float
     """The worker is taken for lost after this long without a message."""
     heartbeat_interval_s: _builtins.float
+    @_builtins.property
+    def history(self) -> _history_pb2.HistoryPoint: ...
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         session_timeout_s: _builtins.float = ...,
         heartbeat_interval_s: _builtins.float = ...,
+        history: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_interval_s", b"heartbeat_interval_s", "session_timeout_s", b"session_timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "heartbeat_interval_s", b"heartbeat_interval_s", "history", b"history", "session_timeout_s", b"session_timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,6 +376,7 @@ class LeaseUpdate(_message.Message):
     ACKNOWLEDGED_STEP_FIELD_NUMBER: _builtins.int
     STEP_CREDIT_FIELD_NUMBER: _builtins.int
     LEASE_DURATION_S_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     acknowledged_step: _builtins.int
     """All leases of this worker hold until it has done this many more steps than the
@@ -376,6 +388,10 @@ class LeaseUpdate(_message.Message):
     def revokes(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseRevoke]: ...
     @_builtins.property
     def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaseGrant]: ...
+    @_builtins.property
+    def history(self) -> _history_pb2.HistoryPoint:
+        """How far the history is stored, with everything that this update tells."""
+
     def __init__(
         self,
         *,
@@ -385,10 +401,11 @@ class LeaseUpdate(_message.Message):
         acknowledged_step: _builtins.int = ...,
         step_credit: _builtins.int = ...,
         lease_duration_s: _builtins.float = ...,
+        history: _history_pb2.HistoryPoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_step", b"acknowledged_step", "epoch", b"epoch", "grants", b"grants", "lease_duration_s", b"lease_duration_s", "revokes", b"revokes", "step_credit", b"step_credit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_step", b"acknowledged_step", "epoch", b"epoch", "grants", b"grants", "history", b"history", "lease_duration_s", b"lease_duration_s", "revokes", b"revokes", "step_credit", b"step_credit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -177,7 +177,8 @@ WORKER_FIELDS = (
 
 META_FIELDS = (
     _int("schema", "version of this layout"),
-    _int("commit_seq", "number of the last commit; never falls"),
+    _int("timeline", "grows when an operator accepts a store that has lost something, from 1"),
+    _int("commit_seq", "number of the last commit; never falls in a timeline"),
     _text("commit_digest", "its digest"),
     _int("committed_ms", "its instant on the leader's clock, in ms"),
     _text("policy", "name of the policy in force"),
@@ -194,6 +195,19 @@ LEADER_FIELDS = (
     _int("expires_ms", "until when, on the store's clock, in ms"),
 )
 """`leader`."""
+
+STOPPED_FIELDS = (
+    _text("by", "the scheduler that raised the alarm"),
+    _text("reason", "what it saw; begins with the code of a refusal"),
+    _int("at_ms", "when, on the store's clock, in ms"),
+    _int("seen_timeline", "of the furthest point of the history that is known to have been stored"),
+    _int("seen_epoch", "its epoch"),
+    _int("seen_commit_seq", "its last commit"),
+    _int("stored_timeline", "of the point where the store was found"),
+    _int("stored_epoch", "its epoch"),
+    _int("stored_commit_seq", "its last commit"),
+)
+"""`stopped`."""
 
 
 def queue_score(priority: int, rank: float, arrival_seq: int) -> float:

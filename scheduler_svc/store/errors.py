@@ -69,6 +69,12 @@ class AlreadyFinished(LogConflict):
     code = "ALREADY_FINISHED"
 
 
+class PoolStopped(StoreError):
+    """An alarm was raised, by this process or another one, and no operator has let the pool go on yet."""
+
+    code = "STOPPED"
+
+
 class WrongSchema(StoreError):
     """The store was written by a version of LAPS with another layout."""
 
@@ -96,6 +102,7 @@ BY_CODE: dict[str, type[StoreError]] = {
     "ALREADY_FINISHED": AlreadyFinished,
     "NOT_FINISHED": LogConflict,
     "SCHEMA": WrongSchema,
+    "STOPPED": PoolStopped,
 }
 """First word of an error reply of Redis or of our functions."""
 

@@ -3,8 +3,10 @@
 Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is atomic.
 
   Key, after laps:{POOL}:  Type        Members or fields
-  meta                     hash        schema, commit_seq, commit_digest, committed_ms, policy, level_thresholds_s, levels, backlog_us
+  meta                     hash        schema, timeline, commit_seq, commit_digest, committed_ms, policy, level_thresholds_s, levels, backlog_us
   leader                   hash        epoch, holder, address, expires_ms
+  epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began
+  stopped                  hash        only while the pool is stopped: by, reason, at_ms, what was seen and what was stored
   queue:LEVEL              sorted set  request_id of the waiting, in run order (see queue_score)
   live                     sorted set  request_id of all that are not finished, by arrival_seq
   leases                   sorted set  request_id of those that hold a slot, by expiry in ms
@@ -26,6 +28,7 @@ no trace. Refusals are error replies that begin with a code (errors.py).
 
 local SCHEMA = '1'
 local EVENTS_KEPT = '10000'
+local EPOCHS_KEPT = 1000
 local PRIORITY_STEP = 1e10      -- distance in score between two priorities
 local RANK_LIMIT = 4.9e9        -- ranks beyond it count as it, so that priorities cannot overlap
 local WORKER_KEPT_MS = 3600000  -- a worker's record outlives its session for an hour
@@ -85,36 +88,73 @@ local function fence(prefix, epoch, holder)
   end
 end
 
--- args: holder, address, ttl_ms, and the greatest epoch and commit_seq that the caller has seen.
--- Returns {1, epoch, expires_ms, commit_seq}, or {0, epoch, expires_ms, holder} if another one leads.
+-- How far the pool's history is stored: timeline, epoch, commit_seq.
+local function history(prefix)
+  local meta = redis.call('HMGET', prefix .. 'meta', 'timeline', 'commit_seq')
+  local epoch = redis.call('HGET', prefix .. 'leader', 'epoch')
+  return tonumber(meta[1] or 1), tonumber(epoch or 0), tonumber(meta[2] or 0)
+end
+
+-- `first` and the two after it in args: the furthest timeline, epoch and commit_seq that the caller knows of. A store
+-- has lost something if it has not come so far, and also if it has since: when a later epoch began before that
+-- commit. What was seen in an earlier timeline does not count.
+local function check_history(prefix, args, first)
+  local timeline, epoch, commit_seq = history(prefix)
+  local seen_timeline, seen_epoch, seen_seq = tonumber(args[first]), tonumber(args[first + 1]), tonumber(args[first + 2])
+  local lost = timeline < seen_timeline
+  if timeline == seen_timeline then
+    local stored_seq = commit_seq
+    if seen_epoch < epoch then
+      stored_seq = tonumber(redis.call('HGET', prefix .. 'epochs', seen_epoch + 1) or commit_seq)
+    end
+    lost = epoch < seen_epoch or stored_seq < seen_seq
+  end
+  if lost then
+    refuse('HISTORY_WENT_BACK', 'timeline ' .. timeline .. ', epoch ' .. epoch .. ', commit ' .. commit_seq .. ' are stored; timeline ' ..
+      seen_timeline .. ', epoch ' .. seen_epoch .. ', commit ' .. seen_seq .. ' were seen')
+  end
+  return timeline, epoch, commit_seq
+end
+
+local function event(prefix, kind, detail)
+  redis.call('XADD', prefix .. 'events', 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'request_id', '', 'worker_id', '', 'detail', detail)
+end
+
+-- args: holder, address, ttl_ms, and the furthest timeline, epoch and commit_seq that the caller knows of.
+-- Returns {1, epoch, expires_ms, commit_seq, timeline}, or {0, epoch, expires_ms, commit_seq, timeline} if
+-- another one leads.
 register('laps_lead', function(prefix, args)
   local holder, address, ttl_ms = args[1], args[2], tonumber(args[3])
-  local leader = redis.call('HMGET', prefix .. 'leader', 'epoch', 'holder', 'expires_ms')
-  local meta = redis.call('HMGET', prefix .. 'meta', 'schema', 'commit_seq')
-  local epoch, commit_seq = tonumber(leader[1] or 0), tonumber(meta[2] or 0)
-  if meta[1] and meta[1] ~= SCHEMA then
-    refuse('SCHEMA', 'the store has schema ' .. meta[1] .. ', this version needs ' .. SCHEMA)
+  local leader = redis.call('HMGET', prefix .. 'leader', 'holder', 'expires_ms')
+  local schema = redis.call('HGET', prefix .. 'meta', 'schema')
+  if schema and schema ~= SCHEMA then
+    refuse('SCHEMA', 'the store has schema ' .. schema .. ', this version needs ' .. SCHEMA)
   end
-  if epoch < tonumber(args[4]) or commit_seq < tonumber(args[5]) then
-    refuse('HISTORY_WENT_BACK', 'epoch ' .. epoch .. ', commit ' .. commit_seq .. ' are stored; epoch ' .. args[4] .. ', commit ' .. args[5] .. ' were seen')
-  end
+  local stopped = redis.call('HMGET', prefix .. 'stopped', 'by', 'reason')
+  if stopped[1] then refuse('STOPPED', 'by ' .. stopped[1] .. ': ' .. stopped[2]) end
+  local timeline, epoch, commit_seq = check_history(prefix, args, 4)
   local now = now_ms()
-  local expires = tonumber(leader[3] or 0)
-  if leader[2] and leader[2] ~= '' and leader[2] ~= holder and expires > now then
-    return { 0, epoch, expires, leader[2] }
+  local expires = tonumber(leader[2] or 0)
+  if leader[1] and leader[1] ~= '' and leader[1] ~= holder and expires > now then
+    return { 0, epoch, expires, commit_seq, timeline }
   end
   epoch, expires = epoch + 1, now + ttl_ms
   redis.call('HSET', prefix .. 'leader', 'epoch', epoch, 'holder', holder, 'address', address, 'expires_ms', expires)
   redis.call('HSETNX', prefix .. 'meta', 'schema', SCHEMA)
+  redis.call('HSETNX', prefix .. 'meta', 'timeline', timeline)
   redis.call('HSETNX', prefix .. 'meta', 'commit_seq', 0)
+  redis.call('HSET', prefix .. 'epochs', epoch, commit_seq)
+  redis.call('HDEL', prefix .. 'epochs', epoch - EPOCHS_KEPT)
   -- Leases carry the epoch that granted them: those of an earlier one are void.
   redis.call('DEL', prefix .. 'leases')
-  return { 1, epoch, expires, commit_seq }
+  return { 1, epoch, expires, commit_seq, timeline }
 end)
 
--- args: epoch, holder, ttl_ms. An expired leadership that nobody took is good again.
+-- args: epoch, holder, ttl_ms, and the furthest timeline, epoch and commit_seq that the caller knows of. An expired
+-- leadership that nobody took is good again.
 register('laps_renew', function(prefix, args)
   fence(prefix, tonumber(args[1]), args[2])
+  check_history(prefix, args, 4)
   local expires = now_ms() + tonumber(args[3])
   redis.call('HSET', prefix .. 'leader', 'expires_ms', expires)
   return expires
@@ -133,6 +173,46 @@ register('laps_describe', function(prefix, args)
   fence(prefix, tonumber(args[1]), args[2])
   redis.call('HSET', prefix .. 'meta', 'policy', args[3], 'level_thresholds_s', args[4])
   return 'OK'
+end)
+
+-- Stopping -----------------------------------------------------------------------------------
+
+-- args: who stops the pool, why, and the furthest timeline, epoch and commit_seq that it knows of. Nobody leads
+-- from here on, whoever did before, until laps_resume. Returns 0 if it was stopped already; the first reason stays.
+register('laps_stop', function(prefix, args)
+  local key = prefix .. 'stopped'
+  local timeline, epoch, commit_seq = history(prefix)
+  local before = redis.call('HMGET', key, 'seen_timeline', 'seen_epoch', 'seen_commit_seq')
+  local seen_timeline, seen_epoch, seen_seq = tonumber(args[3]), tonumber(args[4]), tonumber(args[5])
+  if before[1] then
+    local timeline_before, epoch_before, seq_before = tonumber(before[1]), tonumber(before[2]), tonumber(before[3])
+    if timeline_before > seen_timeline or (timeline_before == seen_timeline and
+      (epoch_before > seen_epoch or (epoch_before == seen_epoch and seq_before > seen_seq))) then
+      seen_timeline, seen_epoch, seen_seq = timeline_before, epoch_before, seq_before
+    end
+  end
+  redis.call('HSET', key, 'seen_timeline', seen_timeline, 'seen_epoch', seen_epoch, 'seen_commit_seq', seen_seq)
+  if before[1] then return 0 end
+  redis.call('HSET', key, 'by', args[1], 'reason', args[2], 'at_ms', now_ms(), 'stored_timeline', timeline,
+    'stored_epoch', epoch, 'stored_commit_seq', commit_seq)
+  -- Whoever leads is fenced off, and a leader of what was lost no less.
+  redis.call('HSET', prefix .. 'leader', 'epoch', math.max(epoch, seen_epoch) + 1, 'holder', '', 'address', '', 'expires_ms', 0)
+  event(prefix, 'pool_stopped', args[2])
+  return 1
+end)
+
+-- args: who lets it go on. The store is accepted as it is: a new timeline begins, to which nothing counts that was
+-- seen of the one before. Returns it, or 0 if the pool was not stopped.
+register('laps_resume', function(prefix, args)
+  local stopped = redis.call('HMGET', prefix .. 'stopped', 'seen_timeline', 'seen_epoch')
+  if not stopped[1] then return 0 end
+  local timeline, epoch = history(prefix)
+  timeline = math.max(timeline, tonumber(stopped[1])) + 1
+  redis.call('HSET', prefix .. 'meta', 'timeline', timeline)
+  redis.call('HSET', prefix .. 'leader', 'epoch', math.max(epoch, tonumber(stopped[2])))
+  redis.call('DEL', prefix .. 'stopped', prefix .. 'epochs')
+  event(prefix, 'pool_resumed', 'timeline ' .. timeline .. ' by ' .. args[1])
+  return timeline
 end)
 
 -- Commit -------------------------------------------------------------------------------------

@@ -28,6 +28,17 @@ def leader(pool: str) -> str:
     return prefix(pool) + "leader"
 
 
+def epochs(pool: str) -> str:
+    """Hash. Where each of the last epochs began: commit_seq by epoch. Read by: whoever would lead."""
+    return prefix(pool) + "epochs"
+
+
+def stopped(pool: str) -> str:
+    """Hash, only while the pool is stopped by an alarm (`codec.STOPPED_FIELDS`). Read by: whoever would
+    lead, operators."""
+    return prefix(pool) + "stopped"
+
+
 def queue(pool: str, level: int) -> str:
     """Sorted set. Waiting requests of a level; member request_id, in the order in which they
     will run (`codec.queue_score`). Read by: inspection."""

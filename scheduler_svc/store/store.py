@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from redis import exceptions
 from redis.asyncio import Redis
 
+from laps.history import HistoryPoint
 from scheduler_svc.core.records import TOKEN_BYTES, Commit, Recovered, Request
 from scheduler_svc.store import codec, connection, inspector_proto, library, packing, recovery
-from scheduler_svc.store.errors import StaleLeader, StoreError
+from scheduler_svc.store.errors import Alarm, StaleLeader, StoreError
 
 LOG_BATCH_ENTRIES = 5000
 
@@ -68,9 +69,9 @@ class Store:
         self._holder = ""
         self._ttl_s = 0.0
         self._packer: packing.CommitPacker | None = None
-        # The furthest that this process has ever seen the store: falling behind it is an alarm.
-        self._seen_epoch = 0
-        self._seen_seq = 0
+        self.seen = HistoryPoint()
+        """The furthest that this process has ever seen the store, or has been told that somebody else
+        has: a store behind it is an alarm."""
 
     # --- Connection --------------------------------------------------------------------------
 
@@ -121,18 +122,18 @@ class Store:
 
         Raises:
             HistoryWentBack: the store is older than what this process has seen of it.
+            PoolStopped: it was stopped, and nobody may lead it.
         """
         asked_s = time.time()
-        reply = await self._terms.call(
-            "laps_lead", holder, address, int(ttl_s * 1e3), self._seen_epoch, self._seen_seq
-        )
-        taken, epoch, _expires_ms, commit_seq = reply
+        reply = await self._terms.call("laps_lead", holder, address, int(ttl_s * 1e3), *astuple(self.seen))
+        taken, epoch, _expires_ms, commit_seq, timeline = reply
+        # A standby sees so how far the leader has come, and would notice a store that came back older.
+        self.seen = max(self.seen, HistoryPoint(timeline, epoch, commit_seq))
         if not taken:
             return None
         self._holder = holder
         self._ttl_s = ttl_s
         self._packer = packing.CommitPacker(epoch, commit_seq)
-        self._seen_epoch, self._seen_seq = epoch, commit_seq
         return Leadership(epoch, asked_s + ttl_s, commit_seq)
 
     async def renew(self) -> Leadership:
@@ -140,11 +141,51 @@ class Store:
 
         Raises:
             StaleLeader: the leadership was lost.
+            HistoryWentBack: the store is older than what this process knows of it.
         """
+        return await self._renew(self.seen)
+
+    async def _renew(self, seen: HistoryPoint) -> Leadership:
         packer = self._leading()
         asked_s = time.time()
-        await self._terms.call("laps_renew", packer.epoch, self._holder, int(self._ttl_s * 1e3))
-        return Leadership(packer.epoch, asked_s + self._ttl_s, self._seen_seq)
+        await self._terms.call(
+            "laps_renew", packer.epoch, self._holder, int(self._ttl_s * 1e3), *astuple(seen)
+        )
+        return Leadership(packer.epoch, asked_s + self._ttl_s, self.seen.commit_seq)
+
+    async def witness(self, seen: HistoryPoint) -> None:
+        """Somebody has seen the pool's history so far. Nothing is written any more if the store does not
+        hold that.
+
+        Raises:
+            StaleLeader: another scheduler leads: it is no wonder that there is more than this one knows.
+            HistoryWentBack: the store has lost something.
+            StoreUnavailable: the store cannot be asked. Nothing can be written to it either.
+        """
+        same_term = (seen.timeline, seen.epoch) == (self.seen.timeline, self.seen.epoch)
+        if seen.timeline == 0 or (same_term and seen <= self.seen):
+            return
+        try:
+            await self._renew(seen)
+        except Alarm:
+            self._packer = None
+            raise
+
+    async def stop_pool(self, by: str, reason: str, seen: HistoryPoint) -> None:
+        """Leaves a mark that keeps everybody from leading, whatever becomes of this process, until
+        `resume_pool`. `seen`: the furthest point of the history that is known to have been stored.
+
+        Raises:
+            StoreUnavailable: nothing is known about the mark; to be called again.
+        """
+        self._packer = None
+        await self._terms.call("laps_stop", by, reason, *astuple(seen))
+
+    async def resume_pool(self, by: str) -> int:
+        """An operator accepts the store as it is, with what it has lost. Returns the timeline that
+        begins, or 0 if the pool was not stopped."""
+        timeline: int = await self._terms.call("laps_resume", by)
+        return timeline
 
     async def resign(self) -> None:
         """Lets others lead at once. Does nothing if this process does not lead."""
@@ -186,9 +227,15 @@ class Store:
         """
         packed = packing.unpack(encoded)
         _, new = await self._commits.call(
-            "laps_commit", packed.epoch, self._holder, packed.seq, self._seen_seq, packed.digest, packed.body
+            "laps_commit",
+            packed.epoch,
+            self._holder,
+            packed.seq,
+            self.seen.commit_seq,
+            packed.digest,
+            packed.body,
         )
-        self._seen_seq = max(self._seen_seq, packed.seq)
+        self.seen = replace(self.seen, commit_seq=max(self.seen.commit_seq, packed.seq))
         return bool(new)
 
     # --- Reading -----------------------------------------------------------------------------

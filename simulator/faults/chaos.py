@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from laps.history import HistoryPoint
 from simulator.faults.clock import Process
 from simulator.faults.store_model import Keys
 
@@ -23,6 +25,7 @@ class Chaos:
         self._snapshot: Keys | None = None
         self._snapshot_seq = 0
         self._over = False
+        self._stopping: set[Process] = set()
 
     def begin(self) -> None:
         world = self._world
@@ -74,6 +77,7 @@ class Chaos:
             world.loop.at(None, world.loop.now_s + rng.choice((0.02, 0.2, 1.5)), world.restart, node)
         elif verb == "stop":
             world.trace(node.name, "is stopped")
+            self._stopping.add(node.process)
             world.loop.spawn(node.process, node.stop(), f"{node.name} stop")
             world.loop.at(
                 None, world.loop.now_s + rng.choice((0.5, 4.0)), self._stop_hard, node, node.process
@@ -165,18 +169,25 @@ class Chaos:
     def spoil_store(self) -> bool:
         """The store loses something that it had acknowledged; False where it has nothing to lose."""
         world, keys = self._world, self._world.server.model.keys
-        leader = world.schedulers[0].terms.leader
-        process = world.schedulers[0].process
-        if leader is None or not process.alive or process.frozen or not world.server.answers:
+        leads = [
+            node
+            for node in world.schedulers
+            if node.process.alive and not node.process.frozen and node.terms.leader is not None
+        ]
+        if not leads or not world.server.answers:
             return False
+        leader = leads[0].terms.leader
+        assert leader is not None
         if world.knobs.ending == "rollback":
-            if self._snapshot is None or world.schedulers[
-                0
-            ].store._seen_seq <= self._snapshot_seq + self._rng.choice((0, 5, 20)):
+            dying = {"": [], "leader": leads, "schedulers": world.schedulers}[world.knobs.at_once]
+            if self._snapshot is None or not self._is_remembered(dying):
                 return False
             world.trace("store", f"COMES BACK OLDER: commit {self._snapshot_seq} is its last")
             world.server.come_back_as(self._snapshot)
             world.history.rolled_back = True
+            world.history.adopt(self._snapshot)
+            for node in dying:
+                world.crash(node)
             return True
         running = [
             name
@@ -192,6 +203,20 @@ class Chaos:
         world.trace("store", f"LOSES the last entry of the log of {request_id}")
         world.history.damaged.add(request_id)
         return True
+
+    def _is_remembered(self, dying: Sequence[Node]) -> bool:
+        """Whether somebody who lives on has seen more than what was put aside."""
+        assert self._snapshot is not None
+        stored = HistoryPoint(
+            int(self._snapshot.meta.get("timeline", "1")),
+            int(self._snapshot.leader.get("epoch", "0")),
+            self._snapshot_seq + self._rng.choice((0, 5, 20)),
+        )
+        return any(
+            stored < node.seen
+            for node in self._world.nodes
+            if node.process.alive and node not in dying and node.process not in self._stopping
+        )
 
     def must_alarm(self) -> bool:
         """A damaged log is noticed when it goes on; its request may end before that."""

@@ -185,6 +185,8 @@ class Client:
     def _judge(self, error: LapsError) -> None:
         """Some errors must not come, whatever goes wrong."""
         history = self.world.history
+        if history.rolled_back:
+            return  # What it had seen may be lost.
         if error.reason is Reason.QUEUE_FULL or error.status == "RESOURCE_EXHAUSTED":
             history.counts.refused += 1
             return
@@ -196,7 +198,7 @@ class Client:
                 return  # It came before the request that it wants to read.
             lives = [history.lives.get(name) for name in self.request_ids or {self.transcript.request_id}]
             history.require(
-                all(life is None or life.forgotten for life in lives) or history.rolled_back,
+                all(life is None or life.forgotten for life in lives),
                 f"{self.name} was told that its request is unknown",
             )
             return

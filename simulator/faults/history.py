@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from simulator.faults.model import output_of
-from simulator.faults.store_model import unpack_body
+from simulator.faults.store_model import Keys, unpack_body
 
 
 class Violation(AssertionError):
@@ -80,6 +80,8 @@ class History:
         self.seq = 0
         self.rolled_back = False
         """The store has lost something: from here on only an alarm is right."""
+        self.lost: dict[str, Life] = {}
+        """Requests that the store has forgotten about."""
         self.damaged: set[str] = set()
         """Requests of whose stored log something was lost."""
         self.violation = ""
@@ -100,12 +102,27 @@ class History:
         self.violation = self.violation or what
         raise Violation(what)
 
+    def adopt(self, keys: Keys) -> None:
+        """From here on the history is what these keys hold: some of it is lost."""
+        self.epoch = int(keys.leader.get("epoch", "0"))
+        self.seq = int(keys.meta.get("commit_seq", "0"))
+        for request_id, life in list(self.lives.items()):
+            stored = keys.request.get(request_id)
+            if stored is None:
+                self.lost[request_id] = self.lives.pop(request_id)
+                continue
+            log = keys.tokens.get(request_id, [])
+            life.entries = len(log)
+            life.stored_tokens = sum(len(entry.tokens.split()) for entry in log)
+            life.ended = stored.get("finish_reason", "") if stored["state"] == "finished" else ""
+            life.forgotten = False
+        self.damaged.clear()
+
     # --- What the store does -------------------------------------------------------------------
 
     def led(self, epoch: int, holder: str) -> None:
         self.counts.terms += 1
-        if not self.rolled_back:
-            self.require(epoch == self.epoch + 1, f"epoch {epoch} was given out after {self.epoch}")
+        self.require(epoch == self.epoch + 1, f"epoch {epoch} was given out after {self.epoch}")
         self.epoch = epoch
         self._trace("store", f"{holder} leads, epoch {epoch}")
 
@@ -113,8 +130,7 @@ class History:
         """The store has just carried out a new commit."""
         self.counts.commits += 1
         self.require(epoch == self.epoch, f"a leader of epoch {epoch} wrote in epoch {self.epoch}")
-        if not self.rolled_back:
-            self.require(seq == self.seq + 1, f"commit {seq} was taken after {self.seq}")
+        self.require(seq == self.seq + 1, f"commit {seq} was taken after {self.seq}")
         self.seq = seq
         fields = unpack_body(body)
         for new in fields[1]:
@@ -192,12 +208,19 @@ class History:
     # --- What others see -----------------------------------------------------------------------
 
     def acknowledged(self, request_id: str) -> None:
+        if self.rolled_back:
+            return
         self.require(request_id in self.lives, f"{request_id} was acknowledged before it was stored")
         self.lives[request_id].acknowledged = True
 
     def shown(self, who: str, request_id: str, offset: int, tokens: Sequence[int]) -> None:
         """Tokens have reached a gateway or a client."""
         life = self.lives.get(request_id)
+        if self.rolled_back:
+            # What was under way may have been stored before the loss; it is the model's all the same.
+            life = life or self.lost[request_id]
+            right = life.expected[offset : offset + len(tokens)]
+            return self.require(list(tokens) == right, f"{who} was shown other tokens of {request_id}")
         if life is None:
             return self.violated(f"{who} was shown tokens of {request_id}, which is not stored")
         end = offset + len(tokens)
@@ -213,6 +236,8 @@ class History:
 
     def shown_end(self, who: str, request_id: str, reason: str, tokens: int) -> None:
         life = self.lives.get(request_id)
+        if self.rolled_back:
+            return None
         if life is None:
             return self.violated(f"{who} was shown the end of {request_id}, which is not stored")
         self.require(bool(life.ended), f"{who} was shown the end of {request_id} before it was stored")

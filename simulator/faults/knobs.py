@@ -46,6 +46,8 @@ class Knobs:
     clock_skew_s: float
     ending: str
     """`rollback` or `damage`: how the store loses something in the end, which only an alarm can answer."""
+    at_once: str
+    """What happens in the same moment: `` nothing, or `leader` or `schedulers` (all of them) crash."""
     kinds: tuple[str, ...] = field(default=())
     """Faults that this seed has."""
 
@@ -97,8 +99,7 @@ def knobs_of(seed: int) -> Knobs:
             max_retained=rng.choice((2, 10_000)),
             starvation_bound_s=rng.choice((None, 2.0, 10.0)),
         ),
-        # A store that loses something is noticed by whoever has seen more of it; see `docs/reliability.md`.
-        schedulers=1 if ending else rng.randint(1, 3),
+        schedulers=rng.randint(1, 3),
         workers=workers,
         gateways=rng.randint(1, 3),
         slots=slots,
@@ -125,5 +126,8 @@ def knobs_of(seed: int) -> Knobs:
         window_messages=rng.choice((1, 4, 64)),
         clock_skew_s=rng.choice((0.0, 0.3, 5.0)),
         ending=ending,
+        at_once=random.Random(f"{seed} at once").choice(("", "leader", "leader", "schedulers"))
+        if ending == "rollback"
+        else "",
         kinds=tuple(kinds),
     )

@@ -15,10 +15,11 @@ from gateway.inference import InferenceService
 from gateway.metrics import Metrics
 from gateway.rpc import service_handler
 from gateway.scheduler_link import SchedulerLink
+from laps.history import HistoryPoint
 from laps.settings import Settings
 from laps.v1 import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.errors import Alarm, StoreError
+from scheduler_svc.store.errors import StoreError
 from scheduler_svc.term import Terms
 from scheduler_svc.worker_service import WorkerService
 from simulator.faults.clock import Process
@@ -58,6 +59,11 @@ class Node:
     def _begin(self) -> None:
         raise NotImplementedError
 
+    @property
+    def seen(self) -> HistoryPoint:
+        """The furthest that it has seen the stored history."""
+        raise NotImplementedError
+
     async def stop(self) -> None:
         """In order, as on SIGTERM."""
         raise NotImplementedError
@@ -68,8 +74,6 @@ class Node:
         async def guarded() -> None:
             try:
                 await coro
-            except Alarm as alarm:
-                self.world.alarmed(self, alarm)
             except Exception as error:
                 self.world.history.violation = (
                     self.world.history.violation or f"{self.name}: {what} ended with {error!r}"
@@ -96,6 +100,7 @@ class SchedulerNode(Node):
             tick_interval_s=knobs.tick_interval_s,
             leader_ttl_s=knobs.leader_ttl_s,
             gateway_grace_s=knobs.gateway_grace_s,
+            on_alarm=lambda alarm: world.alarmed(self, alarm),
         )
         service = SchedulerService(self.terms)
         sessions = WorkerService(self.terms, HEARTBEAT_INTERVAL_S)
@@ -113,6 +118,10 @@ class SchedulerNode(Node):
         with contextlib.suppress(StoreError):
             await self.store.resign()
         self.world.crash(self)
+
+    @property
+    def seen(self) -> HistoryPoint:
+        return self.store.seen
 
 
 class TurnedDriver(EngineDriver):
@@ -191,6 +200,10 @@ class WorkerNode(Node):
         self.link.drain()
         await self.driver.emptied()
         self.world.crash(self)
+
+    @property
+    def seen(self) -> HistoryPoint:
+        return self.link.seen
 
     def _broken(self, error: BaseException) -> None:
         self.world.history.violated(f"{self.name}: the engine failed: {error!r}")
@@ -282,6 +295,10 @@ class GatewayNode(Node):
         await asyncio.sleep(0.1)
         await self.link.close()
         self.world.crash(self)
+
+    @property
+    def seen(self) -> HistoryPoint:
+        return self.link.seen
 
     @property
     def followed(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gateway.admission import unpack
 from gateway.streams import Feed
+from laps.history import HistoryPoint
 from scheduler_svc.deliveries import DeliveryHub
 from simulator.faults.store_model import ALL_CHECKS
 from simulator.faults.store_server import SimulatedStore
@@ -32,6 +33,13 @@ class HastyStore(SimulatedStore):
     async def commit(self, encoded: bytes) -> bool:
         self._sending = asyncio.ensure_future(super().commit(encoded))
         return True
+
+
+class DeafStore(SimulatedStore):
+    """Does not care what its peers have seen."""
+
+    async def witness(self, seen: HistoryPoint) -> None:
+        return None
 
 
 class ForgetfulHub(DeliveryHub):
@@ -54,6 +62,8 @@ MUTANTS: dict[str, Parts] = {
     "no log gap check": replace(Parts(), store_checks=ALL_CHECKS - {"log"}),
     "no idempotent commit": replace(Parts(), store_checks=ALL_CHECKS - {"digest"}),
     "sends before it is stored": replace(Parts(), store=HastyStore),
+    "no mark of an alarm": replace(Parts(), store_checks=ALL_CHECKS - {"stopped"}),
+    "no peer is asked what it has seen": replace(Parts(), store=DeafStore),
     "no orphan is cancelled": replace(Parts(), hub=ForgetfulHub),
     "no offset check in the gateway": replace(Parts(), feed=CarelessFeed),
 }

@@ -30,6 +30,8 @@ class Keys:
 
     meta: dict[str, str] = field(default_factory=dict)
     leader: dict[str, str] = field(default_factory=dict)
+    epochs: dict[str, str] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
     queues: dict[str, dict[str, float]] = field(default_factory=dict)
     live: dict[str, float] = field(default_factory=dict)
     leases: dict[str, float] = field(default_factory=dict)

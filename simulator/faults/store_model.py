@@ -16,7 +16,7 @@ from simulator.faults.store_commit import CommitCall, Entry, Keys, Refusal
 __all__ = ["ALL_CHECKS", "Entry", "Keys", "Refusal", "StoreModel", "unpack_body"]
 
 SCHEMA = "1"
-ALL_CHECKS = frozenset({"fence", "log", "digest"})
+ALL_CHECKS = frozenset({"fence", "log", "digest", "stopped"})
 """What can be switched off, to see that its absence is noticed."""
 
 
@@ -41,12 +41,15 @@ class StoreModel:
             "laps_resign": self._resign,
             "laps_describe": self._describe,
             "laps_commit": self._commit,
+            "laps_stop": self._stop,
+            "laps_resume": self._resume,
         }
 
     def call(self, function: str, *args: str | bytes | int | float) -> Any:
         """A function that writes. Raises Refusal, and has then changed nothing."""
         body = args[-1] if args and isinstance(args[-1], bytes) else b""
-        texts = [a.decode("utf-8", "surrogateescape") if isinstance(a, bytes) else str(a) for a in args[:5]]
+        plain = args[:-1] if body else args
+        texts = [a.decode("utf-8", "surrogateescape") if isinstance(a, bytes) else str(a) for a in plain]
         return self._functions[function](texts, body)
 
     # --- Leadership ---------------------------------------------------------------------------
@@ -61,22 +64,37 @@ class StoreModel:
         if stored > epoch or leads != holder:
             raise Refusal(f"STALE_EPOCH epoch {stored} of {leads} leads, not epoch {epoch} of {holder}")
 
+    def _history(self) -> tuple[int, int, int]:
+        meta, leader = self.keys.meta, self.keys.leader
+        return int(meta.get("timeline", "1")), int(leader.get("epoch", "0")), int(meta.get("commit_seq", "0"))
+
+    def _check_history(self, args: list[str]) -> tuple[int, int, int]:
+        timeline, epoch, commit_seq = self._history()
+        seen_timeline, seen_epoch, seen_seq = map(int, args)
+        stored_seq = commit_seq
+        if seen_epoch < epoch:
+            stored_seq = int(self.keys.epochs.get(str(seen_epoch + 1), commit_seq))
+        lost = timeline == seen_timeline and (epoch < seen_epoch or stored_seq < seen_seq)
+        if timeline < seen_timeline or lost:
+            raise Refusal(
+                f"HISTORY_WENT_BACK timeline {timeline}, epoch {epoch}, commit {commit_seq} are stored; "
+                f"timeline {seen_timeline}, epoch {seen_epoch}, commit {seen_seq} were seen"
+            )
+        return timeline, epoch, commit_seq
+
     def _lead(self, args: list[str], _: bytes) -> Any:
         holder, address, ttl_ms = args[0], args[1], int(args[2])
         keys = self.keys
-        epoch, commit_seq = int(keys.leader.get("epoch", "0")), int(keys.meta.get("commit_seq", "0"))
         if keys.meta.get("schema", SCHEMA) != SCHEMA:
             raise Refusal(f"SCHEMA the store has schema {keys.meta['schema']}, this version needs {SCHEMA}")
-        if epoch < int(args[3]) or commit_seq < int(args[4]):
-            raise Refusal(
-                f"HISTORY_WENT_BACK epoch {epoch}, commit {commit_seq} are stored; epoch {args[3]}, "
-                f"commit {args[4]} were seen"
-            )
+        if keys.stopped and "stopped" in self._checks:
+            raise Refusal(f"STOPPED by {keys.stopped['by']}: {keys.stopped['reason']}")
+        timeline, epoch, commit_seq = self._check_history(args[3:6])
         now = self._now_ms()
         expires = int(keys.leader.get("expires_ms", "0"))
         leads = keys.leader.get("holder", "")
         if leads not in ("", holder) and expires > now:
-            return [0, epoch, expires, leads]
+            return [0, epoch, expires, commit_seq, timeline]
         epoch, expires = epoch + 1, now + ttl_ms
         keys.leader = {
             "epoch": str(epoch),
@@ -85,12 +103,15 @@ class StoreModel:
             "expires_ms": str(expires),
         }
         keys.meta.setdefault("schema", SCHEMA)
+        keys.meta.setdefault("timeline", str(timeline))
         keys.meta.setdefault("commit_seq", "0")
+        keys.epochs[str(epoch)] = str(commit_seq)
         keys.leases.clear()
-        return [1, epoch, expires, commit_seq]
+        return [1, epoch, expires, commit_seq, timeline]
 
     def _renew(self, args: list[str], _: bytes) -> Any:
         self._fence(int(args[0]), args[1])
+        self._check_history(args[3:6])
         expires = self._now_ms() + int(args[2])
         self.keys.leader["expires_ms"] = str(expires)
         return expires
@@ -106,6 +127,40 @@ class StoreModel:
         self._fence(int(args[0]), args[1])
         self.keys.meta.update(policy=args[2], level_thresholds_s=args[3])
         return b"OK"
+
+    def _stop(self, args: list[str], _: bytes) -> Any:
+        keys, stopped = self.keys, self.keys.stopped
+        timeline, epoch, commit_seq = self._history()
+        seen = int(args[2]), int(args[3]), int(args[4])
+        again = bool(stopped)
+        if again:
+            known = (
+                int(stopped["seen_timeline"]),
+                int(stopped["seen_epoch"]),
+                int(stopped["seen_commit_seq"]),
+            )
+            seen = max(seen, known)
+        for name, value in zip(("timeline", "epoch", "commit_seq"), seen, strict=True):
+            stopped[f"seen_{name}"] = str(value)
+        if again:
+            return 0
+        stopped |= {"by": args[0], "reason": args[1], "at_ms": str(self._now_ms())}
+        stopped |= {"stored_timeline": str(timeline), "stored_epoch": str(epoch)}
+        stopped["stored_commit_seq"] = str(commit_seq)
+        fenced = str(max(epoch, seen[1]) + 1)
+        keys.leader |= {"epoch": fenced, "holder": "", "address": "", "expires_ms": "0"}
+        return 1
+
+    def _resume(self, args: list[str], _: bytes) -> Any:
+        keys = self.keys
+        if not keys.stopped:
+            return 0
+        timeline, epoch, _seq = self._history()
+        timeline = max(timeline, int(keys.stopped["seen_timeline"])) + 1
+        keys.meta["timeline"] = str(timeline)
+        keys.leader["epoch"] = str(max(epoch, int(keys.stopped["seen_epoch"])))
+        keys.stopped, keys.epochs = {}, {}
+        return timeline
 
     # --- Commit -------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from redis import exceptions
 
+from laps.history import HistoryPoint
 from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
 from scheduler_svc.store.store import ServerInfo, Store
 from simulator.faults import store_reading
@@ -81,6 +82,8 @@ class StoreServer:
                 self._history.counts.commits_repeated += 1
         elif function == "laps_lead" and reply[0]:
             self._history.led(reply[1], str(args[0]))
+        elif function in ("laps_stop", "laps_resume"):
+            self._history.epoch = int(self.model.keys.leader["epoch"])
         return reply
 
 
@@ -187,8 +190,7 @@ class SimulatedStore(Store):
         self._holder = ""
         self._ttl_s = 0.0
         self._packer = None
-        self._seen_epoch = 0
-        self._seen_seq = 0
+        self.seen = HistoryPoint()
 
     async def connect(self) -> ServerInfo:
         await self.reader.ask("laps_load", "live", 0, 0, 0)

@@ -27,6 +27,8 @@ DRAIN_S = 180.0
 """Virtual seconds without faults in which everything must come to its end."""
 REST_S = 40.0
 """Virtual seconds in which connections must be back and bookkeeping empty."""
+STOPPED_S = 5.0
+"""Virtual seconds that a stopped pool is watched, before and after everything is started anew."""
 ALARM_S = 30.0
 """Virtual seconds in which a store that has lost something must be noticed."""
 MAX_EVENTS = 3_000_000
@@ -139,16 +141,13 @@ class World:
         self.chaos.heal()
         if spoilt:
             self._until(lambda: any(node.alarm for node in self.schedulers), ALARM_S)
-            if self.chaos.must_alarm():
-                self.history.require(
-                    any(node.alarm for node in self.schedulers),
-                    "the store has lost something and nobody noticed",
-                )
             if any(node.alarm for node in self.schedulers):
-                commits = self.history.counts.commits
-                self._until(lambda: False, 5.0)
-                self.history.require(self.history.counts.commits == commits, "a stopped pool has written")
+                self._stay_stopped()
+                self._resume()
                 return
+            self.history.require(
+                not self.chaos.must_alarm(), "the store has lost something and nobody noticed"
+            )
         self._until(self._drained, DRAIN_S)
         if not self._drained():
             self.history.violated(f"did not come to an end in {DRAIN_S:g} s: {self._undone()}")
@@ -156,6 +155,31 @@ class World:
         self._until(lambda: all(reader.done() for reader in readers), DRAIN_S)
         self._until(self._at_rest, REST_S)
         check_end(self, readers)
+
+    def _stay_stopped(self) -> None:
+        """After an alarm nobody leads or writes, whoever is started anew."""
+        counts = self.history.counts
+        self._until(lambda: bool(self.server.model.keys.stopped), ALARM_S)
+        self.history.require(bool(self.server.model.keys.stopped), "an alarm left no mark in the store")
+        before = counts.commits, counts.terms
+        self._until(lambda: False, STOPPED_S)
+        for node in self.nodes:
+            self.crash(node)
+            self.restart(node)
+        self._until(lambda: False, STOPPED_S)
+        self.history.require((counts.commits, counts.terms) == before, "a stopped pool has gone on")
+
+    def _resume(self) -> None:
+        """An operator accepts what is left; the pool serves that to its end."""
+        keys = self.server.model.keys
+        self.history.rolled_back = True
+        self.server.execute("laps_resume", ("operator",))
+        self.history.adopt(keys)
+        self.trace("store", f"is accepted as it is: timeline {keys.meta['timeline']}")
+        self._until(self._drained, DRAIN_S)
+        if not self._drained():
+            self.history.violated(f"after its resumption the pool did not come to an end: {self._undone()}")
+        self.history.require(keys.meta["timeline"] == "2", "resumed, and in the timeline of before")
 
     def _trouble(self) -> bool:
         """The time of faults. Whether it ended early, with a store that has lost something."""

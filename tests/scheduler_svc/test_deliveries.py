@@ -30,7 +30,7 @@ def make_request(request_id: str = "a", **spec: object) -> Request:
 
 async def take(follower: Follower) -> list[tuple[str, int, list[int]]]:
     """Rows of the next message."""
-    message = await asyncio.wait_for(follower.next_message(1), 5)
+    message = await asyncio.wait_for(follower.next_message(), 5)
     rows, position = [], 0
     for request_id, offset, count in zip(message.request_ids, message.offsets, message.counts, strict=True):
         rows.append((request_id, offset, unpack(message.token_ids[4 * position : 4 * (position + count)])))
@@ -79,7 +79,7 @@ async def test_logprobs_of_joined_rows_are_joined() -> None:
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.follow(follower, request, 0)
     hub.published([Append("a", 1, 0, pack([7]), packed(-1.0)), Append("a", 2, 1, pack([8]), packed(-2.0))])
-    message = await follower.next_message(1)
+    message = await follower.next_message()
     assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0]
 
 
@@ -90,7 +90,7 @@ async def test_the_end_comes_after_the_last_tokens() -> None:
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
     hub.published([Append("a", 1, 0, pack([7]))])
     hub.finished([request])
-    message = await follower.next_message(1)
+    message = await follower.next_message()
     assert list(message.request_ids) == ["a"]
     assert message.completions[0].output_tokens == 1
     assert not follower.followed
@@ -173,7 +173,7 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
     hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
     hub.published([Append("a", 2, 1, pack([11, 12]), logprobs(-2.0, -3.0))])
-    message = await asyncio.wait_for(follower.next_message(1), 5)
+    message = await asyncio.wait_for(follower.next_message(), 5)
     assert unpack(message.token_ids) == [10, 11, 12]
     assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0, -3.0]
 

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from laps.history import HistoryPoint
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.records import Commit, RequestSpec, StepCosts, StepReport, Worker
 from scheduler_svc.core.scheduler import Scheduler
@@ -28,6 +29,7 @@ class FakeStore:
         self.failures: list[Exception] = []
         self.calls: list[bytes] = []
         self.asked = asyncio.Event()
+        self.seen = HistoryPoint()
         self.stored: list[bytes] = []
 
     def encode(self, commit: Commit, now_s: float) -> bytes:
@@ -109,7 +111,7 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
         store.allowed.clear()
         store.asked.clear()
         leader.report(session, 1, StepReport("w", [lease_id], [0], [2], [3], [1], 2 * TOKEN))
-        waiting = asyncio.ensure_future(follower.next_message(0))
+        waiting = asyncio.ensure_future(follower.next_message())
         await asyncio.wait_for(store.asked.wait(), 5)
         assert not waiting.done()
         store.allowed.set()

@@ -66,6 +66,7 @@ def test_the_functions_tell_the_same_keys():
         ("worker:WORKER", codec.WORKER_FIELDS),
         ("meta", codec.META_FIELDS),
         ("leader", codec.LEADER_FIELDS),
+        ("stopped", codec.STOPPED_FIELDS),
     ],
 )
 def test_every_field_is_told(heading, fields):

@@ -14,6 +14,8 @@ EXPECTED = {
     "no log gap check": ("though entries before it are lost",),
     "no idempotent commit": ("alarm without a cause: SEQ_CONFLICT",),
     "sends before it is stored": ("before it was stored", "are stored"),
+    "no mark of an alarm": ("a stopped pool has gone on",),
+    "no peer is asked what it has seen": ("nobody noticed",),
     "no orphan is cancelled": ("outlived its client", "the hub"),
     "no offset check in the gateway": ("was shown other tokens", "are stored", "INTERNAL"),
 }

@@ -105,6 +105,8 @@ def _of_model(model: StoreModel) -> dict[str, Any]:
     hashes = {
         "meta": stored.meta,
         "leader": stored.leader,
+        "epochs": stored.epochs,
+        "stopped": stored.stopped,
         "progress": stored.progress,
         "learnt": stored.learnt,
     }
@@ -114,6 +116,7 @@ def _of_model(model: StoreModel) -> dict[str, Any]:
     for name, log in stored.tokens.items():
         found[f"tokens:{name}"] = log
     found.get("leader", {}).pop("expires_ms", None)
+    found.get("stopped", {}).pop("at_ms", None)
     return found
 
 
@@ -136,6 +139,7 @@ def _of_server(client: redis.Redis, pool: str) -> dict[str, Any]:
         else:
             found[name] = client.get(key).decode()
     found.get("leader", {}).pop("expires_ms", None)
+    found.get("stopped", {}).pop("at_ms", None)
     return found
 
 
@@ -155,8 +159,14 @@ class Maker:
         """Tokens before each entry and after the last, as this maker believes."""
         self.seq = 0
         self.epoch = 0
+        self.timeline = 1
         self.holder = "a"
         self.last: tuple[Any, ...] | None = None
+
+    def seen(self) -> tuple[int, int, int]:
+        """What its calls say that it has seen: mostly what it has."""
+        epoch = self.mostly(self.epoch, self.epoch + 5)
+        return self.mostly(self.timeline, 0, 9), epoch, self.mostly(self.seq, self.seq + 5)
 
     def look(self) -> None:
         """What it believes of the logs becomes what is stored."""
@@ -250,6 +260,10 @@ class Maker:
         return [request_id, level, rank, repr(rank)]
 
 
+def holder_of(rng: random.Random) -> str:
+    return rng.choice(("a", "b"))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: redis.Redis, seed: int) -> None:
     both = Both(client)
@@ -261,20 +275,23 @@ def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: red
         word = answer.split()[0] if isinstance(answer, str) else "taken" if answer[1] else "repeated"
         answers[word] = answers.get(word, 0) + 1
 
-    for step in range(150):
+    for step in range(170):
         kind = rng.random()
         if maker.epoch == 0 or kind < 0.05:
-            holder = rng.choice(("a", "b"))
+            holder = holder_of(rng)
             ttl_ms = rng.choice((LONG_MS, PAST_MS))
-            seen = (maker.mostly(maker.epoch, maker.epoch + 5), maker.mostly(maker.seq, maker.seq + 5))
-            answer = both.call("laps_lead", holder, "here", ttl_ms, *seen)
+            answer = both.call("laps_lead", holder, "here", ttl_ms, *maker.seen())
             if isinstance(answer, list) and answer[0] == 1:
                 maker.epoch, maker.holder, maker.seq = answer[1], holder, answer[3]
         elif kind < 0.10:
-            both.call("laps_renew", maker.mostly(maker.epoch, 0, 99), maker.holder, LONG_MS)
+            both.call("laps_renew", maker.mostly(maker.epoch, 0, 99), maker.holder, LONG_MS, *maker.seen())
         elif kind < 0.12:
             both.call("laps_describe", maker.epoch, maker.holder, "fcfs", "[]")
-        elif kind < 0.13:
+        elif kind < 0.14:
+            both.call("laps_stop", holder_of(rng), "HISTORY_WENT_BACK", *maker.seen())
+        elif kind < 0.18:
+            maker.timeline = both.call("laps_resume", "operator") or maker.timeline
+        elif kind < 0.19:
             both.call("laps_resign", maker.mostly(maker.epoch, 0), maker.holder)
         else:
             commit = maker.commit()
@@ -295,7 +312,7 @@ def test_every_refusal_is_met(client: redis.Redis) -> None:
     for seed in range(100, 120):
         both = Both(client)
         maker = Maker(seed, both.model)
-        answer = both.call("laps_lead", "a", "here", LONG_MS, 0, 0)
+        answer = both.call("laps_lead", "a", "here", LONG_MS, 0, 0, 0)
         maker.epoch = answer[1]
         for _ in range(120):
             answer = both.call("laps_commit", *maker.commit())
