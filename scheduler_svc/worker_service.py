@@ -32,6 +32,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         leader = await self._terms.leader_or_abort(context)
         hello = await self._hello_or_abort(leader, request_iterator, context)
         await self._terms.check_seen_or_abort(leader, HistoryPoint.from_proto(hello.seen), context)
+        if leader.ended.is_set():
+            # While the hello was on its way. Nobody would ever close a session with a term that is over.
+            await errors.abort(context, self._terms.not_leading())
         session = WorkerSession(hello.worker_id)
         welcome = worker_pb2.SessionWelcome(
             epoch=leader.epoch,

@@ -1,0 +1,93 @@
+"""Sessions of workers with a leader that ends, or that has seen less than they."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from laps import errors
+from laps.history import HistoryPoint
+from laps.v1 import worker_pb2
+from scheduler_svc.core.policies import make_policy
+from scheduler_svc.core.scheduler import Scheduler
+from scheduler_svc.core.settings import SchedulerSettings
+from scheduler_svc.leader import Leader
+from scheduler_svc.worker_service import WorkerService
+
+
+class Aborted(Exception):
+    pass
+
+
+class Context:
+    async def abort(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
+        raise Aborted(code.name)
+
+
+class FakeTerms:
+    pool = "p"
+
+    def __init__(self) -> None:
+        self.store: Any = SimpleNamespace(seen=HistoryPoint(1, 1, 5))
+        core = Scheduler("p", make_policy("fcfs"), SchedulerSettings())
+        self.leader = Leader(
+            core, self.store, epoch=1, tick_interval_s=0.0, gateway_grace_s=5.0, leader_ttl_s=3.0
+        )
+
+    async def leader_or_abort(self, context: Any) -> Leader:
+        return self.leader
+
+    async def check_seen_or_abort(self, leader: Leader, seen: HistoryPoint, context: Any) -> None:
+        if seen > self.store.seen:
+            await errors.abort(context, self.not_leading())
+
+    def not_leading(self) -> errors.LapsError:
+        return errors.Unavailable("not the leader", reason=errors.Reason.NOT_LEADER)
+
+
+def hello(**fields: Any) -> worker_pb2.SessionRequest:
+    return worker_pb2.SessionRequest(hello=worker_pb2.WorkerHello(worker_id="w", pool="p", slots=1, **fields))
+
+
+async def test_a_hello_that_comes_when_the_term_is_over_is_turned_away() -> None:
+    terms: Any = FakeTerms()
+    arrived = asyncio.Event()
+
+    async def requests() -> AsyncIterator[worker_pb2.SessionRequest]:
+        await arrived.wait()
+        yield hello()
+
+    context: Any = Context()
+    session = WorkerService(terms, 1.0).Session(requests(), context)
+    first = asyncio.ensure_future(anext(session))
+    await asyncio.sleep(0)
+    terms.leader.ended.set()
+    arrived.set()
+    with pytest.raises(Aborted, match="UNAVAILABLE"):
+        await asyncio.wait_for(first, 5)
+    assert terms.leader.core.workers == {}
+
+
+async def test_a_worker_that_has_seen_more_is_turned_away_and_one_that_has_not_is_told_how_far_it_is() -> (
+    None
+):
+    terms: Any = FakeTerms()
+    context: Any = Context()
+
+    async def says(message: worker_pb2.SessionRequest) -> AsyncIterator[worker_pb2.SessionRequest]:
+        yield message
+        await asyncio.Event().wait()
+
+    service = WorkerService(terms, 1.0)
+    ahead = hello(seen=HistoryPoint(1, 1, 6).to_proto())
+    with pytest.raises(Aborted):
+        await anext(service.Session(says(ahead), context))
+    session = service.Session(says(hello(seen=HistoryPoint(1, 1, 5).to_proto())), context)
+    welcome = (await anext(session)).welcome
+    assert HistoryPoint.from_proto(welcome.history) == terms.store.seen
+    await session.aclose()
