@@ -21,13 +21,6 @@ MAX_PENDING_BYTES = 8 << 20
 (and follows again from its offsets); the scheduler's memory does not grow for it."""
 
 
-@dataclass(slots=True)
-class _Row:
-    offset: int
-    token_ids: bytearray
-    logprobs: bytearray
-
-
 @dataclass(eq=False)
 class Follower:
     """One gateway's Deliver stream and what waits to be sent on it."""
@@ -35,26 +28,34 @@ class Follower:
     gateway_id: str
     followed: set[str] = field(default_factory=set)
     overrun: bool = False
-    _rows: dict[str, _Row] = field(default_factory=dict)
+    _rows: dict[str, Append] = field(default_factory=dict)
     _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
     _unknown: list[str] = field(default_factory=list)
     _pending_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
+    def add_tokens(self, entry: Append) -> None:
         """Queues stored tokens; rows of one request that were not sent yet become one."""
-        row = self._rows.get(request_id)
-        if row is None or offset != row.offset + len(row.token_ids) // TOKEN_BYTES:
-            # The gateway has followed anew, from `offset` on: what waited for it is part of that.
-            if row is not None:
-                self._pending_bytes -= len(row.token_ids) + len(row.logprobs)
-            self._rows[request_id] = _Row(offset, bytearray(token_ids), bytearray(logprobs))
-        else:
-            row.token_ids += token_ids
-            # Serialised messages of one repeated field: joined bytes are the joined message.
-            row.logprobs += logprobs
-        self._pending_bytes += len(token_ids) + len(logprobs)
-        self.overrun = self.overrun or self._pending_bytes > MAX_PENDING_BYTES
+        rows, request_id = self._rows, entry.request_id
+        added_bytes = len(entry.token_ids) + len(entry.logprobs)
+        if request_id in rows:
+            row = rows[request_id]
+            if entry.offset == row.offset + len(row.token_ids) // TOKEN_BYTES:
+                # Serialised messages of one repeated field: joined bytes are the joined message.
+                entry = Append(
+                    request_id,
+                    entry.entry,
+                    row.offset,
+                    row.token_ids + entry.token_ids,
+                    row.logprobs + entry.logprobs,
+                )
+            else:
+                # The gateway has followed anew, from here on: what waited for it is part of that.
+                added_bytes -= len(row.token_ids) + len(row.logprobs)
+        rows[request_id] = entry
+        self._pending_bytes += added_bytes
+        if self._pending_bytes > MAX_PENDING_BYTES:
+            self.overrun = True
         self._wake.set()
 
     def add_completion(self, completion: scheduler_pb2.Completion) -> None:
@@ -85,7 +86,7 @@ class Follower:
         )
         for index, row in enumerate(rows.values()):
             if row.logprobs:
-                message.logprobs[index].MergeFromString(bytes(row.logprobs))
+                message.logprobs[index].MergeFromString(row.logprobs)
         return message
 
 
@@ -118,7 +119,8 @@ class DeliveryHub:
         stored = self.stored_tokens(request_id)
         if stored > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
-            follower.add_tokens(request_id, offset, output, _first_logprobs(logprobs, stored - offset))
+            found = _first_logprobs(logprobs, stored - offset)
+            follower.add_tokens(Append(request_id, 0, offset, output, found))
         follower.followed.add(request_id)
         self._followers.setdefault(request_id, set()).add(follower)
         self._orphan_due_s.pop(request_id, None)
@@ -172,11 +174,12 @@ class DeliveryHub:
 
     def published(self, appended: Iterable[Append]) -> None:
         """The commit that holds these is stored."""
+        stored_tokens, followers = self._stored_tokens, self._followers
         for entry in appended:
             request_id = entry.request_id
-            self._stored_tokens[request_id] = entry.offset + len(entry.token_ids) // TOKEN_BYTES
-            for follower in self._followers.get(request_id, ()):
-                follower.add_tokens(request_id, entry.offset, entry.token_ids, entry.logprobs)
+            stored_tokens[request_id] = entry.offset + len(entry.token_ids) // TOKEN_BYTES
+            for follower in followers.get(request_id, ()):
+                follower.add_tokens(entry)
 
     def finished(self, requests: Iterable[Request]) -> None:
         """The commit that ends these is stored."""

@@ -13,7 +13,7 @@ from laps import errors
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import convert
-from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
+from scheduler_svc.core.records import TOKEN_BYTES, Append, Refused, Request
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.store import inspector_proto
@@ -119,7 +119,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             return
         tokens, logprobs = await self._terms.store.read_log(request_id, offset)
         if tokens:
-            follower.add_tokens(request_id, offset, tokens, logprobs)
+            follower.add_tokens(Append(request_id, 0, offset, tokens, logprobs))
         follower.add_completion(
             scheduler_pb2.Completion(
                 request_id=request_id,

@@ -50,6 +50,9 @@ class Board:
         self.waiting_prompt_tokens = 0
         self.free: dict[str, list[int]] = {}
         """Free slots by worker."""
+        self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
+        """By worker: the one of its running requests that should make room first, with its key. Missing where
+        something has changed since it was sought."""
         self.ended: list[Request] = []
         """Finished since the last tick."""
         self._epoch = epoch
@@ -73,7 +76,6 @@ class Board:
         if self.waiting.key(request.request_id) != key:
             self.waiting.put(request.request_id, key)
             self.ledger.moved(request)
-            self.ledger.changed(request)
 
     def first_waiting(self) -> Request | None:
         entry = self.waiting.first()
@@ -85,6 +87,11 @@ class Board:
             self.ledger.left_queue(request)
 
     # --- Slots --------------------------------------------------------------------------
+
+    def reranked(self, request: Request) -> None:
+        """A running request's place among its like has changed without a step of its own."""
+        self.worst.pop(request.worker_id, None)
+        self.ledger.stepped[request.request_id] = request
 
     def grant(self, request: Request, worker: Worker, slot: int, now_s: float) -> Grant:
         """Moves a waiting request into a slot. The slot must be free or just taken from its holder."""
@@ -102,6 +109,7 @@ class Board:
             request.first_scheduled_s = now_s
         request.leased_s = now_s
         worker.running[slot] = request
+        self.worst.pop(worker.worker_id, None)
         self.leases[request.lease_id] = request
         grant = Grant(
             worker_id=worker.worker_id,
@@ -123,6 +131,7 @@ class Board:
         """Takes a running request's slot away; it waits again once its worker has let go of it."""
         worker, slot = self.pool.workers[victim.worker_id], victim.slot
         worker.running[slot] = None
+        self.worst.pop(worker.worker_id, None)
         victim.releasing = True
         victim.preemptions += 1
         victim.preempted_because = because
@@ -166,6 +175,7 @@ class Board:
         worker = self.pool.workers.get(request.worker_id)
         if worker is not None and not request.releasing:
             worker.running[request.slot] = None
+            self.worst.pop(worker.worker_id, None)
             self.free[worker.worker_id].append(request.slot)
         request.lease_id = 0
         request.releasing = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 from scheduler_svc.core.records import (
     TOKEN_BYTES,
     Append,
@@ -17,14 +19,20 @@ from scheduler_svc.core.records import (
 )
 
 
+MAX_RECORDS_PER_S = 2000.0
+"""Records of running requests that are written per second at most because they have become old: with many
+running requests each is written less often."""
+
+
 class Ledger:
     """Entries about the same thing within one tick merge: the last word counts."""
 
     def __init__(self, record_interval_s: float) -> None:
         self._record_interval_s = record_interval_s
-        self._unwritten: dict[str, Request] = {}
-        """Did steps in earlier ticks, and their record is not old enough to be written again."""
-        self._next_record_s: float | None = None
+        self._running = 0
+        self._unwritten: list[tuple[float, int, Request]] = []
+        """Heap of (when the record was written, arrival, request): did steps since then, and the record was not
+        old enough to be written again. Entries of records that were written since are dead."""
         self._reset()
 
     def _reset(self) -> None:
@@ -98,33 +106,44 @@ class Ledger:
 
     # --- The tick -----------------------------------------------------------------------
 
-    def records_due(self, now_s: float) -> list[Request]:
-        """Requests that stepped and whose record must be written in this tick."""
+    def records_due(self, now_s: float, running: int) -> list[Request]:
+        """Requests that stepped and whose record must be written in this tick. `running`: how many requests
+        hold a slot."""
+        self._running = running
+        interval_s = self._interval_s()
+        unwritten = self._unwritten
         due = []
-        old_s = now_s - self._record_interval_s
-        later: dict[str, Request] = {}
-        oldest_s = now_s
-        for request_id, request in (self._unwritten | self.stepped).items():
+        for request in self.stepped.values():
             book = request.book
             if request.state is RequestState.FINISHED:
                 continue
             if (
-                book.written_s <= old_s
+                book.written_s + interval_s <= now_s
                 or book.written_level != request.level
                 or book.written_perceptible is not request.perceptible
             ):
                 due.append(request)
-            else:
-                later[request_id] = request
-                oldest_s = min(oldest_s, book.written_s)
-        self._unwritten = later
-        self._next_record_s = oldest_s + self._record_interval_s if later else None
+                book.unwritten = False
+            elif not book.unwritten:
+                book.unwritten = True
+                heappush(unwritten, (book.written_s, request.arrival_seq, request))
+        while unwritten and unwritten[0][0] + interval_s <= now_s:
+            entry = heappop(unwritten)
+            if not _is_dead(entry):
+                entry[2].book.unwritten = False
+                due.append(entry[2])
         return due
 
     def next_record_s(self) -> float | None:
         """When the next record must be written even if nothing happens until then: what is stored
         is never older than the record interval."""
-        return self._next_record_s
+        unwritten = self._unwritten
+        while unwritten and _is_dead(unwritten[0]):
+            heappop(unwritten)
+        return unwritten[0][0] + self._interval_s() if unwritten else None
+
+    def _interval_s(self) -> float:
+        return max(self._record_interval_s, self._running / MAX_RECORDS_PER_S)
 
     def take(self, now_s: float) -> Tick:
         """Everything collected; the ledger is empty afterwards."""
@@ -142,6 +161,7 @@ class Ledger:
         for request in (*self._submitted.values(), *changed):
             book = request.book
             book.written_s = now_s
+            book.unwritten = False
             book.written_level = request.level
             book.written_perceptible = request.perceptible
         commit = Commit(
@@ -173,6 +193,11 @@ class Ledger:
             request.log_entries += 1
             tokens = bytes(request.output[start * TOKEN_BYTES : end * TOKEN_BYTES])
             self._appended.append(Append(request.request_id, request.log_entries, start, tokens, logprobs))
+
+
+def _is_dead(entry: tuple[float, int, Request]) -> bool:
+    book = entry[2].book
+    return not book.unwritten or book.written_s != entry[0] or entry[2].state is RequestState.FINISHED
 
 
 def _ending(request: Request) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from scheduler_svc.core.board import Board
 from scheduler_svc.core.records import FinishReason, Request, Worker
 
@@ -83,15 +85,30 @@ def _preempt(board: Board, now_s: float) -> int:
 def _victim(board: Board, newcomers: set[str]) -> Request | None:
     """The running request that should make room first: of the lowest priority, and among those within the
     starvation bound if there are any, the worst by the policy."""
-    key = board.policy.victim_key
-    worst, worst_key = None, None
+    worst: tuple[tuple[float, ...], Request] | None = None
     for worker in board.pool.workers.values():
         if worker.draining:
             continue
-        for request in worker.running:
-            if request is None or request.request_id in newcomers:
-                continue
-            candidate = (-request.spec.priority, not request.book.overdue, *key(request))
-            if worst_key is None or candidate > worst_key:
-                worst, worst_key = request, candidate
+        # Most workers did no step since the last tick: their worst is still the same one.
+        if worker.worker_id not in board.worst:
+            board.worst[worker.worker_id] = _worst_of(board, worker, ())
+        found = board.worst[worker.worker_id]
+        if found is not None and found[1].request_id in newcomers:
+            found = _worst_of(board, worker, newcomers)
+        if found is not None and (worst is None or found[0] > worst[0]):
+            worst = found
+    return None if worst is None else worst[1]
+
+
+def _worst_of(
+    board: Board, worker: Worker, newcomers: Container[str]
+) -> tuple[tuple[float, ...], Request] | None:
+    key = board.policy.victim_key
+    worst: tuple[tuple[float, ...], Request] | None = None
+    for request in worker.running:
+        if request is None or request.spec.request_id in newcomers:
+            continue
+        candidate = (-request.spec.priority, not request.book.overdue, *key(request))
+        if worst is None or candidate > worst[0]:
+            worst = candidate, request
     return worst

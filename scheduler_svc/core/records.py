@@ -77,6 +77,8 @@ class Bookkeeping:
     written_s: float = float("-inf")
     written_level: int = -1
     written_perceptible: bool = False
+    unwritten: bool = False
+    """Did a step since its record was written."""
     refused_rows: int = 0
     short_prefix: bool = False
     """The worker holds the KV cache of only a part of the output, so context must be sent."""

@@ -267,8 +267,10 @@ class Scheduler:
         for request in self.policy.due(now_s):
             if request.request_id in self._board.waiting:
                 self._board.order(request)
+            elif request.lease_id:
+                self._board.reranked(request)
         self.counters.preemptions += place(self._board, now_s)
-        for request in self._ledger.records_due(now_s):
+        for request in self._ledger.records_due(now_s, len(self._board.leases)):
             self.policy.believe(request)
             self._ledger.changed(request)
         ended = self._board.ended
@@ -304,6 +306,8 @@ class Scheduler:
                 request.book.overdue = True
                 if request_id in board.waiting:
                     board.order(request)
+                else:
+                    board.reranked(request)
 
     def next_timer_s(self) -> float | None:
         """The instant at which `tick` must be called at the latest if nothing happens before."""

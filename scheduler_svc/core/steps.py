@@ -130,11 +130,12 @@ def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Coun
         if request is None or request.worker_id != worker_id:
             counters.rows_stale += 1
             continue
-        output = request.output
+        output, spec = request.output, request.spec
         stored_bytes = len(output)
+        left_bytes = spec.max_tokens * TOKEN_BYTES - stored_bytes - end_byte + begin_byte
         if (
             offset * TOKEN_BYTES != stored_bytes
-            or stored_bytes + emitted * TOKEN_BYTES > request.spec.max_tokens * TOKEN_BYTES
+            or left_bytes < 0
             or not 0 <= accepted <= drafted
             or emitted > accepted + 1
         ):
@@ -162,7 +163,7 @@ def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Coun
             while len(histogram) <= accepted:
                 histogram.append(0)
             histogram[accepted] += 1
-        stepped[request.spec.request_id] = request
+        stepped[spec.request_id] = request
         if emitted:
             total_emitted += emitted
             output += tokens[begin_byte:end_byte]
@@ -173,7 +174,7 @@ def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Coun
                 board.ledger.append_with_logprobs(request, offset, logprobs[row])
             elif request.book.unlogged_from < 0:
                 request.book.unlogged_from = offset
-        if row in finishes or len(output) == request.spec.max_tokens * TOKEN_BYTES:
+        if not left_bytes or row in finishes:
             ended.append((request, row))
         else:
             moved_on.append(request)
@@ -191,6 +192,7 @@ def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Coun
             board.finish(request, finish.reason, now_s, told_by_worker=True)
     if moved_on:
         board.policy.stepped(moved_on)
+        board.worst.pop(worker_id, None)
 
 
 def _refuse(board: Board, request: Request, why: str, counters: Counters, now_s: float) -> None:

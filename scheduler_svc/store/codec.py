@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scheduler_svc.core.records import FinishReason, Request, RequestSpec, RequestState, StepCosts, Worker
+from scheduler_svc.core.records import (
+    TOKEN_BYTES,
+    FinishReason,
+    Request,
+    RequestSpec,
+    RequestState,
+    StepCosts,
+    Worker,
+)
 
 PRIORITY_STEP = 1e10
 """Distance in score between two priorities."""
@@ -224,6 +233,11 @@ def queue_score(priority: int, rank: float, arrival_seq: int) -> float:
 
 def tokens_to_text(packed: bytes) -> str:
     """Packed token ids as decimal text, separated by spaces."""
+    tokens = len(packed) // TOKEN_BYTES
+    if tokens < len(_FORMATS):
+        # Twice as fast: it runs for every request of every tick.
+        unpack, text = _FORMATS[tokens]
+        return text % unpack(packed)
     return " ".join(map(str, _unpacked(packed)))
 
 
@@ -234,6 +248,8 @@ def tokens_from_text(text: str | bytes) -> bytes:
     return tokens.tobytes()
 
 
+_FORMATS = [(struct.Struct(f"<{n}I").unpack, " ".join(["%d"] * n)) for n in range(33)]
+"""By number of tokens."""
 _SWAP = array("I", [1]).tobytes() != b"\x01\0\0\0"
 
 

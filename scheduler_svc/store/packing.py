@@ -90,6 +90,12 @@ class CommitPacker:
             [_event(event) for event in commit.events],
             [text for item in commit.learnt.items() for text in item],
         )
+        if commit.moves:
+            # A move writes level and rank by itself: what is known of them here would be too old.
+            changed_ids = {request.request_id for request in commit.changed}
+            for move in commit.moves:
+                if move.level is not None and move.request_id not in changed_ids:
+                    self._written.pop(move.request_id, None)
         self.last_seq += 1
         packed: bytes = self._pack(body)
         return _HEAD.pack(self.epoch, self.last_seq) + packed

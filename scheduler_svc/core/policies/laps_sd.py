@@ -32,20 +32,33 @@ Parameters: `prior_steps` (k0, steps), `caution` (factor), `doubt` (factor), `le
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from scheduler_svc.core.learning import ClassRecord, Knowledge, LengthBelief, mean_excess_tokens
 from scheduler_svc.core.policies.base import Policy, predicted_tokens
-from scheduler_svc.core.records import FinishReason, Request
+from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
+_RANKED_AT_ONCE = 500
+"""Requests that one tick ranks anew: a long queue must not make it a long tick."""
 
 
 class _Belief:
     """What the policy keeps about a live request."""
 
-    __slots__ = ("class_rate", "hinted", "length", "predicted", "slope", "typical_log_rate")
+    __slots__ = (
+        "class_rate",
+        "hinted",
+        "length",
+        "length_tokens",
+        "predicted",
+        "rate",
+        "slope",
+        "typical_log_rate",
+    )
 
     def __init__(self, predicted: float, hinted: bool) -> None:
         self.predicted = predicted
@@ -54,6 +67,9 @@ class _Belief:
         self.class_rate = 1.0
         self.slope = 0.0
         self.typical_log_rate = 0.0
+        self.length_tokens = predicted
+        """The whole output as it was estimated last, and tokens per step."""
+        self.rate = 1.0
 
 
 class LapsSd(Policy):
@@ -89,6 +105,8 @@ class LapsSd(Policy):
         self._least_finishes = least_finishes
         self._finishes = 0
         self._live: dict[str, Request] = {}
+        self._to_rank: list[str] = []
+        """Those whose turn has not come yet since enough was learnt, the next one last."""
 
     # --- Estimates ----------------------------------------------------------------------
 
@@ -97,15 +115,37 @@ class LapsSd(Policy):
         request.policy_data = _Belief(predicted_tokens(request), hinted)
         self._live[request.request_id] = request
         self._recall(request)
-        self._rank(request)
+        self.stepped((request,))
 
     def stepped(self, requests: Sequence[Request]) -> None:
+        """One loop without calls: it runs for every row of every step."""
+        prior_steps, step_s = self._prior_steps, self.pool.step_s
+        thresholds_s, perceptible_log_sd = self.level_thresholds_s, self._perceptible_log_sd
+        belief: Any
         for request in requests:
-            self._rank(request)
+            belief = request.policy_data
+            emitted = len(request.output) // TOKEN_BYTES
+            rate = (prior_steps * belief.class_rate + emitted) / (prior_steps + request.steps)
+            length: LengthBelief = belief.length
+            length_tokens = length.median_tokens
+            if belief.slope > 0.0:
+                length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
+            if length_tokens > request.spec.max_tokens:
+                length_tokens = float(request.spec.max_tokens)
+            belief.length_tokens, belief.rate = length_tokens, rate
+            left_tokens = length_tokens - emitted
+            if left_tokens < 1.0:
+                rank = 1.0 / rate * step_s
+                request.perceptible = False
+            else:
+                rank = left_tokens / rate * step_s
+                request.perceptible = length.log_sd <= perceptible_log_sd
+            request.rank = rank
+            request.level = bisect_right(thresholds_s, rank)
 
     def believe(self, request: Request) -> None:
-        length_tokens, rate = self._estimate(request)
         belief = _belief(request)
+        length_tokens, rate = belief.length_tokens, belief.rate
         emitted = request.output_tokens
         request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
         request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
@@ -120,31 +160,6 @@ class LapsSd(Policy):
         belief.class_rate = knowledge.tokens_per_step(name)
         belief.slope = knowledge.rate_slope()
         belief.typical_log_rate = knowledge.typical_log_rate(name)
-
-    def _estimate(self, request: Request) -> tuple[float, float]:
-        """The whole output in tokens, and tokens per step."""
-        belief = request.policy_data
-        assert isinstance(belief, _Belief)
-        prior_steps = self._prior_steps
-        rate = (prior_steps * belief.class_rate + len(request.output) // 4) / (prior_steps + request.steps)
-        length_tokens = belief.length.median_tokens
-        if belief.slope > 0.0:
-            length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
-        return min(length_tokens, float(request.spec.max_tokens)), rate
-
-    def _rank(self, request: Request) -> None:
-        length_tokens, rate = self._estimate(request)
-        left_tokens = length_tokens - len(request.output) // 4
-        outlived = left_tokens < 1.0
-        rank = (1.0 if outlived else left_tokens) / rate * self.pool.step_s
-        request.rank = rank
-        level = 0
-        for threshold_s in self.level_thresholds_s:
-            if rank < threshold_s:
-                break
-            level += 1
-        request.level = level
-        request.perceptible = not outlived and _belief(request).length.log_sd <= self._perceptible_log_sd
 
     # --- Learning -----------------------------------------------------------------------
 
@@ -164,13 +179,21 @@ class LapsSd(Policy):
 
     def due(self, now_s: float) -> Iterable[Request]:
         """Ranks everything anew when enough was learnt since the last time: O(1) per finished request."""
-        if self._finishes < max(self._least_finishes, len(self._live) // 8):
+        if self._finishes >= max(self._least_finishes, len(self._live) // 8):
+            self._finishes = 0
+            self._to_rank = list(reversed(self._live))
+        if not self._to_rank:
             return ()
-        self._finishes = 0
-        for request in self._live.values():
+        names = self._to_rank[: -_RANKED_AT_ONCE - 1 : -1]
+        del self._to_rank[-_RANKED_AT_ONCE:]
+        requests = [self._live[name] for name in names if name in self._live]
+        for request in requests:
             self._recall(request)
-            self._rank(request)
-        return self._live.values()
+        self.stepped(requests)
+        return requests
+
+    def next_due_s(self) -> float | None:
+        return self.pool.now_s if self._to_rank else None
 
     def learnt(self) -> Mapping[str, str]:
         changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}
@@ -196,8 +219,6 @@ class LapsSd(Policy):
         shorter_s = victim.rank - newcomer.rank
         if shorter_s <= 0.0:
             return ""
-        wait_s = self._wait_for_a_slot_s()
-        gain_s = min(shorter_s, wait_s)
         pool = self.pool
         switch_s = pool.switch_s
         if newcomer.steps and not (newcomer.kv_resident and newcomer.worker_id == victim.worker_id):
@@ -205,15 +226,20 @@ class LapsSd(Policy):
             switch_s += costs.prefill_token_s * (newcomer.spec.prompt_tokens + newcomer.output_tokens)
         doubt = 1.0 + self._doubt * _belief(victim).length.log_sd ** 2
         price_s = self._caution * doubt * switch_s * pool.live / max(1, len(pool.workers))
-        if gain_s <= price_s:
+        # What is gained is the smaller of the two; the wait is the dear one to find out.
+        if shorter_s <= price_s:
+            return ""
+        wait_s = self._wait_for_a_slot_s(price_s)
+        if wait_s <= price_s:
             return ""
         return (
             f"{newcomer.request_id} needs {shorter_s:.3g} s less and would have waited {wait_s:.3g} s "
             f"for a slot; switching costs all together {price_s:.3g} s"
         )
 
-    def _wait_for_a_slot_s(self) -> float:
-        """Expected seconds until a running request ends by itself."""
+    def _wait_for_a_slot_s(self, least_of_interest_s: float) -> float:
+        """Expected seconds until a running request ends by itself; a wait that is certainly not above the one
+        given is told as 0 without looking at all running requests."""
         least_s, ends_per_s, log_sds, running = math.inf, 0.0, 0.0, 0
         for request in self.pool.running():
             self.believe(request)
@@ -221,6 +247,9 @@ class LapsSd(Policy):
             ends_per_s += 1.0 / max(request.perceived_s, 0.5 * self.pool.step_s)
             log_sds += _belief(request).length.log_sd
             running += 1
+            # The wait lies between these two, and both only fall.
+            if least_s <= least_of_interest_s and ends_per_s * least_of_interest_s >= 1.0:
+                return 0.0
         known = 1.0 - min(1.0, log_sds / running)
         return float(least_s**known * (1.0 / ends_per_s) ** (1.0 - known))
 

@@ -1,0 +1,97 @@
+"""Processes that a benchmark starts, and what they cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+BENCH = Path(__file__).parent
+READY_TIMEOUT_S = 60.0
+
+
+class Process:
+    """A process whose output goes to a file, or that answers commands on its standard streams."""
+
+    def __init__(
+        self, argv: list[str], log: IO[bytes], *, env: Mapping[str, str] | None = None, talks: bool = False
+    ) -> None:
+        pipe = subprocess.PIPE if talks else None
+        self.process = subprocess.Popen(
+            [sys.executable, *argv],
+            env={**os.environ, **(env or {})},
+            stdin=pipe or subprocess.DEVNULL,
+            stdout=pipe or log,
+            stderr=log,
+        )
+        self.usage = Usage(self.process.pid)
+        self._log = Path(log.name)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One command, one answer."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} has ended:\n{self._log.read_text()[-2000:]}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+class Usage:
+    """What a process has used."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+
+    @property
+    def cpu_s(self) -> float:
+        times = self._process.cpu_times()
+        return float(times.user + times.system)
+
+    @property
+    def rss_bytes(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    @property
+    def open_files(self) -> int:
+        return int(self._process.num_fds())
+
+
+@contextmanager
+def measured_cpu(processes: Mapping[str, Usage]) -> Iterator[dict[str, float]]:
+    """CPU seconds of each process in the block, by name; filled in at its end."""
+    before = {name: usage.cpu_s for name, usage in processes.items()}
+    spent: dict[str, float] = {}
+    yield spent
+    spent.update({name: usage.cpu_s - before[name] for name, usage in processes.items()})
+
+
+def wait_for(log: Path, words: str, process: Process, *, times: int = 1) -> None:
+    """Until the log has a line with these words."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while log.read_text(errors="replace").count(words) < times:
+        if process.process.poll() is not None or time.monotonic() > deadline_s:
+            raise RuntimeError(f"no {words!r} in {log}:\n{log.read_text(errors='replace')[-2000:]}")
+        time.sleep(0.005)
