@@ -5,12 +5,10 @@ python bench/_echo.py PORT REDIS_URL
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc.aio
 import uvloop
 
 from laps import channels

@@ -18,7 +18,6 @@ from scheduler_svc.core.records import (
     Worker,
 )
 
-
 MAX_RECORDS_PER_S = 2000.0
 """Records of running requests that are written per second at most because they have become old: with many
 running requests each is written less often."""
@@ -31,8 +30,8 @@ class Ledger:
         self._record_interval_s = record_interval_s
         self._running = 0
         self._unwritten: list[tuple[float, int, Request]] = []
-        """Heap of (when the record was written, arrival, request): did steps since then, and the record was not
-        old enough to be written again. Entries of records that were written since are dead."""
+        """Heap of (when the record was written, arrival, request): did steps since then, and the record was
+        not old enough to be written again. Entries of records that were written since are dead."""
         self._reset()
 
     def _reset(self) -> None:

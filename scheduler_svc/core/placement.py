@@ -91,18 +91,19 @@ def _victim(board: Board, newcomers: set[str]) -> Request | None:
             continue
         # Most workers did no step since the last tick: their worst is still the same one.
         if worker.worker_id not in board.worst:
-            board.worst[worker.worker_id] = _worst_of(board, worker, ())
+            board.worst[worker.worker_id] = worst_of(board, worker, ())
         found = board.worst[worker.worker_id]
         if found is not None and found[1].request_id in newcomers:
-            found = _worst_of(board, worker, newcomers)
+            found = worst_of(board, worker, newcomers)
         if found is not None and (worst is None or found[0] > worst[0]):
             worst = found
     return None if worst is None else worst[1]
 
 
-def _worst_of(
+def worst_of(
     board: Board, worker: Worker, newcomers: Container[str]
 ) -> tuple[tuple[float, ...], Request] | None:
+    """The running request of one worker that should make room first, with its key."""
     key = board.policy.victim_key
     worst: tuple[tuple[float, ...], Request] | None = None
     for request in worker.running:
