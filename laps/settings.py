@@ -82,6 +82,9 @@ class Settings(BaseSettings):
         "auto", "Number type of the models", _W
     )
     device: str = setting("auto", "Device of the models: auto, cpu, cuda, cuda:1", _W)
+    device_map: Literal["none", "auto"] = setting(
+        "none", "auto: spread the target's layers over all GPUs of the worker (needs accelerate)", _W
+    )
     context_tokens: int = setting(
         0, "Prompt and output together at most; 0: the model's own limit", _GW, ge=0
     )

@@ -144,7 +144,11 @@ def run(settings: Settings) -> int:
     try:
         settings.check_models()
         pair = load_pair(
-            settings.target, settings.draft_model, dtype=dtype(settings), device=device(settings)
+            settings.target,
+            settings.draft_model,
+            dtype=dtype(settings),
+            device=device(settings),
+            device_map=settings.device_map,
         )
         engine = make_engine(settings, pair)
     except ModelError as error:

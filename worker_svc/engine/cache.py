@@ -18,11 +18,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """KV of one token in one layer: heads, and the widths of a key and of a value."""
+    """KV of one token in one layer: heads, and the widths of a key and of a value.
+
+    device: where the layer runs, if that is not where the cache's inputs lie.
+    """
 
     heads: int
     key_dim: int
     value_dim: int
+    device: torch.device | None = None
 
     @property
     def elements(self) -> int:
@@ -87,7 +91,7 @@ class SlotCache:
             tensor = torch.zeros(
                 (self.shapes.count(shape), self.slots, capacity, shape.elements),
                 dtype=self.dtype,
-                device=self.device,
+                device=shape.device or self.device,
             )
             if shape in self._groups:
                 tensor[:, :, : self.capacity_tokens] = self._groups[shape]
@@ -116,9 +120,9 @@ class SlotCache:
 
     def take_out(self, slot: int, tokens: int) -> list[Tensor]:
         """Copies a slot to host memory (pinned where the cache is on a GPU)."""
-        pinned = self.device.type == "cuda"
         parts = []
         for tensor in self._groups.values():
+            pinned = tensor.is_cuda
             row = tensor[:, slot, :tokens]
             host = torch.empty(row.shape, dtype=row.dtype, pin_memory=pinned)
             # The device's own order is enough: the copy precedes any later write to the slot.
@@ -148,6 +152,8 @@ class SlotWindow:
         self.reach = max(starts) + queries
         cache.reserve(self.reach)
         device = cache.device
+        # Layers may lie on several devices, each of which needs the index.
+        self._index_on: dict[torch.device, Tensor] = {}
         if self.rows == 1:
             self.positions = torch.arange(starts[0], starts[0] + queries, device=device)[None]
             self.index: Tensor | None = None
@@ -165,7 +171,10 @@ class SlotWindow:
             start = self.starts[0]
             store[self.first, start : start + self.queries] = states[0]
         else:
-            store.flatten(0, 1).index_copy_(0, self.index, states.flatten(0, 1))
+            index = self._index_on.get(store.device)
+            if index is None:
+                index = self._index_on[store.device] = self.index.to(store.device)
+            store.flatten(0, 1).index_copy_(0, index, states.flatten(0, 1))
         return store[self.first : self.first + self.rows, : self.reach]
 
     def attends(self, sliding_tokens: int | None) -> Tensor:

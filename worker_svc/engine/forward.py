@@ -127,7 +127,8 @@ def layer_shapes(model: Any) -> list[LayerShape]:
             raise ModelError(
                 f"{model.config.model_type} keeps a state that is not keys and values; it cannot be served"
             )
-        shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3]))
+        elsewhere = keys.device if keys.device != model.device else None
+        shapes.append(LayerShape(keys.shape[1], keys.shape[3], values.shape[3], elsewhere))
     return shapes
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers import AutoConfig, AutoTokenizer
 
 from .errors import ModelError
 from .forward import attention_kinds
+from .weights import DEVICE_MAPS, Placement, read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_BYTES = 1 << 16
@@ -43,35 +41,55 @@ class ModelPair:
 
 
 def load_pair(
-    target: str | Path, draft: str | Path | None, dtype: str = "float32", device: str = "cpu"
+    target: str | Path,
+    draft: str | Path | None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str = "none",
+    ranks: int = 1,
 ) -> ModelPair:
     """Loads a target and an optional draft from local folders with safetensors weights.
 
-    dtype: float32, bfloat16 or float16. Code from a model folder is never run. Raises ModelError with one
-    line.
+    dtype: float32, bfloat16 or float16. device_map: 'auto' spreads the target's layers over all GPUs of this
+    process (needs accelerate); the draft stays on the target's first device. ranks: processes that share the
+    target by tensor parallelism; each of them calls this, in a process group of that size. Code from a model
+    folder is never run. Raises ModelError with one line.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
-    where = _device(device)
+    if device_map not in DEVICE_MAPS:
+        raise ModelError(f"device map {device_map!r} is not one of {', '.join(DEVICE_MAPS)}")
+    if device_map != "none" and ranks > 1:
+        raise ModelError(
+            f"device map {device_map!r} and tensor parallelism over {ranks} processes exclude each other"
+        )
+    placement = Placement(_device(device), spread=device_map == "auto", ranks=ranks)
     target_folder = _folder("target", target)
     draft_folder = _folder("draft", draft) if draft is not None else None
     tokenizer = _tokenizer(target_folder)
     target_config = _config("target", target_folder)
     vocabulary_size = _vocabulary_size("target", target_folder, target_config)
     context_tokens = _context_tokens(target_config)
+    draft_config = None
     if draft_folder is not None:
         draft_config = _config("draft", draft_folder)
         _check_vocabulary(target_folder, draft_folder, vocabulary_size, draft_config, tokenizer)
         context_tokens = min(context_tokens, _context_tokens(draft_config))
+    number_type = _DTYPES[dtype]
+    target_model = read_model("target", target_folder, target_config, number_type, placement)
+    where = target_model.device if placement.spread else placement.device
+    draft_model = None
+    if draft_folder is not None:
+        draft_model = read_model("draft", draft_folder, draft_config, number_type, Placement(where))
     return ModelPair(
-        target=_model("target", target_folder, _DTYPES[dtype], where),
-        draft=_model("draft", draft_folder, _DTYPES[dtype], where) if draft_folder is not None else None,
+        target=target_model,
+        draft=draft_model,
         tokenizer=tokenizer,
         vocabulary_size=vocabulary_size,
         context_tokens=context_tokens,
         eos_token_ids=_eos_token_ids(target_folder, target_config),
         fingerprint=_fingerprint([target_folder] + ([draft_folder] if draft_folder else [])),
-        dtype=_DTYPES[dtype],
+        dtype=number_type,
         device=where,
     )
 
@@ -83,6 +101,9 @@ def _device(name: str) -> torch.device:
         raise ModelError(f"device {name!r} is not a torch device") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r} asked for, but this torch sees no CUDA device")
+    if device.type == "cuda" and device.index is None:
+        # Tensors name their device in full, and are compared with this one.
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
@@ -110,40 +131,6 @@ def _config(role: str, folder: Path) -> Any:
             f"{role} model folder {str(folder)!r}: config.json not understood: {_line(error)}"
         ) from error
     return config
-
-
-def _model(role: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    try:
-        with _no_progress_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise ModelError(f"{role} model in {str(folder)!r} cannot be loaded: {_line(error)}") from error
-    model, report = loaded
-    missing = sorted(report.get("missing_keys", ()))
-    if missing:
-        # transformers would fill these with random numbers and only warn.
-        raise ModelError(
-            f"{role} model in {str(folder)!r} lacks {len(missing)} weights, {missing[0]!r} among them"
-        )
-    return model.to(device).eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _tokenizer(folder: Path) -> Any | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from . import llama
 from .cache import SlotCache
 from .errors import ModelError
@@ -12,7 +14,7 @@ from .forward import GeneralRunner, Runner, check_runner
 
 def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: bool) -> Runner:
     """The leanest runner that gives this model's logits; ModelError if even the general one does not."""
-    if fast_path and llama.suits(model, cache.dtype):
+    if fast_path and _plain(model, cache) and llama.suits(model, cache.dtype):
         lean = llama.LlamaRunner(model, cache)
         try:
             check_runner(model, lean, vocabulary_size)
@@ -32,3 +34,13 @@ def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: b
             f"{model.config.model_type} cannot be run with a cache by slots: {reason}"
         ) from error
     return runner
+
+
+def _plain(model: Any, cache: SlotCache) -> bool:
+    """Whether all weights are ordinary tensors of the cache's type on its device: not quantised, spread or
+    sharded.
+    """
+    return all(
+        type(weight) is torch.nn.Parameter and weight.device == cache.device and weight.dtype == cache.dtype
+        for weight in model.parameters()
+    )

@@ -101,7 +101,21 @@ class Folders:
 
 
 @pytest.fixture(scope="session")
-def make_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Folders]:
+def save_pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Folders]:
+    """Saves a random model of a configuration and a perturbed copy of it as its draft."""
+
+    def save(config: Any, noise: float = 0.15) -> Folders:
+        root = tmp_path_factory.mktemp(config.model_type)
+        target = make_model(config, 0)
+        target.save_pretrained(root / "target")
+        perturbed(target, noise).save_pretrained(root / "draft")
+        return Folders(root / "target", root / "draft")
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def make_folders(save_pair: Callable[..., Folders]) -> Callable[..., Folders]:
     """Saves a random model of a family and a perturbed copy of it as its draft."""
 
     def make(
@@ -110,11 +124,7 @@ def make_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Fold
         config = FAMILIES[family](vocabulary_size)
         for name, value in changes.items():
             setattr(config, name, value)
-        root = tmp_path_factory.mktemp(family)
-        target = make_model(config, 0)
-        target.save_pretrained(root / "target")
-        perturbed(target, noise).save_pretrained(root / "draft")
-        return Folders(root / "target", root / "draft")
+        return save_pair(config, noise)
 
     return make
 
@@ -196,6 +206,13 @@ def greedy_reference(pair: ModelPair, prompt: list[int], max_tokens: int) -> lis
     return [int(token) for token in output[0, len(prompt) :]]
 
 
+@torch.inference_mode()
+def next_logits(pair: ModelPair, tokens: list[int]) -> torch.Tensor:
+    """The target's own logits [vocabulary] after the tokens."""
+    logits: torch.Tensor = pair.target(input_ids=torch.tensor([tokens])).logits[0, -1]
+    return logits
+
+
 class Toolbox:
     """The helpers above, for tests."""
 
@@ -204,6 +221,7 @@ class Toolbox:
     drain = staticmethod(drain)
     engine = staticmethod(make_engine)
     greedy_reference = staticmethod(greedy_reference)
+    next_logits = staticmethod(next_logits)
     families = FAMILIES
     make_model = staticmethod(make_model)
     save_tokenizer = staticmethod(save_tokenizer)
