@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from gateway.metrics import Metrics
 from laps.errors import Internal, LapsError, from_rpc_error
 from laps.logs import get_logger
+from laps.security.principal import Principal, caller
 
 log = get_logger()
 
@@ -28,7 +29,10 @@ class Call(ABC):
     def __init__(self, method: str) -> None:
         self.method = method
         self.began_s = time.monotonic()
+        self.caller: Principal = caller()
         self.fields: dict[str, Any] = {}
+        if self.caller.tenant:
+            self.fields["tenant"] = self.caller.tenant
 
     @abstractmethod
     async def accepted(self, request_id: str) -> None:
@@ -76,8 +80,8 @@ def accounted(call: Call, metrics: Metrics) -> Iterator[Callable[[str], None]]:
 def as_laps_error(error: Exception, call: Call) -> LapsError:
     """The error as its client may see it; a defect goes into the log and no further."""
     if isinstance(error, LapsError):
-        return error
+        return call.caller.shown_error(error)
     if isinstance(error, grpc.RpcError):
-        return from_rpc_error(error)
+        return call.caller.shown_error(from_rpc_error(error))
     log.error("call failed", method=call.method, exc_info=error, **call.fields)
     return Internal("the gateway has a defect; its log has the details")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from gateway.admission import admit, unpack
 from gateway.calls import Call, Handler
 from gateway.detokenizer import Detokenizer, Release
+from gateway.edge import TenantLimits
 from gateway.metrics import Metrics
 from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit, Reader
@@ -17,6 +18,8 @@ from gateway.tokenizer import Tokenizer
 from gateway.validation import Bounds, check_request_id
 from laps.errors import FieldViolation, LapsError, OutOfRange, Reason, ResourceExhausted, Unavailable
 from laps.logs import bind_context
+from laps.security.access import Role
+from laps.security.principal import Quota
 from laps.settings import Settings
 from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
 
@@ -47,6 +50,7 @@ class InferenceService:
         self._readers: set[Reader] = set()
         self._stops: OrderedDict[str, Stops] = OrderedDict()
         """Of the requests that came in here last."""
+        self._tenants = TenantLimits()
         self._submitting: set[asyncio.Task[scheduler_pb2.SubmitResponse]] = set()
 
     def methods(self) -> dict[str, Handler]:
@@ -77,32 +81,31 @@ class InferenceService:
             await self._generate(request, call)
 
     async def resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
-        check_request_id(request.request_id)
+        stored_id = self._stored_id(request.request_id, call)
         self._refuse_while_draining()
-        with self.streams, bind_context(request_id=request.request_id):
-            await self._resume(request, call)
+        with self.streams, bind_context(request_id=stored_id):
+            await self._resume(request, stored_id, call)
 
     async def cancel(self, request: inference_pb2.CancelRequest, call: Call) -> inference_pb2.CancelResponse:
-        check_request_id(request.request_id)
-        call.fields["request_id"] = request.request_id
-        answer = await self._link.cancel(request.request_id, call.deadline_s())
+        stored_id = self._stored_id(request.request_id, call)
+        answer = await self._link.cancel(stored_id, call.deadline_s())
         return inference_pb2.CancelResponse(state=answer.state)
 
     async def get_request(
         self, request: inference_pb2.GetRequestRequest, call: Call
     ) -> inference_pb2.GetRequestResponse:
-        check_request_id(request.request_id)
-        call.fields["request_id"] = request.request_id
+        stored_id = self._stored_id(request.request_id, call)
         stored = await self._link.read(
-            request.request_id, include_output=request.include_output, until_s=call.deadline_s()
+            stored_id, include_output=request.include_output, until_s=call.deadline_s()
         )
         response = inference_pb2.GetRequestResponse(request=stored.request)
+        response.request.request_id = call.caller.shown_id(stored_id)
         if stored.HasField("complete"):
             response.complete.CopyFrom(stored.complete)
         if request.include_output:
             tokens = unpack(stored.output_token_ids)
             response.output.ids.extend(tokens)
-            detokenizer = self._detokenizer(self._stops_of(request.request_id, stored))
+            detokenizer = self._detokenizer(self._stops_of(stored_id, stored))
             response.text = detokenizer.push(tokens).text
             if stored.HasField("complete"):
                 response.text += _finish(detokenizer, stored.complete).text
@@ -133,7 +136,15 @@ class InferenceService:
         for reader in tuple(self._readers):
             reader.lose(_shutting_down())
 
+    def _stored_id(self, request_id: str, call: Call) -> str:
+        """The id in the pool of the caller's request. Another tenant's request cannot be named."""
+        check_request_id(request_id, in_pool=Role.OPERATOR in call.caller.roles)
+        stored_id = call.caller.stored_id(request_id)
+        call.fields["request_id"] = stored_id
+        return stored_id
+
     async def _generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
+        self._tenants.check(call.caller, request.priority)
         spec = await admit(
             request,
             self.bounds,
@@ -142,10 +153,11 @@ class InferenceService:
             disconnect_grace_s=self._settings.disconnect_grace_s,
             call_time_left_s=call.time_left_s(),
         )
+        spec.request_id = call.caller.stored_id(spec.request_id)
         call.fields["request_id"] = spec.request_id
         call.fields["prompt_tokens"] = len(spec.prompt_token_ids) // 4
         with bind_context(request_id=spec.request_id):
-            answer = await self._submit(spec)
+            answer = await self._submit(spec, call.caller.quota if call.caller.tenant else None)
             if not answer.joined:
                 self._metrics.prompt_tokens.inc(call.fields["prompt_tokens"])
             stops = self._stops_from(spec.stopping)
@@ -155,16 +167,18 @@ class InferenceService:
             linger_s = self._settings.disconnect_grace_s if implicit else 0.0
             await self._stream(call, spec.request_id, stops, 0, inference_pb2.GenerateResponse, linger_s)
 
-    async def _resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
-        call.fields |= {"request_id": request.request_id, "offset": request.offset}
-        stored = await self._link.read(request.request_id, include_output=False, until_s=call.deadline_s())
+    async def _resume(self, request: inference_pb2.ResumeRequest, stored_id: str, call: Call) -> None:
+        call.fields["offset"] = request.offset
+        stored = await self._link.read(stored_id, include_output=False, until_s=call.deadline_s())
         if request.offset > stored.request.output_tokens:
             raise _offset_beyond(request.offset, stored.request.output_tokens)
-        stops = self._stops_of(request.request_id, stored)
-        await self._stream(call, request.request_id, stops, request.offset, inference_pb2.ResumeResponse, 0.0)
+        stops = self._stops_of(stored_id, stored)
+        await self._stream(call, stored_id, stops, request.offset, inference_pb2.ResumeResponse, 0.0)
 
-    async def _submit(self, spec: scheduler_pb2.RequestSpec) -> scheduler_pb2.SubmitResponse:
-        submitting = asyncio.create_task(self._link.submit(spec))
+    async def _submit(
+        self, spec: scheduler_pb2.RequestSpec, quota: Quota | None
+    ) -> scheduler_pb2.SubmitResponse:
+        submitting = asyncio.create_task(self._link.submit(spec, quota))
         self._submitting.add(submitting)
         submitting.add_done_callback(self._submitting.discard)
         try:
@@ -182,7 +196,7 @@ class InferenceService:
     async def _stream(
         self, call: Call, request_id: str, stops: Stops, offset: int, response: Response, linger_s: float
     ) -> None:
-        await call.accepted(request_id)
+        await call.accepted(call.caller.shown_id(request_id))
         reader = self._link.attach(request_id)
         self._readers.add(reader)
         done = False
@@ -207,6 +221,7 @@ class InferenceService:
     ) -> None:
         """Sends the output from `offset` on until it ends."""
         feed, sent, to_skip = reader.feed, offset, offset
+        request_id = call.caller.shown_id(feed.request_id)
         last_s = 0.0
         while True:
             tokens, completion = await reader.take()
@@ -225,11 +240,11 @@ class InferenceService:
                     text=text,
                     logprobs=feed.logprobs[sent : sent + count],
                 )
-                await call.write(response(request_id=feed.request_id, offset=sent, chunk=chunk))
+                await call.write(response(request_id=request_id, offset=sent, chunk=chunk))
                 sent += count
                 last_s = self._sent(call, count, last_s)
             if completion is not None:
-                await call.write(response(request_id=feed.request_id, offset=sent, complete=completion))
+                await call.write(response(request_id=request_id, offset=sent, complete=completion))
                 reason = generation_pb2.FinishReason.Name(completion.finish_reason)
                 self._metrics.requests.labels(reason.removeprefix("FINISH_REASON_")).inc()
                 call.fields["finish_reason"] = reason.removeprefix("FINISH_REASON_")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
+from gateway.edge import Edge
 from gateway.inference import InferenceService
 from gateway.metrics import Metrics
 from gateway.queue_proxy import QueueProxy
@@ -18,6 +19,8 @@ from gateway.scheduler_link import SchedulerLink
 from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from laps import channels, logs, runtime
 from laps.errors import LocalError
+from laps.security.interceptor import AccessInterceptor
+from laps.security.tls import TlsFiles
 from laps.settings import Settings
 from laps.v1 import inference_pb2, queue_pb2
 
@@ -94,9 +97,11 @@ async def serve(settings: Settings) -> Gateway:
     """Listens, and serves as soon as the scheduler can be reached.
 
     Raises:
+        SettingsError: a certificate or the file of keys cannot be used, or the port would stand open.
         TokenizerError: the target's tokenizer cannot be loaded.
         OSError: a port is taken.
     """
+    edge, tls = Edge.open(settings), TlsFiles.of_service(settings)
     tokenizer = await asyncio.to_thread(load_tokenizer, settings.target)
     if not (settings.context_tokens or tokenizer.limits.context_tokens):
         raise TokenizerError("context_tokens: the model's configuration names no limit; set one")
@@ -113,16 +118,25 @@ async def serve(settings: Settings) -> Gateway:
         max_message_bytes=settings.max_message_bytes,
         stream_buffer_tokens=settings.stream_buffer_tokens,
         on_change=on_change,
+        tls=tls,
     )
     inference = InferenceService(settings, tokenizer, link, metrics)
     queue = QueueProxy(link, inference.streams)
     gateway = Gateway(settings, link, inference, queue)
 
-    server = channels.new_server(max_message_bytes=settings.max_message_bytes)
+    def on_refused(method: str, status: str) -> None:
+        metrics.calls.labels(method.removeprefix("/laps.v1.").replace("/", "."), status).inc()
+
+    server = channels.new_server(
+        max_message_bytes=settings.max_message_bytes,
+        interceptors=[AccessInterceptor(edge.by_metadata, on_refused)],
+    )
     try:
-        gateway.port = channels.bind(server, settings.host, settings.port)
+        gateway.port = channels.bind(
+            server, settings.host, settings.port, edge.tls, ask_clients=edge.asks_for_certificates
+        )
         if settings.http_port:
-            gateway._http = await _serve_http(settings, gateway, tokenizer, metrics)
+            gateway._http = await _serve_http(settings, gateway, tokenizer, metrics, edge)
         if settings.metrics_port:
             gateway._close_metrics = metrics.listen(settings.host, settings.metrics_port)
     except OSError:
@@ -145,12 +159,12 @@ async def serve(settings: Settings) -> Gateway:
 
 
 async def _serve_http(
-    settings: Settings, gateway: Gateway, tokenizer: Tokenizer, metrics: Metrics
+    settings: Settings, gateway: Gateway, tokenizer: Tokenizer, metrics: Metrics, edge: Edge
 ) -> HttpServer:
     # Imported only where it is wanted: the library costs a start a fifth of a second.
     from gateway.http.server import HttpServer
 
-    server = HttpServer(settings, gateway.inference, tokenizer, metrics, lambda: gateway.is_ready)
+    server = HttpServer(settings, gateway.inference, tokenizer, metrics, lambda: gateway.is_ready, edge)
     await server.start()
     log.info("listening", address=f"{settings.host}:{server.port}", by="http")
     return server

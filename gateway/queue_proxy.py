@@ -46,7 +46,7 @@ class QueueProxy:
         return await self._link.query("ListWorkers", request, call.deadline_s())
 
     async def get_timeline(self, request: queue_pb2.GetTimelineRequest, call: Call) -> Any:
-        check_request_id(request.request_id)
+        check_request_id(request.request_id, in_pool=True)
         call.fields["request_id"] = request.request_id
         return await self._link.query("GetTimeline", request, call.deadline_s())
 

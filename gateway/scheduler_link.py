@@ -24,6 +24,8 @@ from laps.channels import open_channel
 from laps.errors import DeadlineExceeded, LapsError, Reason, Unavailable, from_rpc_error
 from laps.history import HistoryPoint
 from laps.logs import get_logger
+from laps.security.principal import Quota
+from laps.security.tls import TlsFiles
 from laps.v1 import queue_pb2_grpc, scheduler_pb2, scheduler_pb2_grpc
 
 Response = TypeVar("Response")
@@ -53,8 +55,8 @@ log = get_logger()
 class Stubs:
     """One connection to the scheduler."""
 
-    def __init__(self, address: str, max_message_bytes: int) -> None:
-        self.channel = open_channel(address, max_message_bytes=max_message_bytes, serving=SCHEDULER)
+    def __init__(self, address: str, max_message_bytes: int, tls: TlsFiles | None) -> None:
+        self.channel = open_channel(address, max_message_bytes=max_message_bytes, serving=SCHEDULER, tls=tls)
         self.scheduler = scheduler_pb2_grpc.SchedulerServiceStub(self.channel)
         self.queue = queue_pb2_grpc.QueueServiceStub(self.channel)
 
@@ -69,6 +71,7 @@ class SchedulerLink:
         *,
         max_message_bytes: int,
         stream_buffer_tokens: int,
+        tls: TlsFiles | None = None,
         on_change: Callable[[bool], None] = lambda connected: None,
         retry_s: float = RETRY_S,
         heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
@@ -82,11 +85,12 @@ class SchedulerLink:
         self.connected = False
         self._address = address
         self._max_message_bytes = max_message_bytes
+        self._tls = tls
         self._on_change = on_change
         self._retry_s = retry_s
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._stubs = Stubs(address, max_message_bytes)
+        self._stubs = Stubs(address, max_message_bytes, tls)
         self._feeds = Feeds(gateway_id, stream_buffer_tokens)
         self._task: asyncio.Task[None] | None = None
         self._told_s = -REMIND_S
@@ -121,9 +125,18 @@ class SchedulerLink:
         """The client's stream has ended. Not `done`: it is gone, and may be back within `linger_s`."""
         self._feeds.detach(reader, done=done, linger_s=linger_s)
 
-    async def submit(self, spec: scheduler_pb2.RequestSpec) -> scheduler_pb2.SubmitResponse:
-        """Stores a request. Safe to repeat, so it is repeated while the scheduler cannot be reached."""
+    async def submit(
+        self, spec: scheduler_pb2.RequestSpec, quota: Quota | None = None
+    ) -> scheduler_pb2.SubmitResponse:
+        """Stores a request. Safe to repeat, so it is repeated while the scheduler cannot be reached.
+        `quota` is that of the request's tenant."""
         request = scheduler_pb2.SubmitRequest(spec=spec, gateway_id=self.gateway_id)
+        if quota is not None:
+            request.quota.CopyFrom(
+                scheduler_pb2.TenantQuota(
+                    max_queued_requests=quota.max_queued_requests, max_queued_tokens=quota.max_queued_tokens
+                )
+            )
         return await self._call(lambda stubs: stubs.scheduler.Submit, request, spec.deadline_s)
 
     async def cancel(self, request_id: str, until_s: float = 0.0) -> scheduler_pb2.CancelRequestResponse:
@@ -203,8 +216,14 @@ class SchedulerLink:
         self._told_s = now_s
 
     def _replace_stubs(self) -> None:
-        # A new connection: the old one may hang with a frozen peer. Calls on it come to their own ends.
-        old, self._stubs = self._stubs, Stubs(self._address, self._max_message_bytes)
+        # A new connection: the old one may hang with a frozen peer. Calls on it come to their own ends. It
+        # is also what takes a new certificate into use.
+        try:
+            fresh = Stubs(self._address, self._max_message_bytes, self._tls)
+        except OSError as error:
+            log.error("certificates not readable, the last ones stay", error=str(error))
+            return
+        old, self._stubs = self._stubs, fresh
         closing = asyncio.create_task(old.channel.close(ATTEMPT_TIMEOUT_S))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from google.protobuf.duration_pb2 import Duration
 
 from laps.errors import FieldViolation, InvalidArgument, NotFound, Reason
+from laps.security.principal import TENANT_NAME, TENANT_SEPARATOR
 from laps.v1 import generation_pb2, inference_pb2
 
 MAX_TEMPERATURE = 100.0
@@ -72,9 +73,12 @@ class _Violations:
             raise error
 
 
-def check_request_id(request_id: str) -> None:
-    """For calls on a request that exists: the id must be given."""
+def check_request_id(request_id: str, *, in_pool: bool = False) -> None:
+    """For calls on a request that exists: the id must be given. `in_pool`: it may be TENANT:ID."""
     violations = _Violations()
+    if in_pool:
+        tenant, _, own_id = request_id.rpartition(TENANT_SEPARATOR)
+        request_id = own_id if TENANT_NAME.fullmatch(tenant) else request_id
     if not request_id:
         violations.add("request_id", "must be given")
     else:

@@ -9,6 +9,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from laps.security.tls import TlsFiles, channel_credentials, server_credentials
+
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 KEEPALIVE_INTERVAL_MS = 5_000
 """Ping an idle connection this often."""
@@ -84,13 +86,18 @@ def open_channel(
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     serving: str = "",
     credentials: grpc.ChannelCredentials | None = None,
+    tls: TlsFiles | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT; in the clear unless `credentials` are given. `serving`: see
-    `to_the_one_that_serves`."""
+    """An asyncio channel to HOST:PORT; in the clear unless `credentials` or `tls` are given. `serving`: see
+    `to_the_one_that_serves`.
+
+    Raises OSError when a file of `tls` cannot be read.
+    """
     options = channel_options(max_message_bytes)
     if serving:
         options += to_the_one_that_serves(serving)
+    credentials = credentials or channel_credentials(tls)
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(address, credentials, options=options, interceptors=interceptors)
@@ -101,9 +108,11 @@ def open_sync_channel(
     *,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     credentials: grpc.ChannelCredentials | None = None,
+    tls: TlsFiles | None = None,
 ) -> grpc.Channel:
     """The same for threads."""
     options = channel_options(max_message_bytes)
+    credentials = credentials or channel_credentials(tls)
     if credentials is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, credentials, options=options)
@@ -122,18 +131,24 @@ def new_server(
 
 
 def bind(
-    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    tls: TlsFiles | None = None,
+    *,
+    ask_clients: bool = True,
 ) -> int:
-    """Listens on host:port and returns the port (`port` 0: any free one).
+    """Listens on host:port and returns the port (`port` 0: any free one). With `tls` and `ask_clients` only
+    clients with a certificate get through.
 
     Raises OSError with one clear line when the port is taken.
     """
     where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
     try:
-        if credentials is None:
+        if tls is None:
             bound = server.add_insecure_port(where)
         else:
-            bound = server.add_secure_port(where, credentials)
+            bound = server.add_secure_port(where, server_credentials(tls, ask_clients=ask_clients))
     except RuntimeError:
         bound = 0
     if bound == 0:

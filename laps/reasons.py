@@ -38,6 +38,11 @@ class Reason(enum.Enum):
         "RESOURCE_EXHAUSTED",
         "The live requests have as many tokens as they may; come back later.",
     )
+    TENANT_QUEUE_FULL = (
+        "RESOURCE_EXHAUSTED",
+        "The tenant has as many unfinished requests, or tokens of them, as it may; come back later.",
+    )
+    RATE_EXCEEDED = ("RESOURCE_EXHAUSTED", "The tenant sends more requests a second than it may.")
     STREAMS_FULL = (
         "RESOURCE_EXHAUSTED",
         "The gateway has as many client streams as it may; come back later.",

@@ -40,6 +40,9 @@ from laps.setting import (
 
 CONFIG_ENV = "LAPS_CONFIG"
 DEFAULT_CONFIG_FILE = Path("laps.toml")
+SECRETS = frozenset({"api_key"})
+"""Never shown."""
+MASKED = "***"
 NO_DRAFT = "none"
 
 _BUILT_IN_MODELS = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -52,6 +55,7 @@ _W: tuple[Service, ...] = ("worker",)
 _GS: tuple[Service, ...] = ("gateway", "scheduler")
 _SW: tuple[Service, ...] = ("scheduler", "worker")
 _GW: tuple[Service, ...] = ("gateway", "worker")
+_ALL: tuple[Service, ...] = (*SERVICES, "client")
 _UP: tuple[Service, ...] = ()
 
 
@@ -106,6 +110,46 @@ class Settings(BaseSettings):
     )
     max_message_bytes: int = setting(4 << 20, "Size of one gRPC message at most", SERVICES, ge=1 << 16)
 
+    # Security.
+    tls_cert: str = setting(
+        "",
+        "Certificate chain (PEM) that this process shows; empty: no TLS. May be replaced at any time",
+        _ALL,
+    )
+    tls_key: str = setting("", "Private key (PEM) of tls_cert", _ALL)
+    tls_ca: str = setting(
+        "",
+        "Certificates (PEM) by which the other side is known; clients: 'system' for the system's own",
+        _ALL,
+    )
+    edge_tls_cert: str = setting(
+        "", "Certificate chain (PEM) that the gateway shows its clients; empty: tls_cert", _G
+    )
+    edge_tls_key: str = setting("", "Private key (PEM) of edge_tls_cert", _G)
+    edge_tls_ca: str = setting(
+        "",
+        "Let in only clients with a certificate by these (PEM), beside their keys; empty: none is asked for",
+        _G,
+    )
+    tls_trust_domain: str = setting(
+        "laps",
+        "Services' certificates have the URI spiffe://TRUST_DOMAIN/ROLE",
+        _S,
+        pattern=r"^[a-z0-9._-]+$",
+    )
+    redis_ca: str = setting(
+        "", "Certificates (PEM) by which a rediss:// store is known; empty: tls_ca, or the system's", _S
+    )
+    api_keys_file: str = setting(
+        "", "TOML file of hashed API keys and tenants ('laps keys new'); empty: no keys are asked for", _G
+    )
+    api_key: str = setting(
+        "", "API key that client commands send; better as variable than as flag", ("client",)
+    )
+    allow_unauthenticated: bool = setting(
+        False, "Serve callers without keys or certificates on an address that other hosts reach", _GS
+    )
+
     # Decoding.
     workers: int = setting(2, "Workers that 'laps up' starts", _UP, ge=0, le=256)
     slots: int = setting(4, "Requests that one worker decodes together", _W, ge=1, le=4096)
@@ -135,10 +179,8 @@ class Settings(BaseSettings):
     )
 
     # Bounds.
-    max_queued_requests: int = setting(10_000, "Live requests in a pool at most", _S, ge=1)
-    max_queued_tokens: int = setting(
-        10_000_000, "Prompt and output tokens of all live requests at most", _S, ge=1
-    )
+    max_queued_requests: int = setting(10_000, "Waiting requests in a pool at most", _S, ge=1)
+    max_queued_tokens: int = setting(10_000_000, "Prompt tokens of all waiting requests at most", _S, ge=1)
     max_streams: int = setting(1000, "Client streams of one gateway at most", _G, ge=1)
     stream_buffer_tokens: int = setting(
         4096, "A client this many tokens behind loses its stream, not its request", _G, ge=1
@@ -256,6 +298,8 @@ class Settings(BaseSettings):
         value = getattr(self, name)
         if isinstance(value, Path):
             return str(value)
+        if name in SECRETS:
+            return MASKED if value else value
         return mask_url(value) if name == "redis_url" else value
 
     def to_env(self, **changes: Any) -> dict[str, str]:
@@ -338,5 +382,5 @@ def _one_line(error: ValidationError, values: Mapping[str, Any], origins: Mappin
     if first["type"] == "extra_forbidden":
         return f"{name}: there is no such setting (from {origin})"
     message = first["msg"].removeprefix("Value error, ").split(", unable")[0]
-    value = mask_url(str(values.get(name)))
+    value = MASKED if name in SECRETS else mask_url(str(values.get(name)))
     return f"{name}: {message[0].lower()}{message[1:]}, not {value!r} (from {origin})"

@@ -23,6 +23,7 @@ from laps.child import Child, ChildSpec
 from laps.errors import LocalError
 from laps.logs import get_logger
 from laps.ports import free_ports, is_free
+from laps.security.tls import TlsFiles
 from laps.settings import Settings
 
 READY_TIMEOUT_S = 120.0
@@ -102,7 +103,8 @@ class Stack:
     @property
     def http_url(self) -> str:
         """Where OpenAI's clients find the gateway; empty: it does not serve them."""
-        return f"http://{_reachable(self.settings.host)}:{self.http_port}/v1" if self.http_port else ""
+        scheme = "https" if TlsFiles.of_edge(self.settings) else "http"
+        return f"{scheme}://{_reachable(self.settings.host)}:{self.http_port}/v1" if self.http_port else ""
 
     @property
     def scheduler_address(self) -> str:
@@ -217,7 +219,7 @@ class Stack:
             return lambda: check(address)
         from laps import channels, runtime
 
-        channel = channels.open_channel(address)
+        channel = channels.open_channel(address, tls=TlsFiles.of_client(self.settings))
         self._resources.push_async_callback(channel.close, None)
         return lambda: runtime.is_ready(channel)
 

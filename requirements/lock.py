@@ -1,4 +1,4 @@
-"""Pins every package of the running services (run.txt) and of development (dev.txt).
+"""Pins every package of the running services (run.txt), development (dev.txt) and the fuzzer (fuzz.txt).
 
     python requirements/lock.py
 
@@ -47,6 +47,7 @@ def main() -> None:
     everything = resolve([TORCH, *PROJECT["dependencies"], *extras["dev"], *extras["plot"]])
     dev = {name: version for name, version in everything.items() if name not in run}
     write(HERE / "dev.txt", dev, "What tests, types and style need beyond run.txt.")
+    write(HERE / "fuzz.txt", resolve(extras["fuzz"]), "What `make fuzz` needs beyond both.")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from scheduler_svc.core.records import (
     RowFinish,
     StepCosts,
     StepReport,
+    TenantQuota,
     Worker,
 )
 
@@ -69,6 +70,17 @@ def request_spec(spec: scheduler_pb2.RequestSpec) -> RequestSpec:
         cancel_on_disconnect=spec.cancel_on_disconnect,
         disconnect_grace_s=spec.disconnect_grace_s,
         digest=spec.digest.hex(),
+    )
+
+
+def tenant_quota(request: scheduler_pb2.SubmitRequest) -> TenantQuota | None:
+    """The bounds of the request's tenant; None: it has none of its own."""
+    if not request.HasField("quota"):
+        return None
+    quota = request.quota
+    return TenantQuota(
+        quota.max_queued_requests if quota.HasField("max_queued_requests") else None,
+        quota.max_queued_tokens if quota.HasField("max_queued_tokens") else None,
     )
 
 

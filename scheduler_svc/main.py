@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import structlog
@@ -15,6 +16,9 @@ from grpc_reflection.v1alpha import reflection
 
 from laps import channels, logs, runtime
 from laps.errors import LocalError
+from laps.security.exposure import check_exposure
+from laps.security.interceptor import AccessInterceptor, by_certificate, by_nothing
+from laps.security.tls import SYSTEM_CA, TlsFiles
 from laps.setting import SettingsError
 from laps.settings import Settings
 from laps.v1 import (
@@ -91,12 +95,19 @@ async def serve(settings: Settings) -> SchedulerServer:
     """Starts listening at once and leads when it can.
 
     Raises:
+        SettingsError: a certificate cannot be used, or the port would stand open.
         OSError: the port is taken.
     """
-    server = channels.new_server(max_message_bytes=settings.max_message_bytes)
-    port = channels.bind(server, settings.host, settings.scheduler_port)
+    tls = TlsFiles.of_service(settings)
+    check_exposure(settings, checks_callers=tls is not None, with_what="tls_cert, tls_key and tls_ca")
+    authenticate = by_certificate(settings.tls_trust_domain) if tls else by_nothing
+    server = channels.new_server(
+        max_message_bytes=settings.max_message_bytes,
+        interceptors=[AccessInterceptor(authenticate)],
+    )
+    port = channels.bind(server, settings.host, settings.scheduler_port, tls)
     readiness = await runtime.add_readiness(server, *SERVICES)
-    store = Store(settings.redis_url, settings.pool)
+    store = Store(settings.redis_url, settings.pool, **store_tls(settings, tls))
     changes: set[asyncio.Task[None]] = set()
 
     def on_change(leading: bool) -> None:
@@ -140,6 +151,17 @@ async def _watch_readiness(terms: Terms, readiness: runtime.Readiness) -> None:
     while True:
         await readiness.set_ready(terms.ready)
         await asyncio.sleep(READINESS_INTERVAL_S)
+
+
+def store_tls(settings: Settings, tls: TlsFiles | None) -> dict[str, Any]:
+    """What redis-py needs for a rediss:// store: by what it is known, and the certificate that we show."""
+    if not settings.redis_url.startswith("rediss:"):
+        return {}
+    authorities = settings.redis_ca or (tls.authorities if tls else SYSTEM_CA)
+    options = {} if authorities == SYSTEM_CA else {"ssl_ca_certs": authorities}
+    if tls is not None:
+        options |= {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
+    return options
 
 
 def run(settings: Settings) -> int:

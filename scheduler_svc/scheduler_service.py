@@ -33,7 +33,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         leader = await self._terms.leader_or_abort(context)
         spec = convert.request_spec(request.spec)
         try:
-            accepted, joined = leader.core.submit(spec, leader.now_s())
+            accepted, joined = leader.core.submit(spec, leader.now_s(), convert.tenant_quota(request))
         except Refused as refused:
             await errors.abort(context, _refusal(refused))
         await self._terms.settled_or_abort(leader, context)

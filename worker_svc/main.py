@@ -13,6 +13,8 @@ import structlog
 import torch
 
 from laps import channels, logs, runtime
+from laps.security.interceptor import AccessInterceptor, by_nothing
+from laps.security.tls import TlsFiles
 from laps.settings import Settings
 from laps.v1 import worker_pb2
 from worker_svc import convert
@@ -78,12 +80,15 @@ async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) 
     driver = EngineDriver(engine, on_failure)
     driver.start()
     worker_id = settings.instance_id("worker")
-    link = WorkerLink(settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id))
+    tls = TlsFiles.of_service(settings)
+    link = WorkerLink(
+        settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id), tls=tls
+    )
     linking = asyncio.create_task(_keep_linked(link, lifetime), name="session")
     lifetime.watch(linking)
-    server = channels.new_server()
+    server = channels.new_server(interceptors=[AccessInterceptor(by_nothing)])
     readiness = await runtime.add_readiness(server)
-    port = channels.bind(server, settings.host, settings.worker_port)
+    port = channels.bind(server, settings.host, settings.worker_port, tls)
     await server.start()
     log.info("worker started", worker_id=worker_id, slots=settings.slots, health_port=port)
     watching = asyncio.create_task(_watch_health(driver, link, readiness), name="health")
@@ -143,6 +148,7 @@ def run(settings: Settings) -> int:
     logs.configure_logging("worker", pool=settings.pool, level=settings.log_level, form=settings.log_format)
     try:
         settings.check_models()
+        TlsFiles.of_service(settings)
         pair = load_pair(
             settings.target,
             settings.draft_model,

@@ -13,6 +13,7 @@ import structlog
 
 from laps import channels
 from laps.history import HistoryPoint
+from laps.security.tls import TlsFiles
 from laps.v1 import worker_pb2, worker_pb2_grpc
 from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
 
@@ -46,6 +47,7 @@ class WorkerLink:
     address: str
     driver: EngineDriver
     hello: Callable[[], worker_pb2.WorkerHello]
+    tls: TlsFiles | None = None
     connected: bool = False
     seen: HistoryPoint = field(default_factory=HistoryPoint)
     """The furthest that any scheduler has said the pool's history to be stored."""
@@ -63,8 +65,8 @@ class WorkerLink:
         while True:
             try:
                 # A new connection each time: behind one name another scheduler may lead by now, and an
-                # old connection would go on to the one that does not.
-                async with channels.open_channel(self.address, serving=SCHEDULER) as channel:
+                # old connection would go on to the one that does not. It also has the newest certificate.
+                async with channels.open_channel(self.address, serving=SCHEDULER, tls=self.tls) as channel:
                     await self._session(worker_pb2_grpc.WorkerServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 if error.code() in REFUSALS:
@@ -78,6 +80,8 @@ class WorkerLink:
                         because=f"{error.code().name}: {error.details()}",
                     )
                     complained = True
+            except OSError as error:
+                log.error("certificates not readable, trying again until they are", error=str(error))
             finally:
                 self.connected = False
             # Jitter: all workers of a pool lose the same scheduler in the same moment.

@@ -36,6 +36,8 @@ _CODES = {
     Reason.FIELD_INVALID: "invalid_value",
     Reason.PROMPT_TOO_LONG: "context_length_exceeded",
     Reason.MODEL_UNKNOWN: "model_not_found",
+    Reason.UNAUTHENTICATED: "invalid_api_key",
+    Reason.RATE_EXCEEDED: "rate_limit_exceeded",
 }
 """Where OpenAI has a name that programs look for. The others are our reasons in small letters."""
 
@@ -95,6 +97,8 @@ def error_body(error: LapsError, param_of: Callable[[str], str] = str) -> dict[s
 def error_headers(error: LapsError) -> dict[str, str]:
     """When to come back, and whether that can help at all."""
     headers = dict(error.headers) if isinstance(error, Refusal) else {}
+    if error.reason is Reason.UNAUTHENTICATED:
+        headers["WWW-Authenticate"] = "Bearer"
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(math.ceil(error.retry_after_s), 0))
         # OpenAI's clients prefer this one, which can be less than a second.

@@ -11,6 +11,7 @@ from aiohttp import web
 from google.protobuf.message import Message
 
 from gateway.calls import Call, accounted, as_laps_error
+from gateway.edge import Edge
 from gateway.http import body
 from gateway.http.answers import (
     REQUEST_ID_HEADER,
@@ -28,11 +29,15 @@ from gateway.metrics import Metrics
 from gateway.tokenizer import Tokenizer
 from gateway.validation import check_model, check_request_id
 from laps.errors import InvalidArgument, LapsError, Reason, ResourceExhausted, Unavailable
+from laps.logs import get_logger
+from laps.security.principal import set_caller
+from laps.security.tls import http_context
 from laps.settings import Settings
 from laps.v1 import generation_pb2, inference_pb2
 
 IDLE_S = 75.0
 """An open connection may be without a whole head of a request for so long; proxies expect about a minute."""
+HANDSHAKE_S = 10.0
 BODY_S = 30.0
 """A body must have come within this time."""
 LINGER_S = 2.0
@@ -44,6 +49,8 @@ CLOSE_S = 0.2
 """When all is stopped, answers that are on their way have so long to arrive."""
 _OFF_LOOP_BYTES = 1 << 16
 """Longer bodies are read on a thread: from here on it takes longer than a millisecond."""
+
+log = get_logger()
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -83,6 +90,7 @@ class HttpServer:
         tokenizer: Tokenizer,
         metrics: Metrics,
         is_ready: Callable[[], bool],
+        edge: Edge | None = None,
     ) -> None:
         self.port = settings.http_port
         self._settings = settings
@@ -90,6 +98,7 @@ class HttpServer:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._is_ready = is_ready
+        self._edge = edge or Edge()
         self._created_s = int(time.time())
         self._most_connections = settings.max_streams + SPARE_CONNECTIONS
         self._runner: web.AppRunner
@@ -98,7 +107,7 @@ class HttpServer:
     async def start(self) -> None:
         """Raises OSError with one clear line when the port is taken."""
         app = web.Application(
-            middlewares=[_in_openais_shape], client_max_size=self._settings.max_message_bytes
+            middlewares=[_in_openais_shape, self._checked], client_max_size=self._settings.max_message_bytes
         )
         for endpoint in Endpoint:
             app.router.add_post(endpoint.value, self._generation(endpoint))
@@ -118,10 +127,16 @@ class HttpServer:
             shutdown_timeout=CLOSE_S,
         )
         await self._runner.setup()
-        host = self._settings.host
+        host, edge = self._settings.host, self._edge
+        tls = http_context(edge.tls, ask_clients=edge.asks_for_certificates) if edge.tls else None
         try:
             self._listening = await asyncio.get_running_loop().create_server(
-                self._connection, host.strip("[]"), self.port, reuse_address=True
+                self._connection,
+                host.strip("[]"),
+                self.port,
+                reuse_address=True,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_S if tls else None,
             )
         except OSError:
             await self._runner.cleanup()
@@ -140,6 +155,22 @@ class HttpServer:
         if len(server.connections) >= self._most_connections:
             return _Full(self._most_connections)
         return server()
+
+    @web.middleware
+    async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Lets through what the table of access says. What is not there at all is found out later."""
+        resource = request.match_info.route.resource
+        if resource is not None:
+            route = resource.canonical
+            try:
+                principal = self._edge.by_header(request.headers.get("Authorization", ""))
+                principal.check(route)
+            except LapsError as refusal:
+                self._metrics.calls.labels(f"OpenAI.{route}", refusal.status).inc()
+                log.warning("call refused", method=route, because=refusal.reason.name, peer=request.remote)
+                raise
+            set_caller(principal)
+        return await handler(request)
 
     def _generation(self, endpoint: Endpoint) -> Handler:
         async def generate(http: web.Request) -> web.StreamResponse:

@@ -31,6 +31,7 @@ _COMMANDS = {
     "gateway": ("laps.cli.services:gateway", "Run a gateway."),
     "scheduler": ("laps.cli.services:scheduler", "Run a scheduler."),
     "worker": ("laps.cli.services:worker", "Run a worker."),
+    "keys": ("laps.cli.keys:keys", "Make API keys."),
     "config": ("laps.cli.config:config", "Show the settings in force and where each comes from."),
 }
 

@@ -82,10 +82,17 @@ def client_options(command: Command) -> Command:
 
 def open_client(server: str | None) -> Client:
     from laps.client import Client, RetryPolicy
+    from laps.security.tls import TlsFiles
 
     settings = load_settings({"server": server})
     retry = RetryPolicy(connect_attempts=_CLIENT_CONNECT_ATTEMPTS)
-    return Client(settings.client_server, retry=retry, max_message_bytes=settings.max_message_bytes)
+    return Client(
+        settings.client_server,
+        retry=retry,
+        tls=TlsFiles.of_client(settings),
+        api_key=settings.api_key,
+        max_message_bytes=settings.max_message_bytes,
+    )
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:

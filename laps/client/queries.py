@@ -25,6 +25,11 @@ LEAVE_TIMEOUT_S = 2.0
 PAGE_SIZE = 1000
 
 
+def authorization(api_key: str) -> tuple[tuple[str, str], ...]:
+    """The metadata that shows a key."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
 def request_detail(answer: inference_pb2.GetRequestResponse) -> RequestDetail:
     request = from_proto(Request, answer.request)
     completion = None

@@ -27,6 +27,7 @@ from laps.client.results import (
 from laps.client.retry import NO_RETRY, Backoff, RetryPolicy
 from laps.client.transcript import Transcript
 from laps.errors import LapsError, from_rpc_error
+from laps.security.tls import TlsFiles
 from laps.v1 import inference_pb2, inference_pb2_grpc, queue_pb2, queue_pb2_grpc
 
 T = TypeVar("T")
@@ -42,14 +43,29 @@ class Client:
         *,
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        tls: TlsFiles | None = None,
+        api_key: str = "",
         metadata: Metadata = (),
         max_message_bytes: int = channels.DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
+        """`tls` rather than `credentials` where the files may be replaced while the client lives."""
         self.server = server
         self.retry = retry or RetryPolicy()
-        self._metadata = tuple(metadata)
+        self._metadata = (*metadata, *queries.authorization(api_key))
+        self._credentials = credentials
+        self._tls = tls
+        self._max_message_bytes = max_message_bytes
+        self._retired: list[grpc.Channel] = []
+        self._connect()
+
+    def _connect(self) -> None:
+        # Before the files are read: what is replaced meanwhile counts as new.
+        self._tls_seen = self._tls.fingerprint() if self._tls else ()
         self._channel = channels.open_sync_channel(
-            server, max_message_bytes=max_message_bytes, credentials=credentials
+            self.server,
+            max_message_bytes=self._max_message_bytes,
+            credentials=self._credentials,
+            tls=self._tls,
         )
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._queue = queue_pb2_grpc.QueueServiceStub(self._channel)
@@ -63,7 +79,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in (*self._retired, self._channel):
+            channel.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Generates to the end. An interrupted caller (Ctrl-C) cancels the request."""
@@ -82,19 +99,23 @@ class Client:
 
     def cancel(self, request_id: str) -> str:
         """Cancels the request and returns its state."""
-        answer = self._call(self._inference.Cancel, inference_pb2.CancelRequest(request_id=request_id))
+        answer = self._call(
+            lambda: self._inference.Cancel, inference_pb2.CancelRequest(request_id=request_id)
+        )
         return queries.state_word(answer.state)
 
     def get(self, request_id: str, *, include_output: bool = False) -> RequestDetail:
         request = inference_pb2.GetRequestRequest(request_id=request_id, include_output=include_output)
-        return queries.request_detail(self._call(self._inference.GetRequest, request))
+        return queries.request_detail(self._call(lambda: self._inference.GetRequest, request))
 
     def models(self) -> list[Model]:
-        return queries.models(self._call(self._inference.ListModels, inference_pb2.ListModelsRequest()))
+        return queries.models(
+            self._call(lambda: self._inference.ListModels, inference_pb2.ListModelsRequest())
+        )
 
     def queues(self, pool: str = "", *, head_limit: int = 0) -> list[PoolQueues]:
         request = queue_pb2.ListQueuesRequest(pool=pool, head_limit=head_limit)
-        return queries.queues(self._call(self._queue.ListQueues, request))
+        return queries.queues(self._call(lambda: self._queue.ListQueues, request))
 
     def requests(self, *states: str, pool: str = "", limit: int = 1000) -> list[Request]:
         """Requests in these states ("queued", "running", ...), all live ones where none is given."""
@@ -102,7 +123,7 @@ class Client:
         token = ""
         while len(found) < limit:
             page = queries.list_request(states, pool, token, limit - len(found))
-            answer = self._call(self._queue.ListRequests, page)
+            answer = self._call(lambda: self._queue.ListRequests, page)
             found += [from_proto(Request, info) for info in answer.requests]
             token = answer.next_page_token
             if not token:
@@ -110,7 +131,9 @@ class Client:
         return found
 
     def workers(self, pool: str = "") -> list[Worker]:
-        return queries.workers(self._call(self._queue.ListWorkers, queue_pb2.ListWorkersRequest(pool=pool)))
+        return queries.workers(
+            self._call(lambda: self._queue.ListWorkers, queue_pb2.ListWorkersRequest(pool=pool))
+        )
 
     def watch(self, pool: str = "", *, interval_s: float = 0.5, head_limit: int = 10) -> Iterator[Snapshot]:
         """Snapshots as the queue changes, without end. Connects again when the connection breaks."""
@@ -131,11 +154,22 @@ class Client:
             time.sleep(delay_s)
 
     def _translate(self, error: grpc.RpcError) -> LapsError:
-        return queries.name_server(from_rpc_error(error), self.server)
+        translated = from_rpc_error(error)
+        if translated.from_transport:
+            self._take_new_certificates()
+        return queries.name_server(translated, self.server)
+
+    def _take_new_certificates(self) -> None:
+        """A channel keeps the certificates with which it was opened; new ones need a new channel."""
+        with contextlib.suppress(OSError):
+            if self._tls is not None and self._tls.fingerprint() != self._tls_seen:
+                # Other calls may still be using it.
+                self._retired.append(self._channel)
+                self._connect()
 
     def _call(
         self,
-        method: Callable[..., T],
+        method: Callable[[], Callable[..., T]],
         request: object,
         retry: RetryPolicy | None = None,
         timeout_s: float = queries.UNARY_TIMEOUT_S,
@@ -143,7 +177,7 @@ class Client:
         backoff = Backoff(retry or self.retry)
         while True:
             try:
-                return method(request, timeout=timeout_s, metadata=self._metadata)
+                return method()(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
                 delay_s = backoff.after(self._translate(error), begun=False)
             time.sleep(delay_s)
@@ -194,7 +228,9 @@ class Stream:
             # Whoever leaves has no use for an error; a request that was not reached ends after its grace.
             with contextlib.suppress(LapsError):
                 cancel = inference_pb2.CancelRequest(request_id=self.request_id)
-                self._client._call(self._client._inference.Cancel, cancel, NO_RETRY, queries.LEAVE_TIMEOUT_S)
+                self._client._call(
+                    lambda: self._client._inference.Cancel, cancel, NO_RETRY, queries.LEAVE_TIMEOUT_S
+                )
 
     def __enter__(self) -> Self:
         return self

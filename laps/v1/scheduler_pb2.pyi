@@ -89,23 +89,61 @@ class SubmitRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """The gateway instance whose Deliver stream will follow the request."""
     @_builtins.property
     def spec(self) -> Global___RequestSpec: ...
+    @_builtins.property
+    def quota(self) -> Global___TenantQuota:
+        """Of the tenant whose name the request_id begins with, as TENANT:ID."""
+
     def __init__(
         self,
         *,
         spec: Global___RequestSpec | None = ...,
         gateway_id: _builtins.str = ...,
+        quota: Global___TenantQuota | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["quota", b"quota", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "quota", b"quota", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitRequest: _TypeAlias = SubmitRequest  # noqa: Y015
+
+@_typing.final
+class TenantQuota(_message.Message):
+    """What the unfinished requests of one tenant may come to. Not set: no bound of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    max_queued_requests: _builtins.int
+    max_queued_tokens: _builtins.int
+    """Prompt tokens and output bounds together."""
+    def __init__(
+        self,
+        *,
+        max_queued_requests: _builtins.int | None = ...,
+        max_queued_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_queued_requests", b"_max_queued_requests", "_max_queued_tokens", b"_max_queued_tokens", "max_queued_requests", b"max_queued_requests", "max_queued_tokens", b"max_queued_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_queued_requests", b"_max_queued_requests", "_max_queued_tokens", b"_max_queued_tokens", "max_queued_requests", b"max_queued_requests", "max_queued_tokens", b"max_queued_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_queued_requests: _TypeAlias = _typing.Literal["max_queued_requests"]  # noqa: Y015
+    _WhichOneofArgType__max_queued_requests: _TypeAlias = _typing.Literal["_max_queued_requests", b"_max_queued_requests"]  # noqa: Y015
+    _WhichOneofReturnType__max_queued_tokens: _TypeAlias = _typing.Literal["max_queued_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_queued_tokens: _TypeAlias = _typing.Literal["_max_queued_tokens", b"_max_queued_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_requests) -> _WhichOneofReturnType__max_queued_requests | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_tokens) -> _WhichOneofReturnType__max_queued_tokens | None: ...
+
+Global___TenantQuota: _TypeAlias = TenantQuota  # noqa: Y015
 
 @_typing.final
 class SubmitResponse(_message.Message):

@@ -67,6 +67,20 @@ class RequestSpec:
     def prompt_tokens(self) -> int:
         return len(self.prompt) // TOKEN_BYTES
 
+    @property
+    def tenant(self) -> str:
+        """The part of the id before the colon; empty: it belongs to none."""
+        return self.request_id.rpartition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantQuota:
+    """What the unfinished requests of one tenant may come to; None: no bound."""
+
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    """Prompt tokens and output bounds together."""
+
 
 @dataclass(slots=True, eq=False)
 class Bookkeeping:
@@ -367,6 +381,6 @@ class Refused(Exception):
     def __init__(self, reason: str, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.reason = reason
-        """Stable, upper case, for machines: QUEUE_FULL, QUEUE_TOKENS_FULL, ID_CONFLICT, DEADLINE_PASSED,
-        TOO_LONG."""
+        """Stable, upper case, for machines: QUEUE_FULL, QUEUE_TOKENS_FULL, TENANT_QUEUE_FULL,
+        ID_CONFLICT, DEADLINE_PASSED, TOO_LONG."""
         self.retry_after_s = retry_after_s

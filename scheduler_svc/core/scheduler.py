@@ -31,12 +31,14 @@ from scheduler_svc.core.records import (
     Revoke,
     RevokeReason,
     StepReport,
+    TenantQuota,
     Tick,
     Worker,
 )
 from scheduler_svc.core.retention import Retention
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.core.steps import Counters, apply_report
+from scheduler_svc.core.tenants import Tenants
 
 _DEADLINE, _OVERDUE = "deadline", "overdue"
 _RETRY_SHARE = 0.1
@@ -55,6 +57,7 @@ class Scheduler:
         self.counters = Counters()
         self.view = PoolView(draft_tokens=settings.draft_tokens)
         self._ledger = Ledger(settings.record_interval_s)
+        self._tenants = Tenants()
         self._retention = Retention(settings.retention_s, settings.max_retained)
         self._board = Board(
             policy, self._ledger, self.view, self._retention, epoch, settings.lease_duration_s
@@ -134,12 +137,14 @@ class Scheduler:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
         self._ledger.event("recovered", detail=f"{len(recovered.requests)} live requests, epoch {self.epoch}")
 
-    def submit(self, spec: RequestSpec, now_s: float) -> tuple[Request | None, bool]:
-        """Accepts a request, or joins the one of the same id and digest.
+    def submit(
+        self, spec: RequestSpec, now_s: float, quota: TenantQuota | None = None
+    ) -> tuple[Request | None, bool]:
+        """Accepts a request, or joins the one of the same id and digest. `quota` is its tenant's.
 
         Returns the request (None when it has finished and is only retained) and whether it was joined.
-        Raises Refused with reason ID_CONFLICT, DEADLINE_PASSED, TOO_LONG, QUEUE_FULL or
-        QUEUE_TOKENS_FULL; then nothing has changed. Raises ValueError for a spec that no gateway
+        Raises Refused with reason ID_CONFLICT, DEADLINE_PASSED, TOO_LONG, QUEUE_FULL, QUEUE_TOKENS_FULL or
+        TENANT_QUEUE_FULL; then nothing has changed. Raises ValueError for a spec that no gateway
         should let through (no id, no prompt, max_tokens below 1).
         """
         self.view.now_s = now_s
@@ -152,6 +157,8 @@ class Scheduler:
             self.counters.joined += 1
             return live, True
         self._check(spec, now_s)
+        if quota is not None and (problem := self._tenants.problem(spec, quota)):
+            raise self._refusal("TENANT_QUEUE_FULL", problem, retry=True)
         self._arrivals += 1
         request = Request(spec=spec, arrival_s=now_s, arrival_seq=self._arrivals)
         self._board.live[spec.request_id] = request
@@ -197,6 +204,7 @@ class Scheduler:
     def _admit(self, request: Request) -> None:
         """Lets a request wait for the first time in this process."""
         request_id, spec = request.request_id, request.spec
+        self._tenants.add(spec)
         if spec.deadline_s is not None:
             self._timers.put((_DEADLINE, request_id), (spec.deadline_s, request.arrival_seq, _DEADLINE))
         if self.settings.starvation_bound_s is not None:
@@ -277,6 +285,7 @@ class Scheduler:
         self._board.ended = []
         for request in ended:
             self.counters.finished += 1
+            self._tenants.remove(request.spec)
             self._timers.remove((_DEADLINE, request.request_id))
             self._timers.remove((_OVERDUE, request.request_id))
         self._ledger.forgotten.extend(self._retention.forget(now_s))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgpack
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -29,9 +29,19 @@ def place(url: str) -> str:
     return f"{parts.hostname}:{parts.port or 6379}"
 
 
+class _FreshlyRead(SSLConnection):
+    """Reads the certificate's files for each connection: redis-py would keep the first ones for ever."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
+
+
 def make_pool(url: str, timeout_s: float, **options: Any) -> ConnectionPool:
     """Connections for reading. A lost connection is replaced once, which for reading is harmless. What
     writes goes through `Caller`: redis-py by itself would repeat a write ten times, on timeouts too."""
+    if urlsplit(url).scheme == "rediss":
+        options["connection_class"] = _FreshlyRead
     return ConnectionPool.from_url(
         url,
         retry=Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),

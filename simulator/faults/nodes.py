@@ -16,6 +16,7 @@ from gateway.metrics import Metrics
 from gateway.rpc import service_handler
 from gateway.scheduler_link import SchedulerLink
 from laps.history import HistoryPoint
+from laps.security.principal import Quota
 from laps.settings import Settings
 from laps.v1 import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler_svc.scheduler_service import SchedulerService
@@ -247,8 +248,10 @@ class WatchedLink(SchedulerLink):
 
     on_stored: Callable[[str], None]
 
-    async def submit(self, spec: scheduler_pb2.RequestSpec) -> scheduler_pb2.SubmitResponse:
-        answer = await super().submit(spec)
+    async def submit(
+        self, spec: scheduler_pb2.RequestSpec, quota: Quota | None = None
+    ) -> scheduler_pb2.SubmitResponse:
+        answer = await super().submit(spec, quota)
         self.on_stored(spec.request_id)
         return answer
 

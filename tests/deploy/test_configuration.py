@@ -164,7 +164,7 @@ def test_compose() -> None:
         assert service["mem_limit"]
         assert service["healthcheck"]["test"][0] == "CMD"
         for port in service.get("ports", []):
-            assert port.startswith("127.0.0.1:"), "there is no authentication yet"
+            assert port.startswith("127.0.0.1:"), "nobody is asked for a key"
         values = {k: v for k, v in service.get("environment", {}).items() if k.startswith(ENV_PREFIX)}
         if role != "redis":
             check_values(role, values, f"compose: {role}")

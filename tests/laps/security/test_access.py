@@ -1,0 +1,172 @@
+"""The table of access is whole, and what does not stand in it is refused."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+import laps.v1
+from laps import channels
+from laps.errors import from_rpc_error
+from laps.security import access
+from laps.security.access import METHODS, Role
+from laps.security.interceptor import AccessInterceptor
+from laps.security.principal import NOBODY, Principal, caller
+
+CLIENT = Principal("a client", frozenset({Role.CLIENT}), "acme")
+A_WORKER = Principal("a worker", frozenset({Role.WORKER}))
+
+
+def methods_of_the_contract() -> set[str]:
+    for module in pkgutil.iter_modules(laps.v1.__path__, "laps.v1."):
+        importlib.import_module(module.name)
+    pool = descriptor_pool.Default()  # type: ignore[no-untyped-call]
+    files = [pool.FindFileByName(f"laps/v1/{name}.proto") for name in PROTOS]
+    files += [health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR]
+    return {
+        f"/{service.full_name}/{method.name}"
+        for file in files
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+
+
+PROTOS = sorted(
+    module.name.removesuffix("_pb2")
+    for module in pkgutil.iter_modules(laps.v1.__path__)
+    if module.name.endswith("_pb2")
+)
+
+
+def test_every_method_of_every_service_stands_in_the_table() -> None:
+    assert len(PROTOS) >= 5
+    missing = methods_of_the_contract() - set(METHODS)
+    assert not missing, f"say in laps/security/access.py who may call {sorted(missing)}"
+
+
+def test_nothing_else_stands_in_the_table() -> None:
+    extra = set(METHODS) - methods_of_the_contract()
+    # Newer than the module that describes it.
+    assert extra <= {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"}
+
+
+def test_only_probes_need_no_credentials() -> None:
+    open_to_all = {method for method, roles in METHODS.items() if Role.ANYONE in roles}
+    assert {method.split("/")[1] for method in open_to_all} == {"grpc.health.v1.Health"}
+
+
+def test_no_service_may_do_what_another_is_for() -> None:
+    for method, roles in METHODS.items():
+        if "SchedulerService" in method:
+            assert roles == {Role.GATEWAY}
+        if "WorkerService" in method:
+            assert roles == {Role.WORKER}
+
+
+class Server:
+    """Serves one method of each kind, unprotected in itself, behind the interceptor."""
+
+    def __init__(self, principal: Principal) -> None:
+        self.principal = principal
+        self.refused: list[tuple[str, str]] = []
+        self.callers: list[str] = []
+
+    async def unary(self, request: bytes, context: Any) -> bytes:
+        self.callers.append(caller().name)
+        return request
+
+    async def written(self, request: bytes, context: Any) -> None:
+        self.callers.append(caller().name)
+        await context.write(request)
+
+    async def generated(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        self.callers.append(caller().name)
+        async for request in requests:
+            yield request
+
+    async def start(self) -> grpc.aio.Server:
+        interceptor = AccessInterceptor(
+            lambda context: self.principal, lambda method, status: self.refused.append((method, status))
+        )
+        server = channels.new_server(interceptors=[interceptor])
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(
+                    "laps.v1.InferenceService",
+                    {
+                        "Generate": grpc.unary_stream_rpc_method_handler(self.written),
+                        "Cancel": grpc.unary_unary_rpc_method_handler(self.unary),
+                        "Resume": grpc.stream_stream_rpc_method_handler(self.generated),
+                        "Forgotten": grpc.unary_unary_rpc_method_handler(self.unary),
+                    },
+                ),
+            )
+        )
+        self.port = channels.bind(server, "127.0.0.1", 0)
+        await server.start()
+        return server
+
+
+async def answer(channel: grpc.aio.Channel, method: str) -> bytes:
+    path = f"/laps.v1.InferenceService/{method}"
+    if method == "Generate":
+        return await channel.unary_stream(path)(b"x").read()  # type: ignore[no-any-return]
+    if method == "Resume":
+        return await channel.stream_stream(path)(iter([b"x"])).read()  # type: ignore[no-any-return]
+    return await channel.unary_unary(path)(b"x")  # type: ignore[no-any-return]
+
+
+async def test_who_may_call_gets_through_and_is_known() -> None:
+    served = Server(CLIENT)
+    server = await served.start()
+    async with channels.open_channel(f"127.0.0.1:{served.port}") as channel:
+        for method in ("Generate", "Cancel", "Resume"):
+            assert await answer(channel, method) == b"x"
+    await server.stop(None)
+    assert served.callers == ["a client"] * 3
+    assert not served.refused
+
+
+@pytest.mark.parametrize(
+    ("principal", "status"),
+    [(NOBODY, "UNAUTHENTICATED"), (A_WORKER, "PERMISSION_DENIED")],
+)
+async def test_who_may_not_is_refused_and_counted(principal: Principal, status: str) -> None:
+    served = Server(principal)
+    server = await served.start()
+    async with channels.open_channel(f"127.0.0.1:{served.port}") as channel:
+        for method in ("Generate", "Cancel", "Resume"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await answer(channel, method)
+            assert from_rpc_error(caught.value).reason.name == status
+    await server.stop(None)
+    assert served.callers == []
+    assert [status for _, status in served.refused] == [status] * 3
+
+
+@pytest.mark.parametrize("role", list(Role))
+async def test_a_method_that_the_table_does_not_have_is_refused_to_all(role: Role) -> None:
+    served = Server(Principal("x", frozenset({role})))
+    server = await served.start()
+    async with channels.open_channel(f"127.0.0.1:{served.port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answer(channel, "Forgotten")
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await answer(channel, "NotEvenServed")
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    await server.stop(None)
+    assert served.callers == []
+
+
+def test_routes_of_the_http_port_stand_in_the_table_too() -> None:
+    assert access.roles_of("/v1/nothing") == frozenset()
