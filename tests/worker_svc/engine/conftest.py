@@ -50,6 +50,8 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
         sliding_window=9,
         query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention"],
+        # Its large tied embeddings would make a random model repeat the last token, whatever else it sees.
+        tie_word_embeddings=False,
         **_SHAPE,
     ),
     "gpt2": lambda v: GPT2Config(

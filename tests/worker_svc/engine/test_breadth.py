@@ -66,7 +66,7 @@ MODELS: dict[str, Any] = {
     "qwen3 moe": lambda: Qwen3MoeConfig(
         **_SHAPE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
     ),
-    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=8),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=8, tie_word_embeddings=False),
     "olmo2": lambda: Olmo2Config(**_SHAPE),
     "phi3, partial rotary": lambda: Phi3Config(**_SHAPE, partial_rotary_factor=0.5, sliding_window=None),
 }  # fmt: skip
@@ -111,7 +111,10 @@ def _endless(folders: Any) -> ModelPair:
 
 
 def _reference(tools: Any, pair: ModelPair) -> list[list[int]]:
-    return [tools.greedy_reference(pair, prompt, MAX_TOKENS) for prompt in PROMPTS]
+    outputs = [tools.greedy_reference(pair, prompt, MAX_TOKENS) for prompt in PROMPTS]
+    # A random model that only repeats itself would agree with anything.
+    assert len({token for output in outputs for token in output}) > 8
+    return outputs
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -122,7 +125,7 @@ def test_equals_generate(tools: Any, save_pair: Any, model: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt2", "mixtral"])
 def test_preemptions_change_nothing(tools: Any, make_folders: Any, family: str) -> None:
-    pair = _endless(make_folders(family, noise=0.05))
+    pair = _endless(make_folders(family))
     assert _with_preemptions(tools, pair) == _reference(tools, pair)
 
 
