@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos lint protos release-protos docs bench lock clean
+.PHONY: help setup demo up test chaos killloop lint protos release-protos docs bench lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test: setup ## Runs the tests
 
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
 	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000)
+
+killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5, then checks what everybody saw
+	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) --json bench/results/killloop.json
 
 lint: setup ## Style, types, contracts
 	@$(BIN)/ruff check .

@@ -175,7 +175,7 @@ class Settings(BaseSettings):
     )
     heartbeat_interval_s: float = setting(1.0, "A worker says at least this often that it lives", _S, gt=0)
     leader_ttl_s: float = setting(
-        3.0, "A leader that does not renew its claim loses it after this time", _S, gt=0
+        2.0, "A leader that does not renew its claim loses it after this time", _S, gt=0
     )
 
     # Bounds.

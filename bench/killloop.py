@@ -1,0 +1,301 @@
+"""Kills, freezes and cuts off real processes while clients run, then checks what everybody saw.
+
+    python -m bench.killloop [--minutes 5] [--seed 0] [--store valkey|redis] [--json OUT]
+
+Two gateways, two schedulers, two workers with the built-in models and a store of its own. Ends with exit code
+1 if anything was lost, told twice, or different from the target's own output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+# Before torch is loaded: a thread that spins for work takes the core that another process needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import click
+from redis import RedisError
+from transformers import AutoTokenizer
+
+from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
+from bench._history import Reference, Seen, Verdict, judge, until_all_have_ended
+from laps.client import AsyncClient
+from laps.client.retry import RetryPolicy
+from laps.errors import LapsError
+from laps.settings import BUILT_IN_TARGET
+from scheduler_svc.store.server import redis_binary, valkey_binary
+from scheduler_svc.store.store import Store
+
+PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 12, 120, 64
+CLIENTS = 6
+"""At once; fewer than there are slots, so that a stream that stands still stands still for a fault."""
+PATIENT = RetryPolicy(connect_attempts=80, resume_attempts=80, max_backoff_s=1.0)
+PAUSE_S = 2.5
+"""Mean time between the end of a fault and the next one."""
+OVERLAP_SHARE = 0.25
+"""Of the faults, those that do not wait for the one before to be over."""
+GOES_ON_S = 40.0
+DRAIN_S = 120.0
+VERBS = ("kill", "freeze", "cut")
+
+
+@dataclass
+class Fault:
+    kind: str
+    """For example `kill leader`."""
+    at_s: float
+    lasts_s: float
+    alone: bool = True
+    """No other fault fell into its time."""
+    recovered_s: float | None = None
+    """From the fault until every stream that was open has moved or ended."""
+    led_anew_s: float | None = None
+    """From a leader's fault until another epoch began."""
+
+
+@dataclass
+class Run:
+    fleet: Fleet
+    rng: random.Random
+    prompts: list[list[int]]
+    seen: list[Seen] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    open: dict[str, Seen] = field(default_factory=dict)
+    over: bool = False
+
+    # --- Clients --------------------------------------------------------------------------------
+
+    async def client(self, number: int) -> None:
+        address = self.fleet.gateway_addresses[number % len(GATEWAYS)]
+        rng = random.Random(f"{number} {self.rng.random()}")
+        count = 0
+        async with AsyncClient(address, retry=PATIENT) as client:
+            while not self.over:
+                count += 1
+                one = Seen(
+                    f"c{number}-{count}",
+                    rng.randrange(len(self.prompts)),
+                    rng.randint(8, MAX_TOKENS),
+                    None if rng.random() < 0.7 else rng.randrange(2),
+                    may_be_cut=rng.random() < 0.1,
+                )
+                self.seen.append(one)
+                await self._read(client, one, rng)
+
+    async def _read(self, client: AsyncClient, one: Seen, rng: random.Random) -> None:
+        sampling = {} if one.seed is None else {"temperature": 0.8, "seed": one.seed}
+        cancels_after = rng.randint(0, 20) if one.may_be_cut and rng.random() < 0.5 else None
+        if one.may_be_cut and cancels_after is None:
+            sampling["timeout_s"] = rng.uniform(0.2, 4.0)
+        stream = client.stream(
+            self.prompts[one.prompt], max_tokens=one.max_tokens, request_id=one.request_id, **sampling
+        )
+        self.open[one.request_id] = one
+        try:
+            async for chunk in stream:
+                one.acknowledged = True
+                one.heard_s.append(time.monotonic())
+                if chunk.offset != len(one.tokens):
+                    raise AssertionError(
+                        f"{one.request_id}: a chunk at {chunk.offset}, not {len(one.tokens)}"
+                    )
+                one.tokens += chunk.token_ids
+                if cancels_after is not None and len(one.tokens) >= cancels_after:
+                    cancels_after = None
+                    with suppress(LapsError):
+                        await client.cancel(one.request_id)
+            one.finish_reason, one.acknowledged = stream.result.finish_reason, True
+            one.resumptions = stream.result.resumptions
+        except LapsError as error:
+            if error.status == "DEADLINE_EXCEEDED" and one.may_be_cut:
+                return
+            one.gave_up = f"{error.status}: {error}"
+        finally:
+            one.heard_s.append(time.monotonic())
+            del self.open[one.request_id]
+
+    # --- Faults ---------------------------------------------------------------------------------
+
+    async def do_faults(self, until_s: float) -> None:
+        striking: set[asyncio.Task[None]] = set()
+        while time.monotonic() < until_s:
+            await asyncio.sleep(self.rng.expovariate(1.0 / PAUSE_S))
+            if striking and self.rng.random() > OVERLAP_SHARE:
+                await asyncio.wait(striking)
+            task = asyncio.create_task(self._strike())
+            striking.add(task)
+            task.add_done_callback(striking.discard)
+        if striking:
+            await asyncio.wait(striking)
+
+    async def _strike(self) -> None:
+        epoch, leader = await self._leader()
+        victim = self.rng.choice(self.fleet.names)
+        verb = self.rng.choice(VERBS)
+        role = victim.partition("-")[0]
+        if victim in SCHEDULERS:
+            role = "leader" if victim == leader else "standby"
+        lasts_s = self.rng.uniform(0.2, 3.0) if verb == "kill" else self.rng.uniform(0.5, 8.0)
+        fault = Fault(f"{verb} {role}", time.monotonic(), lasts_s)
+        running = [other for other in self.faults if other.recovered_s is None]
+        for other in running:
+            other.alone = fault.alone = False
+        self.faults.append(fault)
+        waiting = list(self.open.values())
+        led = None
+        if role == "leader" and verb != "cut":
+            led = asyncio.create_task(self.fleet.until_led_anew(epoch, GOES_ON_S))
+        if verb == "kill":
+            self.fleet.kill(victim)
+            await asyncio.sleep(lasts_s)
+            self.fleet.start_again(victim)
+        elif verb == "freeze":
+            self.fleet.freeze(victim)
+            await asyncio.sleep(lasts_s)
+            self.fleet.thaw(victim)
+        else:
+            links = self.fleet.links_of(victim)
+            for link in links:
+                link.cut()
+            await asyncio.sleep(lasts_s)
+            reset = self.rng.random() < 0.5
+            for link in links:
+                link.heal(reset)
+        fault.recovered_s = await self._until_all_move(waiting, fault.at_s)
+        if led is not None:
+            fault.led_anew_s = await led
+
+    async def _leader(self) -> tuple[int, str]:
+        with suppress(RedisError, OSError):
+            return await self.fleet.leader()
+        return 0, ""
+
+    async def _until_all_move(self, waiting: list[Seen], since_s: float) -> float:
+        """Seconds from the fault until each of these streams has brought something, or has ended."""
+        give_up_s = time.monotonic() + GOES_ON_S
+        while time.monotonic() < give_up_s:
+            if all(one.heard_s and one.heard_s[-1] > since_s for one in waiting):
+                break
+            await asyncio.sleep(0.02)
+        firsts = [next((at for at in one.heard_s if at > since_s), time.monotonic()) for one in waiting]
+        return max(firsts, default=since_s) - since_s
+
+    # --- The whole ------------------------------------------------------------------------------
+
+    async def play(self, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
+        show = asyncio.create_task(self._show(until_s))
+        try:
+            await self.do_faults(until_s)
+        finally:
+            self.over = True
+        done, pending = await asyncio.wait(clients, timeout=DRAIN_S)
+        show.cancel()
+        for task in pending:
+            task.cancel()
+        for task in done:
+            task.result()
+        if pending:
+            raise SystemExit(f"{len(pending)} clients did not come to an end in {DRAIN_S:g} s")
+
+    async def _show(self, until_s: float) -> None:
+        while True:
+            await asyncio.sleep(10.0)
+            tokens = sum(len(one.tokens) for one in self.seen)
+            left_s = max(0.0, until_s - time.monotonic())
+            line = (
+                f"{len(self.faults)} faults, {len(self.seen)} requests, {tokens} tokens, {left_s:.0f} s left"
+            )
+            print(line, file=sys.stderr, flush=True)
+
+
+async def run(seconds: float, seed: int, store_kind: str, data_dir: Path) -> tuple[Run, Verdict]:
+    binary = valkey_binary() if store_kind == "valkey" else redis_binary()
+    if binary is None:
+        raise SystemExit("there is no redis-server on PATH")
+    tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_TARGET)
+    lines = (Path(BUILT_IN_TARGET).parent / "prompts.jsonl").read_text().splitlines()
+    texts = [record["text"] for record in map(json.loads, lines) if "text" in record][:PROMPTS]
+    prompts = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
+    reference = await asyncio.to_thread(Reference, prompts, MAX_TOKENS)
+    fleet = Fleet(data_dir, binary, slots=4, retention_s=3600.0, max_retained_requests=1_000_000)
+    try:
+        await fleet.start()
+        playing = Run(fleet, random.Random(seed), prompts)
+        async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
+            await client.generate(prompts[0], max_tokens=2)
+        await playing.play(seconds)
+        store = Store(fleet.store.url, fleet.settings.pool)
+        try:
+            live = await until_all_have_ended(store, DRAIN_S)
+            verdict = await judge(store, playing.seen, reference)
+        finally:
+            await store.close()
+        if live:
+            verdict.lost.append(f"{live} requests are still live")
+        return playing, verdict
+    finally:
+        await fleet.close()
+
+
+def summary(playing: Run, verdict: Verdict) -> dict[str, object]:
+    def spread(values: list[float]) -> dict[str, float]:
+        ordered = sorted(values)
+        p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+        return {"n": len(ordered), "p50_s": round(statistics.median(ordered), 2), "p99_s": round(p99, 2)}
+
+    kinds: dict[str, list[float]] = {}
+    led: dict[str, list[float]] = {}
+    for fault in playing.faults:
+        if fault.alone and fault.recovered_s is not None:
+            kinds.setdefault(fault.kind, []).append(fault.recovered_s)
+        if fault.led_anew_s is not None and (fault.kind == "kill leader" or fault.lasts_s > 5.0):
+            led.setdefault(fault.kind, []).append(fault.led_anew_s)
+    survived: dict[str, int] = {}
+    for fault in playing.faults:
+        survived[fault.kind] = survived.get(fault.kind, 0) + 1
+    return {
+        "faults": len(playing.faults),
+        "faults_by_kind": dict(sorted(survived.items())),
+        **{name: value for name, value in asdict(verdict).items() if not isinstance(value, list)},
+        "lost": len(verdict.lost),
+        "doubled": len(verdict.doubled),
+        "different": len(verdict.different),
+        "recovery_of_faults_alone": {kind: spread(values) for kind, values in sorted(kinds.items())},
+        "another_leads_after": {kind: spread(values) for kind, values in sorted(led.items())},
+    }
+
+
+@click.command()
+@click.option("--minutes", type=float, default=5.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what is done, and when.")
+@click.option("--store", type=click.Choice(["valkey", "redis"]), default="valkey", show_default=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="A folder for logs and data, which stay.")
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there.")
+def main(minutes: float, seed: int, store: str, keep: Path | None, out: Path | None) -> None:
+    """Kills, freezes and cuts off real processes while clients run, then checks what everybody saw."""
+    with tempfile.TemporaryDirectory(prefix="laps-killloop-") as scratch:
+        playing, verdict = asyncio.run(run(minutes * 60.0, seed, store, keep or Path(scratch)))
+    figures = {"minutes": minutes, "seed": seed, "store": store} | summary(playing, verdict)
+    print(json.dumps(figures, indent=2))
+    for problem in (*verdict.lost, *verdict.doubled, *verdict.different):
+        print(problem, file=sys.stderr)
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=2) + "\n")
+    sys.exit(0 if verdict.holds else 1)
+
+
+if __name__ == "__main__":
+    main()
