@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 
 _NOT_OURS = frozenset(Settings.model_fields) - {
-    name for name in Settings.model_fields if name == "pool" or name.startswith("redis_")
+    name for name in Settings.model_fields if name == "pool" or name.startswith(("redis_", "tls_"))
 }
 
 
@@ -98,12 +98,15 @@ async def _resume(settings: Settings) -> int:
 
 
 async def _with_store(settings: Settings, work: Callable[[Store], Awaitable[Answer]]) -> Answer:
+    from laps.tls import TlsFiles
+    from scheduler_svc.main import store_tls
     from scheduler_svc.store.errors import StoreError
     from scheduler_svc.store.store import Store
 
     if not settings.redis_url:
         raise LocalError("redis_url: say which store, with --redis-url or LAPS_REDIS_URL")
-    store = Store(settings.redis_url, settings.pool)
+    tls = store_tls(settings, TlsFiles.of_service(settings))
+    store = Store(settings.redis_url, settings.pool, **tls)
     try:
         return await work(store)
     except StoreError as error:
