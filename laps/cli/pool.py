@@ -98,7 +98,7 @@ async def _resume(settings: Settings) -> int:
 
 
 async def _with_store(settings: Settings, work: Callable[[Store], Awaitable[Answer]]) -> Answer:
-    from laps.tls import TlsFiles
+    from laps.security.tls import TlsFiles
     from scheduler_svc.main import store_tls
     from scheduler_svc.store.errors import StoreError
     from scheduler_svc.store.store import Store
