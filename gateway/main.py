@@ -162,9 +162,13 @@ async def _serve_http(
     settings: Settings, gateway: Gateway, tokenizer: Tokenizer, metrics: Metrics, edge: Edge
 ) -> HttpServer:
     # Imported only where it is wanted: the library costs a start a fifth of a second.
+    from gateway.http.console.routes import Console
     from gateway.http.server import HttpServer
 
-    server = HttpServer(settings, gateway.inference, tokenizer, metrics, lambda: gateway.is_ready, edge)
+    console = Console(settings, gateway.link, tokenizer) if settings.console else None
+    server = HttpServer(
+        settings, gateway.inference, tokenizer, metrics, lambda: gateway.is_ready, edge, console
+    )
     await server.start()
     log.info("listening", address=f"{settings.host}:{server.port}", by="http")
     return server

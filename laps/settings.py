@@ -206,6 +206,13 @@ class Settings(BaseSettings):
     # Clients.
     server: str = setting("", "Gateway that client commands call; empty: this host's, by port", ("client",))
 
+    # Web console, on the gateway's HTTP port.
+    console: bool = setting(True, "Serve the web console at /console of the HTTP port", _G)
+    console_allow_cancel: bool = setting(
+        False, "The console cancels for everyone who sees it; with API keys operators always may", _G
+    )
+    console_show_text: bool = setting(False, "The console shows texts of prompts and outputs", _G)
+
     # Identity.
     gateway_id: str = setting("", "Name of this gateway; empty: host name and process id", _G)
     scheduler_id: str = setting("", "Name of this scheduler, in the leadership record", _S)

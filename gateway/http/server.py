@@ -21,6 +21,7 @@ from gateway.http.answers import (
     error_response,
     json_response,
 )
+from gateway.http.console.routes import Console
 from gateway.http.errors import Refusal
 from gateway.http.parameters import Endpoint
 from gateway.http.requests import Asked, read_request
@@ -91,6 +92,7 @@ class HttpServer:
         metrics: Metrics,
         is_ready: Callable[[], bool],
         edge: Edge | None = None,
+        console: Console | None = None,
     ) -> None:
         self.port = settings.http_port
         self._settings = settings
@@ -99,6 +101,7 @@ class HttpServer:
         self._metrics = metrics
         self._is_ready = is_ready
         self._edge = edge or Edge()
+        self._console = console
         self._created_s = int(time.time())
         self._most_connections = settings.max_streams + SPARE_CONNECTIONS
         self._runner: web.AppRunner
@@ -115,6 +118,8 @@ class HttpServer:
         app.router.add_get("/v1/models/{name:.+}", self._model)
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
+        if self._console is not None:
+            self._console.add_to(app.router)
         app.on_response_prepare.append(_sign)
         self._runner = web.AppRunner(
             app,
@@ -147,6 +152,8 @@ class HttpServer:
     async def stop(self) -> None:
         """Takes no more connections; what is being answered gets a moment to end."""
         self._listening.close()
+        if self._console is not None:
+            await self._console.close()
         await self._runner.cleanup()
 
     def _connection(self) -> asyncio.BaseProtocol:

@@ -60,6 +60,17 @@ ROUTES: dict[str, frozenset[Role]] = {
     "/v1/models/{name}": _CLIENT,
     "/health": _ANYONE,
     "/ready": _ANYONE,
+    # The console's pages hold nothing; what they show comes from the questions.
+    "/": _ANYONE,
+    "/console": _ANYONE,
+    "/console/": _ANYONE,
+    "/console/static/{file}": _ANYONE,
+    "/console/api/session": _OPERATOR,
+    "/console/api/watch": _OPERATOR,
+    "/console/api/queue": _OPERATOR,
+    "/console/api/requests/{request_id}": _OPERATOR,
+    "/console/api/requests/{request_id}/text": _OPERATOR,
+    "/console/api/requests/{request_id}/cancel": _OPERATOR,
 }
 
 

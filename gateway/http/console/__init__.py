@@ -1,0 +1,1 @@
+"""The web console: static pages, and the questions that they ask."""
