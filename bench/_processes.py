@@ -37,10 +37,17 @@ class Process:
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """One command, one answer."""
+        self.tell(do, **arguments)
+        return self.answer()
+
+    def tell(self, do: str, **arguments: Any) -> None:
+        """A command whose `answer` is fetched later."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.process.args} has ended:\n{self._log.read_text()[-2000:]}")

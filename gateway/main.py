@@ -129,6 +129,7 @@ async def serve(settings: Settings) -> Gateway:
 
     server = channels.new_server(
         max_message_bytes=settings.max_message_bytes,
+        share_port=settings.share_port,
         interceptors=[AccessInterceptor(edge.by_metadata, on_refused)],
     )
     try:

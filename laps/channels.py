@@ -51,13 +51,16 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> Optio
 
 
 def server_options(
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES, max_concurrent_streams: int | None = None
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    max_concurrent_streams: int | None = None,
+    share_port: bool = False,
 ) -> Options:
-    """`max_concurrent_streams` bounds the calls of one connection; more wait at the client."""
+    """`max_concurrent_streams` bounds the calls of one connection; more wait at the client. `share_port`:
+    several processes may listen on one port, and the kernel spreads new connections over them."""
     options = [
         *_shared_options(max_message_bytes),
-        # A second process on the same port must fail to start, not take every second connection.
-        ("grpc.so_reuseport", 0),
+        # Unless it is wanted a second process must fail to start, not take every second connection.
+        ("grpc.so_reuseport", int(share_port)),
         # Allow the pings that channel_options sends.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_MS // 2),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_INTERVAL_MS // 2),
@@ -122,11 +125,13 @@ def new_server(
     *,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     max_concurrent_streams: int | None = None,
+    share_port: bool = False,
     interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]] = (),
 ) -> grpc.aio.Server:
     """An asyncio server without services and ports."""
     return grpc.aio.server(
-        interceptors=list(interceptors), options=server_options(max_message_bytes, max_concurrent_streams)
+        interceptors=list(interceptors),
+        options=server_options(max_message_bytes, max_concurrent_streams, share_port),
     )
 
 

@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     http_port: int = port_setting(
         0, "The gateway's HTTP port, for OpenAI's clients; 0: none. 'laps up' takes 8000, or any free one", _G
     )
+    share_port: bool = setting(
+        False, "Several gateways listen on one port (SO_REUSEPORT); new connections are spread over them", _G
+    )
     scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
     worker_port: int = port_setting(
@@ -151,6 +154,7 @@ class Settings(BaseSettings):
     )
 
     # Decoding.
+    gateways: int = setting(1, "Gateways that 'laps up' starts, all on one port", _UP, ge=1, le=64)
     workers: int = setting(2, "Workers that 'laps up' starts", _UP, ge=0, le=256)
     slots: int = setting(4, "Requests that one worker decodes together", _W, ge=1, le=4096)
     spare_slots: int = setting(

@@ -33,6 +33,8 @@ _POLL_S = 0.05
 _PATIENCE_S = 10.0
 """After this long, and again, it says what it waits for."""
 _LEAST_KILL_GRACE_S = 0.5
+_GATEWAY_METRICS = 500
+"""Further gateways take their metrics port from so far above the first one's."""
 _CHILD_DRAIN_SHARE = 0.4
 """Of the time to stop: gateways drain, then workers, then the rest goes."""
 
@@ -141,7 +143,9 @@ class Stack:
             await store.start()
             self.redis_url = store.url
         await self._add("scheduler", "scheduler", 1, self.scheduler_port)
-        await self._add("gateway", "gateway", 0, self.port)
+        for number in range(settings.gateways):
+            name = f"gateway-{number}" if number else "gateway"
+            await self._add(name, "gateway", _GATEWAY_METRICS + number if number else 0, self.port)
         for number, worker_port in enumerate(worker_ports):
             await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
 
@@ -196,6 +200,7 @@ class Stack:
             **{port_setting: port, f"{role}_id": name},
             redis_url=self.redis_url,
             http_port=self.http_port,
+            share_port=settings.share_port or settings.gateways > 1,
             scheduler_address=self.scheduler_address,
             metrics_port=settings.metrics_port + metrics_offset if settings.metrics_port else 0,
             drain_s=settings.drain_s * _CHILD_DRAIN_SHARE,

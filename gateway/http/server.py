@@ -142,6 +142,7 @@ class HttpServer:
                 reuse_address=True,
                 ssl=tls,
                 ssl_handshake_timeout=HANDSHAKE_S if tls else None,
+                reuse_port=self._settings.share_port or None,
             )
         except OSError:
             await self._runner.cleanup()

@@ -67,6 +67,18 @@ class Board:
         self.waiting_prompt_tokens += request.spec.prompt_tokens
         self.order(request)
 
+    def wait_again(self, request: Request) -> None:
+        """A recovered request waits. The store knows it at an earlier place, and is told the new one later,
+        by `tell`: with a long queue all of them would make one very long commit."""
+        self.wait(request)
+        self.ledger.not_moved(request)
+
+    def tell(self, request: Request) -> None:
+        """Has a recovered request's record and place written, if it still waits."""
+        if request.request_id in self.waiting:
+            self.ledger.moved(request)
+            self.ledger.changed(request)
+
     def order(self, request: Request) -> None:
         """Gives a waiting request the place that its priority, level and rank ask for."""
         if request.book.overdue:

@@ -41,6 +41,8 @@ from scheduler_svc.core.steps import Counters, apply_report
 from scheduler_svc.core.tenants import Tenants
 
 _DEADLINE, _OVERDUE = "deadline", "overdue"
+_TOLD_AT_ONCE = 500
+"""Recovered requests whose records one tick writes anew."""
 _RETRY_SHARE = 0.1
 """A refused caller is asked to come back when about this share of the backlog is done."""
 
@@ -65,6 +67,8 @@ class Scheduler:
         self._fleet = Fleet(self._board, settings)
         self._timers: KeyedHeap[tuple[str, str]] = KeyedHeap()
         self._arrivals = 0
+        self._untold: list[Request] = []
+        """Recovered requests whose records are still those of the leader before."""
         self._learnt_s = float("-inf")
         self._backlog: tuple[float, float] = (float("-inf"), 0.0)
         policy.bind(self.view)
@@ -131,8 +135,8 @@ class Scheduler:
             request.releasing = False
             self._board.live[request.request_id] = request
             self.view.live = len(self._board.live)
-            self._admit(request)
-            self._ledger.changed(request)
+            self._admit(request, recovered=True)
+            self._untold.append(request)
             if request.output_tokens >= request.spec.max_tokens:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
         self._ledger.event("recovered", detail=f"{len(recovered.requests)} live requests, epoch {self.epoch}")
@@ -201,7 +205,7 @@ class Scheduler:
         drained_s = self.backlog_s() / max(1, self.view.slots)
         return Refused(reason, message, retry_after_s=min(60.0, max(0.5, drained_s * _RETRY_SHARE)))
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, recovered: bool = False) -> None:
         """Lets a request wait for the first time in this process."""
         request_id, spec = request.request_id, request.spec
         self._tenants.add(spec)
@@ -212,7 +216,10 @@ class Scheduler:
             self._timers.put((_OVERDUE, request_id), (overdue_s, request.arrival_seq, _OVERDUE))
         self.policy.admit(request)
         self.policy.believe(request)
-        self._board.wait(request)
+        if recovered:
+            self._board.wait_again(request)
+        else:
+            self._board.wait(request)
 
     def cancel(
         self, request_id: str, now_s: float, reason: FinishReason = FinishReason.CANCELLED
@@ -281,6 +288,9 @@ class Scheduler:
         for request in self._ledger.records_due(now_s, len(self._board.leases)):
             self.policy.believe(request)
             self._ledger.changed(request)
+        for request in self._untold[-_TOLD_AT_ONCE:]:
+            self._board.tell(request)
+        del self._untold[-_TOLD_AT_ONCE:]
         ended = self._board.ended
         self._board.ended = []
         for request in ended:
@@ -324,6 +334,8 @@ class Scheduler:
         entry = self._timers.first()
         if entry is not None:
             instants.append(entry[0][0])
+        if self._untold:
+            instants.append(self.view.now_s)
         for instant_s in (
             self._retention.next_timer_s(),
             self.policy.next_due_s(),

@@ -94,8 +94,14 @@ def _live_request(
             f"request {request_id} has {len(log)} log entries with {len(output) // TOKEN_BYTES} tokens, "
             f"its record tells of {stored['log_entries']} with {stored['output_tokens']}"
         )
+    prompt_ids = codec.tokens_from_text(prompt)
+    if len(prompt_ids) != TOKEN_BYTES * int(stored["prompt_tokens"]):
+        raise LogConflict(
+            f"request {request_id} has a prompt of {len(prompt_ids) // TOKEN_BYTES} tokens, "
+            f"its record tells of {stored['prompt_tokens']}"
+        )
     request = codec.request_from_fields(
-        request_id, stored, prompt=codec.tokens_from_text(prompt), params_json=params_json, output=output
+        request_id, stored, prompt=prompt_ids, params_json=params_json, output=output
     )
     # No lease outlives the leadership that granted it.
     if request.state is RequestState.RUNNING:
