@@ -8,17 +8,22 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import Message
 
 from gateway.metrics import Metrics
+from laps import telemetry
 from laps.errors import Internal, LapsError, from_rpc_error
-from laps.logs import get_logger
+from laps.logs import bind_context, get_logger
 from laps.security.principal import Principal, caller
+from laps.telemetry import Tracing, given_context
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = get_logger()
 
@@ -26,8 +31,10 @@ log = get_logger()
 class Call(ABC):
     """One call in progress. `fields` go into its access line."""
 
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, metadata: Iterable[tuple[str, Any]] = ()) -> None:
         self.method = method
+        self.traceparent, self.tracestate = given_context(metadata)
+        """The trace that the call belongs to: the client's, below which ours goes on. Empty: none."""
         self.began_s = time.monotonic()
         self.caller: Principal = caller()
         self.fields: dict[str, Any] = {}
@@ -65,16 +72,32 @@ def accounted(call: Call, metrics: Metrics) -> Iterator[Callable[[str], None]]:
         nonlocal code
         code = status
 
-    try:
-        yield outcome
-    except asyncio.CancelledError:
-        code = "CANCELLED"
-        raise
-    finally:
-        took_s = time.monotonic() - call.began_s
-        metrics.calls.labels(call.method, code).inc()
-        metrics.call_seconds.labels(call.method).observe(took_s)
-        log.info("call", method=call.method, code=code, duration_ms=round(took_s * 1e3, 1), **call.fields)
+    tracing, span = telemetry.tracing(), None
+    if tracing is not None:
+        span = tracing.start(call.method, call.traceparent, state=call.tracestate, kind="server")
+        call.traceparent = tracing.traceparent(span)
+    trace_id = telemetry.trace_id(call.traceparent)
+    with nullcontext() if trace_id is None else bind_context(trace_id=trace_id):
+        try:
+            yield outcome
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
+        finally:
+            took_s = time.monotonic() - call.began_s
+            metrics.calls.labels(call.method, code).inc()
+            metrics.call_seconds.labels(call.method).observe(took_s)
+            log.info("call", method=call.method, code=code, duration_ms=round(took_s * 1e3, 1), **call.fields)
+            if tracing is not None and span is not None:
+                _end(tracing, span, code, call.fields)
+
+
+def _end(tracing: Tracing, span: Span, code: str, fields: Mapping[str, Any]) -> None:
+    span.set_attribute("rpc.grpc.status", code)
+    span.set_attributes({f"laps.{name}": value for name, value in fields.items()})
+    if code != "OK":
+        tracing.failed(span, code)
+    span.end()
 
 
 def as_laps_error(error: Exception, call: Call) -> LapsError:

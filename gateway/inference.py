@@ -154,6 +154,7 @@ class InferenceService:
             call_time_left_s=call.time_left_s(),
         )
         spec.request_id = call.caller.stored_id(spec.request_id)
+        spec.traceparent = call.traceparent
         call.fields["request_id"] = spec.request_id
         call.fields["prompt_tokens"] = len(spec.prompt_token_ids) // 4
         with bind_context(request_id=spec.request_id):
@@ -248,6 +249,8 @@ class InferenceService:
                 reason = generation_pb2.FinishReason.Name(completion.finish_reason)
                 self._metrics.requests.labels(reason.removeprefix("FINISH_REASON_")).inc()
                 call.fields["finish_reason"] = reason.removeprefix("FINISH_REASON_")
+                call.fields["queue_ms"] = round(completion.timing.queue_time_ms, 1)
+                call.fields["preemptions"] = completion.timing.preemptions
                 return
 
     def _sent(self, call: Call, tokens: int, last_s: float) -> float:

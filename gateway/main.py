@@ -17,7 +17,7 @@ from gateway.queue_proxy import QueueProxy
 from gateway.rpc import service_handler
 from gateway.scheduler_link import SchedulerLink
 from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from laps import channels, logs, runtime
+from laps import channels, logs, runtime, telemetry
 from laps.errors import LocalError
 from laps.security.interceptor import AccessInterceptor
 from laps.security.tls import TlsFiles
@@ -119,6 +119,7 @@ async def serve(settings: Settings) -> Gateway:
         stream_buffer_tokens=settings.stream_buffer_tokens,
         on_change=on_change,
         tls=tls,
+        on_pool=lambda pool: metrics.pool_told(settings.model_name, pool),
     )
     inference = InferenceService(settings, tokenizer, link, metrics)
     queue = QueueProxy(link, inference.streams)
@@ -179,6 +180,10 @@ def run(settings: Settings) -> int:
     """`laps gateway`: runs until SIGTERM or SIGINT; returns the exit code."""
     logs.configure_logging("gateway", pool=settings.pool, level=settings.log_level, form=settings.log_format)
 
+    telemetry.configure_tracing(
+        "gateway", settings.instance_id("gateway"), pool=settings.pool, endpoint=settings.otlp_endpoint
+    )
+
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         gateway = await serve(settings)
         lifetime.watch(gateway.link_task)
@@ -189,3 +194,5 @@ def run(settings: Settings) -> int:
     except (LocalError, OSError) as error:
         log.error("cannot start", error=str(error))
         return runtime.EXIT_FAILED
+    finally:
+        telemetry.close_tracing()

@@ -26,7 +26,7 @@ RETRY_AFTER_S = 1.0
 
 class GrpcCall(Call):
     def __init__(self, context: grpc.aio.ServicerContext[Any, Any], method: str) -> None:
-        super().__init__(method)
+        super().__init__(method, context.invocation_metadata() or ())
         self._context = context
 
     async def accepted(self, request_id: str) -> None:

@@ -73,6 +73,7 @@ class SchedulerLink:
         stream_buffer_tokens: int,
         tls: TlsFiles | None = None,
         on_change: Callable[[bool], None] = lambda connected: None,
+        on_pool: Callable[[scheduler_pb2.DescribePoolResponse], None] = lambda pool: None,
         retry_s: float = RETRY_S,
         heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
         heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
@@ -87,6 +88,7 @@ class SchedulerLink:
         self._max_message_bytes = max_message_bytes
         self._tls = tls
         self._on_change = on_change
+        self._on_pool = on_pool
         self._retry_s = retry_s
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
@@ -275,6 +277,7 @@ class SchedulerLink:
         request = scheduler_pb2.DescribePoolRequest(seen=self.seen.to_proto())
         self.pool = await self._stubs.scheduler.DescribePool(request, timeout=self._heartbeat_timeout_s)
         self.seen = max(self.seen, HistoryPoint.from_proto(self.pool.history))
+        self._on_pool(self.pool)
 
     def _set_connected(self, connected: bool) -> None:
         if connected != self.connected:

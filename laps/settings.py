@@ -207,6 +207,14 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "console"] = setting("json", "Form of the logs", SERVICES)
 
+    # Traces.
+    otlp_endpoint: str = setting(
+        "",
+        "OpenTelemetry collector for traces, http://HOST:PORT (OTLP over gRPC); empty: none, unless "
+        "OTEL_EXPORTER_OTLP_ENDPOINT names one",
+        SERVICES,
+    )
+
     # Clients.
     server: str = setting("", "Gateway that client commands call; empty: this host's, by port", ("client",))
 

@@ -70,6 +70,7 @@ def request_spec(spec: scheduler_pb2.RequestSpec) -> RequestSpec:
         cancel_on_disconnect=spec.cancel_on_disconnect,
         disconnect_grace_s=spec.disconnect_grace_s,
         digest=spec.digest.hex(),
+        traceparent=spec.traceparent,
     )
 
 
@@ -145,7 +146,7 @@ def stopping_params(spec: RequestSpec) -> generation_pb2.StoppingParams:
     return json_format.ParseDict(params.get("stopping", {}), generation_pb2.StoppingParams())
 
 
-def grant(decided: Grant, output_crc32: int) -> worker_pb2.LeaseGrant:
+def grant(decided: Grant, output_crc32: int, traceparent: str = "") -> worker_pb2.LeaseGrant:
     request = decided.request
     params: dict[str, Any] = json.loads(request.spec.params_json)
     message = worker_pb2.LeaseGrant(
@@ -156,6 +157,7 @@ def grant(decided: Grant, output_crc32: int) -> worker_pb2.LeaseGrant:
         output_crc32=output_crc32,
         has_context=decided.has_context,
         draft_tokens=decided.draft_tokens,
+        traceparent=traceparent,
     )
     json_format.ParseDict(params.get("sampling", {}), message.sampling)
     message.stopping.CopyFrom(stopping_params(request.spec))

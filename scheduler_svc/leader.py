@@ -14,19 +14,23 @@ import zlib
 from dataclasses import dataclass, field
 
 import structlog
+from prometheus_client import Histogram
 
+from laps import telemetry
 from laps.v1 import worker_pb2
 from scheduler_svc import convert
-from scheduler_svc.core.records import Request, Resident, StepReport, Tick, Worker
+from scheduler_svc.core.records import Request, RequestSpec, Resident, StepReport, Tick, Worker
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.deliveries import DeliveryHub
 from scheduler_svc.store.errors import StoreUnavailable
 from scheduler_svc.store.store import Store
+from scheduler_svc.tracing import RequestTraces
 
 log = structlog.get_logger()
 
 RETRY_FIRST_S = 0.02
 RETRY_LAST_S = 1.0
+COMMIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
 class Clock:
@@ -70,7 +74,13 @@ class Leader:
         self.hub = DeliveryHub(gateway_grace_s)
         self.now_s = Clock()
         self.ticks = 0
-        self.commit_s = 0.0
+        self.commit_times = Histogram(
+            "laps_commit_seconds",
+            "Time that the store took for a tick, retries included",
+            ["pool"],
+            buckets=COMMIT_BUCKETS_S,
+            registry=None,
+        )
         self.ended = asyncio.Event()
         self._store = store
         self._tick_interval_s = tick_interval_s
@@ -80,6 +90,8 @@ class Leader:
         self._waiters: list[asyncio.Future[None]] = []
         self._store_down = False
         self._renewed = True
+        tracing = telemetry.tracing()
+        self._traces = None if tracing is None else RequestTraces(tracing, core, self.now_s())
         self.hub.restored(core.requests.values(), self.now_s())
 
     # --- What the services use ---------------------------------------------------------------
@@ -154,6 +166,8 @@ class Leader:
                 waiter.cancel()
             for session in self._sessions.values():
                 session.close()
+            if self._traces is not None:
+                self._traces.close(self.now_s())
 
     async def _renew(self) -> None:
         while True:
@@ -233,7 +247,7 @@ class Leader:
             self._store_down = False
             log.info("store answers again", down_s=round(time.perf_counter() - started_s, 3))
         self.ticks += 1
-        self.commit_s += time.perf_counter() - started_s
+        self.commit_times.labels(self.core.pool).observe(time.perf_counter() - started_s)
 
     def _publish(
         self, tick: Tick, sessions: dict[str, WorkerSession], acknowledged: dict[str, int], now_s: float
@@ -242,6 +256,8 @@ class Leader:
         self.hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
             self.hub.submitted(request, now_s)
+        if self._traces is not None:
+            self._traces.stored(tick, now_s, self.now_s())
         for request in tick.commit.finished:
             log.info(
                 "finished",
@@ -249,6 +265,7 @@ class Leader:
                 finish_reason=request.finish_reason,
                 output_tokens=request.output_tokens,
                 preemptions=request.preemptions,
+                **trace_field(request.spec),
             )
         updates: dict[str, worker_pb2.LeaseUpdate] = {
             worker_id: worker_pb2.LeaseUpdate() for worker_id in acknowledged
@@ -259,7 +276,7 @@ class Leader:
             )
         for grant in tick.grants:
             updates.setdefault(grant.worker_id, worker_pb2.LeaseUpdate()).grants.append(
-                convert.grant(grant, output_crc32(grant.request))
+                convert.grant(grant, output_crc32(grant.request), self._traceparent(grant.request))
             )
         settings = self.core.settings
         history = self._store.seen.to_proto()
@@ -273,6 +290,15 @@ class Leader:
             update.step_credit = settings.step_credit
             update.lease_duration_s = settings.lease_duration_s
             session.outbox.put_nowait(worker_pb2.SessionResponse(leases=update))
+
+    def _traceparent(self, request: Request) -> str:
+        return request.spec.traceparent if self._traces is None else self._traces.traceparent(request)
+
+
+def trace_field(spec: RequestSpec) -> dict[str, str]:
+    """For a line of the log about a request."""
+    trace_id = telemetry.trace_id(spec.traceparent)
+    return {} if trace_id is None else {"trace_id": trace_id}
 
 
 def output_crc32(request: Request) -> int:

@@ -14,7 +14,7 @@ import grpc
 import structlog
 from grpc_reflection.v1alpha import reflection
 
-from laps import channels, logs, runtime
+from laps import channels, logs, runtime, telemetry
 from laps.errors import LocalError
 from laps.security.exposure import check_exposure
 from laps.security.interceptor import AccessInterceptor, by_certificate, by_nothing
@@ -169,6 +169,9 @@ def run(settings: Settings) -> int:
     logs.configure_logging(
         "scheduler", pool=settings.pool, level=settings.log_level, form=settings.log_format
     )
+    telemetry.configure_tracing(
+        "scheduler", settings.instance_id("scheduler"), pool=settings.pool, endpoint=settings.otlp_endpoint
+    )
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         running = await serve(settings)
@@ -181,6 +184,8 @@ def run(settings: Settings) -> int:
     except (LocalError, OSError) as error:
         print(f"laps scheduler: {error}", file=sys.stderr)
         return runtime.EXIT_FAILED
+    finally:
+        telemetry.close_tracing()
 
 
 def check(settings: Settings) -> None:

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.leader import Leader
 
 COUNTERS = {
@@ -23,6 +24,14 @@ COUNTERS = {
     "rows_refused": ("step_rows_refused", "Rows of reports that contradicted what is stored"),
 }
 """The core's counters by name: metric (without laps_ and _total) and help. They begin with the term."""
+
+
+def kv_cache_utilization(core: Scheduler) -> float:
+    """Share of the workers' KV cache in use, 0 to 1."""
+    workers = list(core.workers.values())
+    used_tokens = sum(worker.kv_used_tokens for worker in workers)
+    capacity_tokens = sum(worker.kv_capacity_tokens for worker in workers)
+    return used_tokens / capacity_tokens if capacity_tokens else 0.0
 
 
 class SchedulerCollector(Collector):
@@ -43,15 +52,13 @@ class SchedulerCollector(Collector):
         requests = list(core.requests.values())
         workers = list(core.workers.values())
         waiting = core.waiting_requests
-        used_tokens = sum(worker.kv_used_tokens for worker in workers)
-        capacity_tokens = sum(worker.kv_capacity_tokens for worker in workers)
         oldest_s = min((request.arrival_s for request in requests if not request.lease_id), default=None)
         now_s = leader.now_s()
         for name, text, value in (
             ("queued_requests", "Requests that wait for a slot", waiting),
             ("running_requests", "Requests that hold a slot", len(requests) - waiting),
             ("kv_cache_utilization", "Share of the workers' KV cache in use, 0 to 1",
-             used_tokens / capacity_tokens if capacity_tokens else 0.0),
+             kv_cache_utilization(core)),
             ("backlog_seconds", "Estimated service that all live requests still need",
              sum(request.perceived_s for request in requests)),
             ("longest_wait_seconds", "Age of the oldest request without a slot",
@@ -74,7 +81,7 @@ class SchedulerCollector(Collector):
         for name, (metric, text) in COUNTERS.items():
             yield self._counter(metric, text, getattr(core.counters, name))
         yield self._counter("commits", "Ticks stored", leader.ticks)
-        yield self._counter("commit_seconds", "Time spent waiting for commits", leader.commit_s)
+        yield from leader.commit_times.collect()
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"laps_{name}", text, labels=["pool"])

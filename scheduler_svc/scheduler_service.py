@@ -15,7 +15,8 @@ from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import convert
 from scheduler_svc.core.records import TOKEN_BYTES, Append, Refused, Request
 from scheduler_svc.deliveries import Follower
-from scheduler_svc.leader import Leader
+from scheduler_svc.leader import Leader, trace_field
+from scheduler_svc.metrics import kv_cache_utilization
 from scheduler_svc.store import inspector_proto
 from scheduler_svc.store.errors import StoreUnavailable
 from scheduler_svc.term import Terms
@@ -39,7 +40,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         await self._terms.settled_or_abort(leader, context)
         state = convert.STATE_TO_PROTO[accepted.state] if accepted else convert.FINISHED
         if not joined:
-            log.info("accepted", request_id=spec.request_id, prompt_tokens=spec.prompt_tokens)
+            log.info(
+                "accepted",
+                request_id=spec.request_id,
+                prompt_tokens=spec.prompt_tokens,
+                **trace_field(spec),
+            )
         return scheduler_pb2.SubmitResponse(joined=joined, state=state, epoch=leader.epoch)
 
     async def Deliver(
@@ -185,6 +191,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             response.model_fingerprint = worker.model_fingerprint
             response.target = worker.target
             response.draft = worker.draft
+        response.queued_requests = leader.core.waiting_requests
+        response.running_requests = leader.core.running_requests
+        response.kv_cache_utilization = kv_cache_utilization(leader.core)
         return response
 
 

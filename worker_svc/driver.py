@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from laps import telemetry
 from laps.v1 import worker_pb2
 from worker_svc import convert
-from worker_svc.engine import Engine, EngineRequest
+from worker_svc.engine import Engine, EngineRequest, StepResult
+from worker_svc.tracing import LeaseTrace
 
 log = structlog.get_logger()
 
@@ -39,6 +41,7 @@ class _Known:
 class _Lease:
     lease_id: int
     request_id: str
+    trace: LeaseTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +220,15 @@ class EngineDriver:
             self._errors.append((grant.lease_id, f"{type(error).__name__}: {error}"))
             self._forget(request_id)
             return
-        self._leases[request_id] = _Lease(grant.lease_id, request_id)
-        log.info("lease begins", request_id=request_id, slot=grant.slot, output_tokens=grant.output_tokens)
+        trace = LeaseTrace(grant)
+        self._leases[request_id] = _Lease(grant.lease_id, request_id, trace)
+        log.info(
+            "lease begins",
+            request_id=request_id,
+            slot=grant.slot,
+            output_tokens=grant.output_tokens,
+            **trace.field,
+        )
 
     def _matches(self, grant: worker_pb2.LeaseGrant) -> bool:
         """Whether what is held here began as the stored output did."""
@@ -228,8 +238,9 @@ class EngineDriver:
         return zlib.crc32(known.output[: grant.output_tokens].tobytes()) == grant.output_crc32
 
     def _leave_slot(self, request_id: str) -> None:
-        del self._leases[request_id]
-        log.info("lease ends", request_id=request_id, because="taken back")
+        trace = self._leases.pop(request_id).trace
+        log.info("lease ends", request_id=request_id, because="taken back", **trace.field)
+        trace.end("taken back")
         self.engine.preempt(request_id)
 
     def _forget(self, request_id: str) -> None:
@@ -251,10 +262,13 @@ class EngineDriver:
         for request_id, count in zip(result.request_ids, result.emitted_counts, strict=True):
             self._known[request_id].output.extend(result.token_ids[position : position + count].tolist())
             position += count
+        if telemetry.tracing() is not None:
+            self._trace(result)
         for request_id, finish in zip(result.request_ids, result.finish, strict=True):
             if finish is not None:
-                log.info("lease ends", request_id=request_id, because=finish.value)
-                del self._leases[request_id]
+                trace = self._leases.pop(request_id).trace
+                log.info("lease ends", request_id=request_id, because=finish.value, **trace.field)
+                trace.end(finish.value)
                 del self._known[request_id]
         if result.switched:
             measured_s = result.switch_s / result.switched
@@ -263,6 +277,11 @@ class EngineDriver:
         config = self.engine.config
         report.kv_capacity_tokens = (config.slots + config.spare_slots) * self.engine.context_tokens
         self._report(report)
+
+    def _trace(self, result: StepResult) -> None:
+        counts = zip(result.emitted_counts, result.drafted_counts, result.accepted_counts, strict=True)
+        for request_id, (emitted, drafted, accepted) in zip(result.request_ids, counts, strict=True):
+            self._leases[request_id].trace.step(int(emitted), int(drafted), int(accepted))
 
     def _report(self, report: worker_pb2.StepReport) -> None:
         assert self._send is not None

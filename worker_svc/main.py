@@ -12,7 +12,7 @@ import grpc
 import structlog
 import torch
 
-from laps import channels, logs, runtime
+from laps import channels, logs, runtime, telemetry
 from laps.security.interceptor import AccessInterceptor, by_nothing
 from laps.security.tls import TlsFiles
 from laps.settings import Settings
@@ -164,7 +164,11 @@ def run(settings: Settings) -> int:
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         return (await serve(settings, engine, lifetime)).stop
 
+    telemetry.configure_tracing(
+        "worker", settings.instance_id("worker"), pool=settings.pool, endpoint=settings.otlp_endpoint
+    )
     code = runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    telemetry.close_tracing()
     # The interpreter would look through all of torch's objects once more before it ends.
     gc.freeze()
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import cast
 
 from aiohttp import web
@@ -59,8 +59,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class HttpCall(Call):
     """One generation. It becomes an answer when its body has been understood."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(f"OpenAI.{endpoint.name.title()}")
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+        super().__init__(
+            f"OpenAI.{endpoint.name.title()}", [(name.lower(), value) for name, value in headers.items()]
+        )
         self.answer: Answer | None = None
         self.complete = generation_pb2.Complete()
 
@@ -182,7 +184,7 @@ class HttpServer:
 
     def _generation(self, endpoint: Endpoint) -> Handler:
         async def generate(http: web.Request) -> web.StreamResponse:
-            call = HttpCall(endpoint)
+            call = HttpCall(endpoint, http.headers)
             problem: LapsError
             with accounted(call, self._metrics) as outcome:
                 try:

@@ -39,6 +39,7 @@ class RequestSpec(_message.Message):
     REQUEST_CLASS_FIELD_NUMBER: _builtins.int
     PREDICTED_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     pool: _builtins.str
     prompt_token_ids: _builtins.bytes
@@ -53,6 +54,8 @@ class RequestSpec(_message.Message):
     predicted_output_tokens: _builtins.int
     digest: _builtins.bytes
     """Digest of the client's request body: the same request_id with another digest is refused."""
+    traceparent: _builtins.str
+    """W3C trace context (https://www.w3.org/TR/trace-context/) below which its spans belong; empty: none."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     @_builtins.property
@@ -72,10 +75,11 @@ class RequestSpec(_message.Message):
         request_class: _builtins.str = ...,
         predicted_output_tokens: _builtins.int | None = ...,
         digest: _builtins.bytes = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "predicted_output_tokens", b"predicted_output_tokens", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "cancel_on_disconnect", b"cancel_on_disconnect", "deadline_s", b"deadline_s", "digest", b"digest", "disconnect_grace_s", b"disconnect_grace_s", "pool", b"pool", "predicted_output_tokens", b"predicted_output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens", "cancel_on_disconnect", b"cancel_on_disconnect", "deadline_s", b"deadline_s", "digest", b"digest", "disconnect_grace_s", b"disconnect_grace_s", "pool", b"pool", "predicted_output_tokens", b"predicted_output_tokens", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "request_class", b"request_class", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_output_tokens: _TypeAlias = _typing.Literal["predicted_output_tokens"]  # noqa: Y015
     _WhichOneofArgType__predicted_output_tokens: _TypeAlias = _typing.Literal["_predicted_output_tokens", b"_predicted_output_tokens"]  # noqa: Y015
@@ -512,6 +516,9 @@ class DescribePoolResponse(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     HISTORY_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    KV_CACHE_UTILIZATION_FIELD_NUMBER: _builtins.int
     pool: _builtins.str
     policy: _builtins.str
     epoch: _builtins.int
@@ -523,6 +530,10 @@ class DescribePoolResponse(_message.Message):
     model_fingerprint: _builtins.str
     target: _builtins.str
     draft: _builtins.str
+    queued_requests: _builtins.int
+    running_requests: _builtins.int
+    kv_cache_utilization: _builtins.float
+    """0 to 1."""
     @_builtins.property
     def history(self) -> _history_pb2.HistoryPoint: ...
     def __init__(
@@ -539,10 +550,13 @@ class DescribePoolResponse(_message.Message):
         target: _builtins.str = ...,
         draft: _builtins.str = ...,
         history: _history_pb2.HistoryPoint | None = ...,
+        queued_requests: _builtins.int = ...,
+        running_requests: _builtins.int = ...,
+        kv_cache_utilization: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "draft", b"draft", "epoch", b"epoch", "history", b"history", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "pool", b"pool", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "draft", b"draft", "epoch", b"epoch", "history", b"history", "kv_cache_utilization", b"kv_cache_utilization", "model_fingerprint", b"model_fingerprint", "policy", b"policy", "pool", b"pool", "queued_requests", b"queued_requests", "running_requests", b"running_requests", "slots", b"slots", "target", b"target", "vocabulary_size", b"vocabulary_size", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

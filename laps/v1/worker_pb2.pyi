@@ -296,6 +296,7 @@ class LeaseGrant(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
+    TRACEPARENT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     """Never used twice in a pool."""
     request_id: _builtins.str
@@ -311,6 +312,8 @@ class LeaseGrant(_message.Message):
     output_token_ids: _builtins.bytes
     draft_tokens: _builtins.int
     """Tokens to draft per step at most."""
+    traceparent: _builtins.str
+    """W3C trace context below which the worker's spans of this lease belong; empty: none."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     @_builtins.property
@@ -329,10 +332,11 @@ class LeaseGrant(_message.Message):
         sampling: _generation_pb2.SamplingParams | None = ...,
         stopping: _generation_pb2.StoppingParams | None = ...,
         draft_tokens: _builtins.int = ...,
+        traceparent: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_tokens", b"draft_tokens", "has_context", b"has_context", "lease_id", b"lease_id", "output_crc32", b"output_crc32", "output_token_ids", b"output_token_ids", "output_tokens", b"output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_tokens", b"draft_tokens", "has_context", b"has_context", "lease_id", b"lease_id", "output_crc32", b"output_crc32", "output_token_ids", b"output_token_ids", "output_tokens", b"output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

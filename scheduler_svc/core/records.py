@@ -62,6 +62,8 @@ class RequestSpec:
     disconnect_grace_s: float = 0.0
     digest: str = ""
     """Hex digest of the client's request: the same id with another digest is refused."""
+    traceparent: str = ""
+    """W3C trace context, for whoever watches; empty: none."""
 
     @property
     def prompt_tokens(self) -> int:

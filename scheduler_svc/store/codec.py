@@ -155,6 +155,7 @@ SPEC_FIELDS = (
     _bool("cancel_on_disconnect", "whether a lost stream cancels it"),
     _float("disconnect_grace_s", "how long after the loss"),
     _text("digest", "digest of the client's request; the same id with another one is refused"),
+    _text("traceparent", "W3C trace context that its spans belong to; empty: none"),
 )
 """Written once."""
 
@@ -313,6 +314,7 @@ def request_values(request: Request) -> dict[str, Any]:
         "cancel_on_disconnect": spec.cancel_on_disconnect,
         "disconnect_grace_s": spec.disconnect_grace_s,
         "digest": spec.digest,
+        "traceparent": spec.traceparent,
     }
 
 
@@ -371,6 +373,8 @@ def request_from_fields(
             cancel_on_disconnect=spec["cancel_on_disconnect"],
             disconnect_grace_s=spec["disconnect_grace_s"],
             digest=spec["digest"],
+            # Written since 0.2: a request that is older has none.
+            traceparent=spec.get("traceparent", ""),
         ),
         arrival_s=spec["arrival_s"],
         arrival_seq=int(stored["arrival_seq"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import rendered
+from prometheus_client import Histogram
 from rendered import Object, container, name, of_kind, pod_labels, selects
 
 from scheduler_svc.metrics import SchedulerCollector
@@ -65,7 +66,8 @@ def leaders_metrics() -> set[str]:
 
     class Leading:
         core = Scheduler("default", make_policy("laps-sd"), SchedulerSettings(), 1)
-        epoch, ticks, commit_s, store_down = 1, 0, 0.0, False
+        epoch, ticks, store_down = 1, 0, False
+        commit_times = Histogram("laps_commit_seconds", "?", ["pool"], registry=None)
 
         def now_s(self) -> float:
             return 0.0

@@ -26,6 +26,7 @@ def requests(draw: st.DrawFn) -> Request:
         max_tokens=draw(counts),
         params_json=draw(texts),
         request_class=draw(texts),
+        traceparent=draw(texts),
         priority=draw(st.integers(-(2**31), 2**31 - 1)),
         predicted_output_tokens=draw(st.none() | finite),
         deadline_s=draw(st.none() | finite),
