@@ -154,6 +154,9 @@ class ServerContext:
     async def send_initial_metadata(self, metadata: Any) -> None:
         return None
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     def time_remaining(self) -> float | None:
         return (
             None
