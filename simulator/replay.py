@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from scheduler_svc.core.policies import Policy, make_policy, policies
 from scheduler_svc.core.records import (
+    TOKEN_BYTES,
     FinishReason,
     Grant,
+    Request,
     RequestSpec,
     RowFinish,
     StepCosts,
@@ -111,11 +114,14 @@ def simulate(
     starvation_bound_s: float | None = None,
     progress: Progress | None = None,
     record_stays: bool = False,
+    every_step: bool = False,
 ) -> Result:
     """Replays `workload` under a policy.
 
     `load` None leaves the arrivals as they are. `length_error` replaces the predicted lengths by
-    the true ones with that log-error, drawn from `seed` (the only randomness there is).
+    the true ones with that log-error, drawn from `seed` (the only randomness there is). `every_step`
+    reports every single step to the core instead of skipping those that cannot change a decision:
+    the same result, several times slower.
     Raises ValueError for an unknown policy or a workload that cannot be rescaled.
     """
     step_s = (draft_tokens * draft_ms + verify_ms) / 1000.0
@@ -136,12 +142,13 @@ def simulate(
         max_retained=0,
         starvation_bound_s=starvation_bound_s,
         record_interval_s=_FOREVER_S,
+        learnt_interval_s=_FOREVER_S,
     )
     core = Scheduler("replay", policy, settings)
     core.worker_joined(Worker(_WORKER, slots, costs), [], 0.0)
     return Replay(
         core, workload, slots, step_s, switch_ms / 1000.0, draft_tokens, progress, record_stays
-    ).run()
+    ).run(every_step)
 
 
 def _policy(name: str, workload: Workload) -> Policy:
@@ -153,11 +160,14 @@ def _policy(name: str, workload: Workload) -> Policy:
 class _Slot:
     """What the simulated worker knows about a lease."""
 
-    __slots__ = ("begin_s", "emitted", "job", "lease_id", "offset", "step", "steps")
+    __slots__ = ("begin_s", "emitted", "job", "lease_id", "offset", "offsets", "request", "step", "steps")
 
-    def __init__(self, job: int, emitted: tuple[int, ...]) -> None:
+    def __init__(self, job: int, emitted: tuple[int, ...], request: Request) -> None:
         self.job = job
         self.emitted = emitted
+        self.request = request
+        self.offsets = (0, *accumulate(emitted))
+        """Tokens emitted before each step, and in all."""
         self.steps = len(emitted)
         self.step = 0
         self.offset = 0
@@ -198,7 +208,7 @@ class Replay:
         self._started_s: list[float] = [-1.0] * len(workload)
         self._stays: list[Stay] = []
 
-    def run(self) -> Result:
+    def run(self, every_step: bool = False) -> Result:
         core, workload = self._core, self._workload
         now_s = workload[0].arrival_s
         arrived = finished = worker_steps = 0
@@ -228,6 +238,10 @@ class Replay:
                 self._step_duration_s = duration_s
                 worker_steps += 1
                 now_s += duration_s
+                if not every_step and not self._released:
+                    until_s = workload[arrived].arrival_s if arrived < total else _FOREVER_S
+                    now_s, skipped = self._skip(now_s, duration_s, until_s)
+                    worker_steps += skipped
             elif arrived < total:
                 now_s = workload[arrived].arrival_s
                 core.heartbeat(_WORKER, now_s)
@@ -235,9 +249,72 @@ class Replay:
                 raise RuntimeError("requests are left, but nothing runs and nothing will arrive")
         return self._result(worker_steps, now_s)
 
+    def _skip(self, now_s: float, duration_s: float, until_s: float) -> tuple[float, int]:
+        """Lets steps pass in which nothing arrives, ends or is decided, without reporting each of them.
+
+        A step that lasts `duration_s` has just ended at `now_s` and is not reported yet; the next
+        request arrives at `until_s`. Afterwards the same holds, some steps later. Returns the instant
+        and the number of steps that were skipped.
+        """
+        entries = [entry for entry in self._slots if entry is not None]
+        core, policy, step_s = self._core, self._core.policy, self._step_s
+        # The last step of a request is reported, and so is the first one past an arrival or a timer.
+        most = min(entry.steps - entry.step for entry in entries) - 1
+        until_s = min(until_s, core.next_timer_s() or _FOREVER_S)
+        watched = policy.preemptive and not policy.settled and core.waiting_requests > 0
+        requests = [entry.request for entry in entries]
+        skipped = 0
+        if watched or not policy.settled:
+            while skipped < most and now_s < until_s:
+                for entry in entries:
+                    self._advance(entry, 1, duration_s)
+                policy.stepped(requests)
+                if watched and core.would_preempt(now_s):
+                    # This step's outcome is in; the decision is taken as if it had been reported.
+                    self._apply(core.tick(now_s), now_s)
+                    duration_s = step_s + self._switch_s * self._returns
+                    self._returns = 0
+                    now_s += duration_s
+                    self._step_duration_s = duration_s
+                    return now_s, skipped + 1
+                skipped += 1
+                duration_s = step_s
+                now_s += duration_s
+        else:
+            attained_s = 0.0
+            while skipped < most and now_s < until_s:
+                skipped += 1
+                attained_s += duration_s
+                duration_s = step_s
+                now_s += duration_s
+            if skipped:
+                for entry in entries:
+                    self._advance(entry, skipped, attained_s)
+                policy.stepped(requests)
+        self._step_duration_s = duration_s
+        return now_s, skipped
+
+    def _advance(self, entry: _Slot, steps: int, attained_s: float) -> None:
+        """What the core keeps of a request's steps, as its report would have changed it."""
+        request = entry.request
+        end = entry.step + steps
+        emitted = entry.offsets[end] - entry.offset
+        request.steps += steps
+        request.attained_s += attained_s
+        request.drafted_tokens += self._drafted * steps
+        histogram = request.acceptance_histogram
+        for count in entry.emitted[entry.step : end]:
+            accepted = count - 1 if count else 0
+            request.accepted_tokens += accepted
+            while len(histogram) <= accepted:
+                histogram.append(0)
+            histogram[accepted] += 1
+        request.output += bytes(TOKEN_BYTES * emitted)
+        entry.step = end
+        entry.offset += emitted
+
     def _arrive(self, index: int, job: Job) -> None:
         request_id = f"r{index}"
-        self._known[request_id] = _Slot(index, job.emitted_per_step)
         spec = RequestSpec(
             request_id=request_id,
             prompt=bytes(4 * job.prompt_tokens),
@@ -245,7 +322,9 @@ class Replay:
             request_class=job.task,
             predicted_output_tokens=job.predicted_output_tokens,
         )
-        self._core.submit(spec, job.arrival_s)
+        request, _ = self._core.submit(spec, job.arrival_s)
+        assert request is not None, "a replayed request is new"
+        self._known[request_id] = _Slot(index, job.emitted_per_step, request)
 
     def _apply(self, tick: Tick, now_s: float) -> None:
         slots = self._slots

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_CLASSES = 256
@@ -28,6 +28,13 @@ SLOPE_RIDGE = 2.0
 """Sum of squared deviations of log tokens per step that the absence of a correlation weighs."""
 MAX_SLOPE = 2.0
 PRIOR_TOKENS_PER_STEP = 2.0
+PRIOR_RATE_STEPS = 20.0
+"""Steps that the class mean of the tokens per step weighs in a request's own, until that is learnt."""
+LEAST_RATE_STEPS, MOST_RATE_STEPS = 4.0, 80.0
+RATE_STEPS_WEIGHT = 2_000.0
+"""Steps that the prior of that weight counts for."""
+PRIOR_STEP_VARIANCE = 1.5
+"""Variance of the tokens of single steps within a request that the prior assumes."""
 SHARED_STEPS = 100.0
 """Steps that the mean over all classes weighs in the mean of one."""
 
@@ -52,6 +59,38 @@ class Moments:
 
 
 @dataclass(slots=True)
+class RateSpread:
+    """Sums of a one-way analysis of variance: how much tokens per step differ between the requests of a
+    class, and how much between the steps of one request (Searle, Casella and McCulloch, Variance
+    Components, 3.6; requests weigh by their steps)."""
+
+    requests: float = 0.0
+    steps: float = 0.0
+    squared_steps: float = 0.0
+    mean: float = 0.0
+    between: float = 0.0
+    """Sum over requests of steps * (own mean - class mean) ** 2."""
+    within: float = 0.0
+    """Sum over steps of (tokens - own mean) ** 2."""
+
+    def add(self, rate: float, steps: int, step_variance: float) -> None:
+        self.requests += 1.0
+        self.steps += steps
+        self.squared_steps += steps * steps
+        delta = rate - self.mean
+        self.mean += delta * steps / self.steps
+        self.between += steps * delta * (rate - self.mean)
+        self.within += steps * step_variance
+
+    def fade(self) -> None:
+        self.requests /= 2.0
+        self.steps /= 2.0
+        self.squared_steps /= 2.0
+        self.between /= 2.0
+        self.within /= 2.0
+
+
+@dataclass(slots=True)
 class ClassRecord:
     """One class of requests."""
 
@@ -65,8 +104,11 @@ class ClassRecord:
     """Sum of products of the deviations of those two."""
     levels: dict[str, Moments] = field(default_factory=dict)
     """`log_error` by level of the prediction (powers of two)."""
+    spread: RateSpread = field(default_factory=lambda: RateSpread())
 
-    def add(self, level: str, tokens: int, steps: int, log_error: float) -> None:
+    def add(
+        self, level: str, tokens: int, steps: int, log_error: float, step_variance: float | None = None
+    ) -> None:
         log_rate = math.log(max(0.2, tokens / steps))
         rate_deviation = log_rate - self.log_rate.mean
         self.log_error.add(log_error)
@@ -75,12 +117,15 @@ class ClassRecord:
         self.levels.setdefault(level, Moments()).add(log_error)
         self.tokens += tokens
         self.steps += steps
+        if step_variance is not None:
+            self.spread.add(tokens / steps, steps, step_variance)
         if self.log_error.count >= FADE_AT:
             self.tokens /= 2.0
             self.steps /= 2.0
             self.covariation /= 2.0
             for moments in (self.log_error, self.log_rate, *self.levels.values()):
                 moments.fade()
+            self.spread.fade()
 
     def to_json(self) -> str:
         return json.dumps(
@@ -93,6 +138,7 @@ class ClassRecord:
                 "log_rate": _row(self.log_rate),
                 "covariation": self.covariation,
                 "levels": {level: _row(moments) for level, moments in sorted(self.levels.items())},
+                "spread": asdict(self.spread),
             }
         )
 
@@ -108,6 +154,9 @@ class ClassRecord:
                 log_rate=_moments(entry["log_rate"]),
                 covariation=_number(entry["covariation"]),
                 levels={str(level): _moments(row) for level, row in entry["levels"].items()},
+                spread=RateSpread(
+                    **{name: _number(value) for name, value in entry.get("spread", {}).items()}
+                ),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of a class: {error}") from error
@@ -146,18 +195,28 @@ class Knowledge:
         self._changed: set[str] = set()
         self._slope = 0.0
         self._slope_is_old = False
+        self._rate_steps = PRIOR_RATE_STEPS
+        self._rate_steps_are_old = False
 
-    def add(self, request_class: str, predicted_tokens: float, hinted: bool, tokens: int, steps: int) -> None:
-        """A request has ended by itself after `steps` steps."""
+    def add(
+        self,
+        request_class: str,
+        predicted_tokens: float,
+        hinted: bool,
+        tokens: int,
+        steps: int,
+        step_variance: float | None = None,
+    ) -> None:
+        """A request has ended by itself after `steps` steps, whose tokens had that variance."""
         if steps < 1:
             return
         name = self._name(request_class)
         level = prediction_level(predicted_tokens, hinted)
         log_error = math.log(max(1, tokens) / predicted_tokens)
-        self.classes.setdefault(name, ClassRecord()).add(level, tokens, steps, log_error)
+        self.classes.setdefault(name, ClassRecord()).add(level, tokens, steps, log_error, step_variance)
         self.everything.add(level, tokens, steps, log_error)
         self._changed.add(name)
-        self._slope_is_old = True
+        self._slope_is_old = self._rate_steps_are_old = True
 
     def requests(self, request_class: str) -> float:
         """Finished requests of the class that count."""
@@ -201,6 +260,27 @@ class Knowledge:
             self._slope_is_old = False
         return self._slope
 
+    def rate_steps(self) -> float:
+        """Steps that the class mean weighs in the estimate of a request's tokens per step: the variance
+        between the steps of a request over that between requests of a class, k0 of the best linear
+        estimate (Buehlmann 1967), pooled over classes."""
+        if self._rate_steps_are_old:
+            within = RATE_STEPS_WEIGHT * PRIOR_STEP_VARIANCE
+            steps = RATE_STEPS_WEIGHT
+            between = within / PRIOR_RATE_STEPS
+            weight = RATE_STEPS_WEIGHT
+            spreads = [record.spread for record in self.classes.values() if record.spread.requests > 1.0]
+            for spread in spreads:
+                within += spread.within
+                steps += spread.steps - spread.requests
+            for spread in spreads:
+                between += spread.between - (spread.requests - 1.0) * within / steps
+                weight += spread.steps - spread.squared_steps / spread.steps
+            ratio = (within / steps) / max(between / weight, 1e-6)
+            self._rate_steps = min(MOST_RATE_STEPS, max(LEAST_RATE_STEPS, ratio))
+            self._rate_steps_are_old = False
+        return self._rate_steps
+
     def typical_log_rate(self, request_class: str) -> float:
         record = self.classes.get(self._name(request_class))
         return self.everything.log_rate.mean if record is None else record.log_rate.mean
@@ -216,7 +296,7 @@ class Knowledge:
             self.classes[name] = record
         if everything is not None:
             self.everything = everything
-        self._slope_is_old = True
+        self._slope_is_old = self._rate_steps_are_old = True
 
     def _name(self, request_class: str) -> str:
         if request_class in self.classes or len(self.classes) < MAX_CLASSES:

@@ -53,24 +53,31 @@ def _fits(board: Board, request: Request, worker: Worker, now_s: float) -> bool:
     return False
 
 
+def proposed(board: Board, newcomers: set[str]) -> tuple[Request, Request, str] | None:
+    """The first of the waiting, the running request that should make room for it, and why. None: nobody
+    should. `newcomers` got their slot in this tick and keep it."""
+    newcomer = board.first_waiting()
+    if newcomer is None:
+        return None
+    victim = _victim(board, newcomers)
+    if victim is None or victim.spec.priority > newcomer.spec.priority:
+        return None
+    if victim.spec.priority < newcomer.spec.priority:
+        because = f"priority {newcomer.spec.priority} goes before {victim.spec.priority}"
+    elif victim.book.overdue:
+        return None
+    elif newcomer.book.overdue:
+        because = f"{newcomer.request_id} is past the starvation bound"
+    else:
+        because = board.policy.preempts(newcomer, victim)
+    return (newcomer, victim, because) if because else None
+
+
 def _preempt(board: Board, now_s: float) -> int:
-    policy = board.policy
     newcomers: set[str] = set()
     preemptions = 0
-    while (newcomer := board.first_waiting()) is not None:
-        victim = _victim(board, newcomers)
-        if victim is None or victim.spec.priority > newcomer.spec.priority:
-            break
-        if victim.spec.priority < newcomer.spec.priority:
-            because = f"priority {newcomer.spec.priority} goes before {victim.spec.priority}"
-        elif victim.book.overdue:
-            break
-        elif newcomer.book.overdue:
-            because = f"{newcomer.request_id} is past the starvation bound"
-        else:
-            because = policy.preempts(newcomer, victim)
-        if not because:
-            break
+    while (proposal := proposed(board, newcomers)) is not None:
+        newcomer, victim, because = proposal
         worker, slot = board.preempt(victim, because, now_s)
         if not _fits(board, newcomer, worker, now_s):
             board.free[worker.worker_id].append(slot)

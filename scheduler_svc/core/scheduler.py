@@ -15,7 +15,7 @@ from scheduler_svc.core.fleet import Fleet
 from scheduler_svc.core.invariants import check_board
 from scheduler_svc.core.keyed_heap import KeyedHeap
 from scheduler_svc.core.ledger import Ledger
-from scheduler_svc.core.placement import place
+from scheduler_svc.core.placement import place, proposed
 from scheduler_svc.core.policies.base import Policy
 from scheduler_svc.core.pool import PoolView
 from scheduler_svc.core.records import (
@@ -303,6 +303,13 @@ class Scheduler:
             self._learnt_s = now_s
             self._ledger.learnt.update(self.policy.learnt())
         return self._ledger.take(now_s)
+
+    def would_preempt(self, now_s: float) -> bool:
+        """Whether a tick would now take someone's slot away, free slots and timers aside. For drivers
+        that skip the ticks in which nothing is decided."""
+        self.view.now_s = now_s
+        self._board.worst.clear()
+        return proposed(self._board, set()) is not None
 
     def _expire(self, now_s: float) -> None:
         board = self._board

@@ -31,6 +31,9 @@ class Policy(ABC):
     preemptive: ClassVar[bool] = False
     servable: ClassVar[bool] = True
     """False: needs to know the future, for replays only."""
+    settled: ClassVar[bool] = False
+    """True: whom a waiting request may not preempt now, it may not later either, until something arrives
+    or ends. Replays then skip the steps in between."""
     level_thresholds_s: tuple[float, ...] = ()
     """Service in seconds at which a request leaves level i downwards: attained service in the policies of
     that name, perceived (remaining) service in laps-sd."""

@@ -15,6 +15,7 @@ from scheduler_svc.core.records import Request
 class Fcfs(Policy):
     name = "fcfs"
     summary = "first come, first served"
+    settled = True
 
     def admit(self, request: Request) -> None:
         request.level = 0

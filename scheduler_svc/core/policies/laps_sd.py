@@ -2,48 +2,51 @@
 
 Rule.
 1. Acceptance: tokens per step are estimated by shrinkage to the mean of the request's class,
-   `(k0 * class mean + own tokens) / (k0 + own steps)`, the class mean learnt from finished requests.
+   `(k0 * class mean + own tokens) / (k0 + own steps)`. The class mean is learnt from finished requests, and
+   so is k0: how much steps of one request differ over how much requests of one class differ.
 2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size
    turned out to be in its class, with the log-error that they had. Where well accepted requests are also
    longer than predicted, acceptance says less about service than it seems to: the correction
    `(rate / typical rate) ** slope`, slope learnt, takes that out again.
-3. Rank: `max(corrected length - emitted, 1) / tokens per step` steps, in seconds. A request that outlives
-   its prediction keeps the front: two such requests would otherwise swap places at every step.
+3. Rank: the perceived service in seconds, `expected further tokens / tokens per step * step seconds`. The
+   expectation is that of a length which is known to exceed what was emitted already, so it does not end at
+   the prediction: a request that outlives an uncertain one is perceived as long.
 4. Levels: the rank cut at `first_threshold_s * threshold_growth ** i`. They follow the rank, so they show
    where a request stands without coarsening the order. A request is perceptible while it is within its
    predicted length and the log-error of that length is at most `perceptible_log_sd`.
-5. Preemption: the newcomer ranks before the worst running request, and what is gained exceeds the price.
-   Gained are at most the seconds by which the newcomer is shorter, and at most the wait for the next slot
-   to fall free by itself: the newcomer starts, and later ones get their slot, so much earlier. That wait
-   is the least remaining time of the running where lengths are known; the less they are known, the more
-   it is one over the rate at which the running end. The price is a switch for everyone in the system,
-   `caution * (1 + doubt * log_sd ** 2) * switch seconds * live requests per worker`: the more uncertain
-   the victim's length, the more likely it was about to end.
+5. Preemption: when a request has come, ended or been ranked anew, the first of the waiting is weighed against
+   the worst of the running, and takes its slot if what all gain exceeds the price. Gained is, for
+   every waiting request that ranks before the victim, the service by which it is shorter; they share the
+   slot with the others, so over the number of slots. The price is a switch, which everyone in the
+   system waits for: `caution * switch seconds * live requests per worker`. So long queues make
+   preemption pay, costly switches and many slots with few waiting do not.
 
-Source: the paper's idea, arXiv 2505.17074; shrinkage after James and Stein (1961); the rest is ours, with
-what was measured in docs/policies.md. O(1) per step and request, O(log n) per change of the queue; ranks
-of waiting requests change only when they all do, after every n/8 finished requests.
+Source: the paper's idea, arXiv 2505.17074; shrinkage after Buehlmann (1967) and James and Stein (1961); the
+exchange in 5 after Smith (1956). The rest is ours, with what was measured in docs/policies.md. Steps cost
+nothing; every other event O(slots), and O(log n) for the place in the queue; ranks of waiting
+requests change only when they all do, after every n/8 finished requests.
 
-Parameters: `prior_steps` (k0, steps), `caution` (factor), `doubt` (factor), `levels` (count),
-`first_threshold_s` (seconds), `threshold_growth` (factor), `perceptible_log_sd` (natural logarithm),
-`least_finishes` (finished requests between two re-rankings of all). Choose it: it is the default.
+Parameters: `caution` (factor), `levels` (count), `first_threshold_s` (seconds), `threshold_growth` (factor),
+`perceptible_log_sd` (natural logarithm), `least_finishes` (finished requests between two re-rankings of
+all). Choose it: it is the default.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from scheduler_svc.core.learning import ClassRecord, Knowledge, LengthBelief, mean_excess_tokens
 from scheduler_svc.core.policies.base import Policy, predicted_tokens
-from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
+from scheduler_svc.core.records import FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
 _RANKED_AT_ONCE = 500
 """Requests that one tick ranks anew: a long queue must not make it a long tick."""
+_BUCKETS_PER_DOUBLING = 4
+_BUCKETS = 96
 
 
 class _Belief:
@@ -53,9 +56,9 @@ class _Belief:
         "class_rate",
         "hinted",
         "length",
-        "length_tokens",
         "predicted",
-        "rate",
+        "ranked_steps",
+        "rate_steps",
         "slope",
         "typical_log_rate",
     )
@@ -65,23 +68,57 @@ class _Belief:
         self.hinted = hinted
         self.length = LengthBelief(predicted, 0.0)
         self.class_rate = 1.0
+        self.rate_steps = 1.0
+        self.ranked_steps = -1
+        """The steps after which it was ranked last."""
         self.slope = 0.0
         self.typical_log_rate = 0.0
-        self.length_tokens = predicted
-        """The whole output as it was estimated last, and tokens per step."""
-        self.rate = 1.0
+
+
+class _Waiting:
+    """How many wait and what they need together, by rank in buckets that grow by the fourth root of 2 from
+    a millisecond on: the sums that preemption weighs, without looking at everyone."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[int, float]] = {}
+        self._counts = [0] * _BUCKETS
+        self._sums_s = [0.0] * _BUCKETS
+
+    def add(self, request_id: str, rank_s: float) -> None:
+        self.remove(request_id)
+        bucket = _bucket(rank_s)
+        self._places[request_id] = bucket, rank_s
+        self._counts[bucket] += 1
+        self._sums_s[bucket] += rank_s
+
+    def remove(self, request_id: str) -> None:
+        place = self._places.pop(request_id, None)
+        if place is not None:
+            bucket, rank_s = place
+            self._counts[bucket] -= 1
+            # An empty bucket starts from zero again: rounding errors do not add up.
+            self._sums_s[bucket] = self._sums_s[bucket] - rank_s if self._counts[bucket] else 0.0
+
+    def shorter_by_s(self, rank_s: float) -> float:
+        """By how many seconds those before `rank_s` are shorter, all together; its own bucket as a whole."""
+        last = _bucket(rank_s)
+        below_s = sum(self._counts[:last]) * rank_s - sum(self._sums_s[:last])
+        return below_s + max(0.0, self._counts[last] * rank_s - self._sums_s[last])
+
+
+def _bucket(rank_s: float) -> int:
+    return min(_BUCKETS - 1, max(0, int(_BUCKETS_PER_DOUBLING * math.log2(max(rank_s, 1e-3) / 1e-3))))
 
 
 class LapsSd(Policy):
     name = "laps-sd"
     summary = "least perceived service, with acceptance and length learnt online (the default)"
     preemptive = True
+    settled = True
 
     def __init__(
         self,
-        prior_steps: float = 40.0,
-        caution: float = 3.0,
-        doubt: float = 10.0,
+        caution: float = 4.0,
         levels: int = 6,
         first_threshold_s: float = 0.5,
         threshold_growth: float = 2.0,
@@ -89,24 +126,24 @@ class LapsSd(Policy):
         least_finishes: int = 16,
     ) -> None:
         super().__init__()
-        if min(prior_steps, first_threshold_s, perceptible_log_sd) <= 0.0 or min(caution, doubt) < 0.0:
+        if min(first_threshold_s, perceptible_log_sd) <= 0.0 or caution < 0.0:
             raise ValueError(
-                "prior_steps, first_threshold_s and perceptible_log_sd must be above 0, "
-                "caution and doubt at least 0"
+                "first_threshold_s and perceptible_log_sd must be above 0, caution at least 0"
             )
         if levels < 1 or least_finishes < 1 or threshold_growth <= 1.0:
             raise ValueError("levels and least_finishes must be at least 1, threshold_growth above 1")
         self.level_thresholds_s = tuple(first_threshold_s * threshold_growth**i for i in range(levels - 1))
         self.knowledge = Knowledge()
-        self._prior_steps = prior_steps
         self._caution = caution
-        self._doubt = doubt
         self._perceptible_log_sd = perceptible_log_sd
         self._least_finishes = least_finishes
         self._finishes = 0
         self._live: dict[str, Request] = {}
         self._to_rank: list[str] = []
         """Those whose turn has not come yet since enough was learnt, the next one last."""
+        self._waiting = _Waiting()
+        self._news = False
+        """Something has come, ended or been ranked anew since preemption was last weighed."""
 
     # --- Estimates ----------------------------------------------------------------------
 
@@ -115,57 +152,63 @@ class LapsSd(Policy):
         request.policy_data = _Belief(predicted_tokens(request), hinted)
         self._live[request.request_id] = request
         self._recall(request)
-        self.stepped((request,))
+        self.requeued(request)
 
-    def stepped(self, requests: Sequence[Request]) -> None:
-        """One loop without calls: it runs for every row of every step."""
-        prior_steps, step_s = self._prior_steps, self.pool.step_s
-        thresholds_s, perceptible_log_sd = self.level_thresholds_s, self._perceptible_log_sd
-        belief: Any
-        for request in requests:
-            belief = request.policy_data
-            emitted = len(request.output) // TOKEN_BYTES
-            rate = (prior_steps * belief.class_rate + emitted) / (prior_steps + request.steps)
-            length: LengthBelief = belief.length
-            length_tokens = length.median_tokens
-            if belief.slope > 0.0:
-                length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
-            if length_tokens > request.spec.max_tokens:
-                length_tokens = float(request.spec.max_tokens)
-            belief.length_tokens, belief.rate = length_tokens, rate
-            left_tokens = length_tokens - emitted
-            if left_tokens < 1.0:
-                rank = 1.0 / rate * step_s
-                request.perceptible = False
-            else:
-                rank = left_tokens / rate * step_s
-                request.perceptible = length.log_sd <= perceptible_log_sd
-            request.rank = rank
-            request.level = bisect_right(thresholds_s, rank)
+    def requeued(self, request: Request) -> None:
+        self._rank(request)
+        self._waiting.add(request.request_id, request.rank)
+        self._news = True
 
     def believe(self, request: Request) -> None:
-        belief = _belief(request)
-        length_tokens, rate = belief.length_tokens, belief.rate
-        emitted = request.output_tokens
+        _, rate = self._estimate(request)
         request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
-        request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
-        request.perceived_s = (
-            mean_excess_tokens(length_tokens, belief.length.log_sd, emitted) / rate * self.pool.step_s
-        )
+        self._keep_ranked(request)
+        request.perceived_s = request.rank
+        request.predicted_output_tokens = request.output_tokens + request.rank / self.pool.step_s * rate
 
     def _recall(self, request: Request) -> None:
         """Takes over what is known now about requests of its class."""
         belief, name, knowledge = _belief(request), request.spec.request_class, self.knowledge
         belief.length = knowledge.length(name, belief.predicted, belief.hinted)
         belief.class_rate = knowledge.tokens_per_step(name)
+        belief.rate_steps = knowledge.rate_steps()
         belief.slope = knowledge.rate_slope()
         belief.typical_log_rate = knowledge.typical_log_rate(name)
+
+    def _estimate(self, request: Request) -> tuple[float, float]:
+        """The median of the whole output in tokens, and tokens per step."""
+        belief = _belief(request)
+        rate_steps = belief.rate_steps
+        rate = (rate_steps * belief.class_rate + request.output_tokens) / (rate_steps + request.steps)
+        length_tokens = belief.length.median_tokens
+        if belief.slope > 0.0:
+            length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
+        return length_tokens, rate
+
+    def _keep_ranked(self, request: Request) -> None:
+        """Steps are not ranked one by one: who looks at a running request's rank brings it up to date."""
+        if request.steps != _belief(request).ranked_steps:
+            self._rank(request)
+
+    def _rank(self, request: Request) -> None:
+        length_tokens, rate = self._estimate(request)
+        log_sd = _belief(request).length.log_sd
+        emitted = request.output_tokens
+        left_tokens = mean_excess_tokens(length_tokens, log_sd, emitted)
+        left_tokens = max(1.0, min(left_tokens, float(request.spec.max_tokens - emitted)))
+        rank = left_tokens / rate * self.pool.step_s
+        request.rank = rank
+        request.level = bisect_right(self.level_thresholds_s, rank)
+        _belief(request).ranked_steps = request.steps
+        request.perceptible = emitted < length_tokens and log_sd <= self._perceptible_log_sd
 
     # --- Learning -----------------------------------------------------------------------
 
     def finished(self, request: Request) -> None:
         belief = _belief(request)
         del self._live[request.request_id]
+        self._waiting.remove(request.request_id)
+        self._news = True
         # A request that was cancelled or failed does not tell how long it would have become.
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self._finishes += 1
@@ -175,6 +218,7 @@ class LapsSd(Policy):
                 belief.hinted,
                 request.output_tokens,
                 request.steps,
+                _step_variance(request),
             )
 
     def due(self, now_s: float) -> Iterable[Request]:
@@ -189,7 +233,10 @@ class LapsSd(Policy):
         requests = [self._live[name] for name in names if name in self._live]
         for request in requests:
             self._recall(request)
-        self.stepped(requests)
+            self._rank(request)
+            if not request.lease_id:
+                self._waiting.add(request.request_id, request.rank)
+        self._news = True
         return requests
 
     def next_due_s(self) -> float | None:
@@ -215,43 +262,45 @@ class LapsSd(Policy):
 
     # --- Preemption ---------------------------------------------------------------------
 
+    def victim_key(self, request: Request) -> tuple[float, ...]:
+        self._keep_ranked(request)
+        return super().victim_key(request)
+
     def preempts(self, newcomer: Request, victim: Request) -> str:
-        shorter_s = victim.rank - newcomer.rank
-        if shorter_s <= 0.0:
+        if not self._news:
             return ""
-        pool = self.pool
+        because = self._weigh(newcomer, victim)
+        self._news = bool(because)
+        return because
+
+    def _weigh(self, newcomer: Request, victim: Request) -> str:
+        if newcomer.rank >= victim.rank:
+            return ""
+        pool, waiting = self.pool, self._waiting
+        for request in pool.running():
+            waiting.remove(request.request_id)
+        gain_s = waiting.shorter_by_s(victim.rank) / pool.slots
         switch_s = pool.switch_s
         if newcomer.steps and not (newcomer.kv_resident and newcomer.worker_id == victim.worker_id):
             costs = pool.workers[victim.worker_id].costs
             switch_s += costs.prefill_token_s * (newcomer.spec.prompt_tokens + newcomer.output_tokens)
-        doubt = 1.0 + self._doubt * _belief(victim).length.log_sd ** 2
-        price_s = self._caution * doubt * switch_s * pool.live / max(1, len(pool.workers))
-        # What is gained is the smaller of the two; the wait is the dear one to find out.
-        if shorter_s <= price_s:
-            return ""
-        wait_s = self._wait_for_a_slot_s(price_s)
-        if wait_s <= price_s:
+        price_s = self._caution * switch_s * pool.live / len(pool.workers)
+        if gain_s <= price_s:
             return ""
         return (
-            f"{newcomer.request_id} needs {shorter_s:.3g} s less and would have waited {wait_s:.3g} s "
-            f"for a slot; switching costs all together {price_s:.3g} s"
+            f"{newcomer.request_id} needs {victim.rank - newcomer.rank:.3g} s less; all who are shorter gain "
+            f"{gain_s:.3g} s by it together, switching costs {price_s:.3g} s"
         )
 
-    def _wait_for_a_slot_s(self, least_of_interest_s: float) -> float:
-        """Expected seconds until a running request ends by itself; a wait that is certainly not above the one
-        given is told as 0 without looking at all running requests."""
-        least_s, ends_per_s, log_sds, running = math.inf, 0.0, 0.0, 0
-        for request in self.pool.running():
-            self.believe(request)
-            least_s = min(least_s, request.perceived_s)
-            ends_per_s += 1.0 / max(request.perceived_s, 0.5 * self.pool.step_s)
-            log_sds += _belief(request).length.log_sd
-            running += 1
-            # The wait lies between these two, and both only fall.
-            if least_s <= least_of_interest_s and ends_per_s * least_of_interest_s >= 1.0:
-                return 0.0
-        known = 1.0 - min(1.0, log_sds / running)
-        return float(least_s**known * (1.0 / ends_per_s) ** (1.0 - known))
+
+def _step_variance(request: Request) -> float | None:
+    """Variance of the tokens per step over the request's life; None where nothing was drafted."""
+    steps = sum(request.acceptance_histogram)
+    if not steps:
+        return None
+    mean = sum(accepted * count for accepted, count in enumerate(request.acceptance_histogram)) / steps
+    squares = sum(accepted**2 * count for accepted, count in enumerate(request.acceptance_histogram)) / steps
+    return max(0.0, squares - mean * mean)
 
 
 def _belief(request: Request) -> _Belief:

@@ -16,6 +16,7 @@ from scheduler_svc.core.records import Request
 class Oracle(Policy):
     name = "oracle"
     summary = "true remaining steps first: the bound, for replays only"
+    settled = True
     preemptive = True
     servable = False
 

@@ -14,6 +14,7 @@ from scheduler_svc.core.records import Request
 class Sjf(Policy):
     name = "sjf"
     summary = "shortest predicted output first, never preempts"
+    settled = True
 
     def admit(self, request: Request) -> None:
         request.level = 0

@@ -18,6 +18,7 @@ from scheduler_svc.core.records import Request
 class Srpt(Policy):
     name = "srpt"
     summary = "shortest predicted remaining output first, preemptive"
+    settled = True
     preemptive = True
 
     def admit(self, request: Request) -> None:
