@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulator.workload import Job, Workload
 
@@ -30,6 +30,12 @@ WIDE_MIX = (
     Task("reasoning", 0.20, 700.0, 0.6, 0.72, 0.06),
 )
 """Tasks whose acceptance differs widely. Invented, in the range of published acceptance by task."""
+
+CHAT_MIX = (
+    Task("chat", 0.75, 175.0, 1.0, 0.45, 0.10),
+    Task("summary", 0.25, 120.0, 0.4, 0.50, 0.07),
+)
+"""Long tails, and little that acceptance could tell: what a public chat service sees. Invented."""
 
 
 def make_mix(
@@ -59,3 +65,20 @@ def make_mix(
         predicted = max(1.0, length * math.exp(length_error * dice.gauss(0, 1)))
         made.append(Job(now_s, tuple(emitted), dice.randint(20, 1500), task.name, predicted))
     return tuple(made)
+
+
+def with_coarse_predictions(workload: Workload, seed: int, log_error: float = 0.7) -> Workload:
+    """Predictions of a classifier that is blind to the task: three classes of equal size by a length that
+    it misjudges by `log_error`; the prediction is the class's mean length."""
+    dice = random.Random(seed)
+    judged = [job.output_tokens * math.exp(log_error * dice.gauss(0, 1)) for job in workload]
+    ordered = sorted(judged)
+    bounds = [ordered[len(ordered) // 3], ordered[2 * len(ordered) // 3]]
+    classes = [sum(length >= bound for bound in bounds) for length in judged]
+    means = []
+    for kind in range(3):
+        lengths = [job.output_tokens for job, found in zip(workload, classes, strict=True) if found == kind]
+        means.append(sum(lengths) / max(1, len(lengths)))
+    return tuple(
+        replace(job, predicted_output_tokens=means[kind]) for job, kind in zip(workload, classes, strict=True)
+    )

@@ -3,14 +3,16 @@ The whole table is made by bench/policies.py."""
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 
-from simulator.mixes import Task, make_mix
+from simulator.mixes import CHAT_MIX, Task, make_mix, with_coarse_predictions
 from simulator.replay import simulate
 
 BASELINES = ("fcfs", "sjf", "srpt", "las", "fastserve", "laps-sd-paper")
 NARROW = (Task("chat", 0.7, 180.0, 0.8, 0.45, 0.06), Task("summary", 0.3, 110.0, 0.4, 0.5, 0.06))
-MIXES = {"wide": make_mix(jobs=700, seed=31), "narrow": make_mix(NARROW, jobs=700, seed=32)}
+MIXES = {"wide": make_mix(jobs=500, seed=31), "narrow": make_mix(NARROW, jobs=500, seed=32)}
 
 
 @pytest.mark.parametrize("mix", list(MIXES))
@@ -27,9 +29,33 @@ def test_laps_sd_keeps_up_with_the_best(
 
 
 def test_acceptance_closes_most_of_the_gap_where_it_differs_and_lengths_are_known() -> None:
+    shares = []
+    for seed in (31, 41, 51):
+        mix = make_mix(jobs=600, seed=seed)
+        means = {
+            policy: simulate(mix, policy, 1, 0.9, switch_ms=0.5, length_error=0.0).mean_latency_s
+            for policy in ("fcfs", "las", "srpt", "oracle", "laps-sd")
+        }
+        shares.append((means["srpt"] - means["laps-sd"]) / (means["srpt"] - means["oracle"]))
+        assert means["laps-sd"] <= 0.61 * min(means["fcfs"], means["las"])
+    assert statistics.median(shares) >= 0.6
+
+
+def test_it_learns_what_a_coarse_predictor_does_not_know() -> None:
+    """Predictions blind to the task, as classifiers in use make them."""
+    mix = with_coarse_predictions(make_mix(jobs=700, seed=61), seed=61)
     means = {
-        policy: simulate(MIXES["wide"], policy, 1, 0.9, switch_ms=0.5, length_error=0.0).mean_latency_s
-        for policy in ("fcfs", "las", "srpt", "oracle", "laps-sd")
+        policy: simulate(mix, policy, 4, 0.95, switch_ms=0.5).mean_latency_s
+        for policy in ("sjf", "srpt", "oracle", "laps-sd")
     }
-    assert means["srpt"] - means["laps-sd"] >= 0.6 * (means["srpt"] - means["oracle"])
-    assert means["laps-sd"] <= 0.61 * min(means["fcfs"], means["las"])
+    best_s = min(means["sjf"], means["srpt"])
+    assert best_s - means["laps-sd"] >= 0.2 * (best_s - means["oracle"])
+
+
+def test_costly_switches_with_long_queues_do_not_make_it_thrash() -> None:
+    mix = make_mix(CHAT_MIX, jobs=700, seed=62)
+    means = {
+        policy: simulate(mix, policy, 8, 1.05, switch_ms=20.0, length_error=0.8, seed=1).mean_latency_s
+        for policy in ("sjf", "srpt", "laps-sd")
+    }
+    assert means["laps-sd"] <= 1.02 * means["sjf"] < means["srpt"]

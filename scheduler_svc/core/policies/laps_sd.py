@@ -118,7 +118,7 @@ class LapsSd(Policy):
 
     def __init__(
         self,
-        caution: float = 4.0,
+        caution: float = 8.0,
         levels: int = 6,
         first_threshold_s: float = 0.5,
         threshold_growth: float = 2.0,
@@ -127,9 +127,7 @@ class LapsSd(Policy):
     ) -> None:
         super().__init__()
         if min(first_threshold_s, perceptible_log_sd) <= 0.0 or caution < 0.0:
-            raise ValueError(
-                "first_threshold_s and perceptible_log_sd must be above 0, caution at least 0"
-            )
+            raise ValueError("first_threshold_s and perceptible_log_sd must be above 0, caution at least 0")
         if levels < 1 or least_finishes < 1 or threshold_growth <= 1.0:
             raise ValueError("levels and least_finishes must be at least 1, threshold_growth above 1")
         self.level_thresholds_s = tuple(first_threshold_s * threshold_growth**i for i in range(levels - 1))
