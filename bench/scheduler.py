@@ -40,10 +40,13 @@ LEADING = '"event": "leading"'
 class Bed:
     """A store, a scheduler and the load, each a process."""
 
-    def __init__(self, folder: Path, tree: Path, appendfsync: str, output_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, tree: Path, appendfsync: str, output_tokens: int, **settings: Any
+    ) -> None:
         self.store = LocalServer(data_dir=folder / "store", appendfsync=appendfsync)  # type: ignore[arg-type]
         self._folder, self._tree = folder, tree
         self._output_tokens = output_tokens
+        self._settings = settings
         self._port, self._echo_port = free_ports(2, "127.0.0.1")
         self._logs: list[Any] = []
         self.log = folder / "scheduler.log"
@@ -65,6 +68,7 @@ class Bed:
             max_queued_tokens=1 << 30,
             max_message_bytes=64 << 20,
             log_level="info",
+            **self._settings,
         )
         before = self.log.read_text().count(LEADING) if self.log.exists() else 0
         began_s = time.monotonic()
@@ -124,8 +128,11 @@ class Bed:
 
 
 @contextmanager
-def bed(folder: Path, tree: Path, appendfsync: str, output_tokens: int = OUTPUT_TOKENS) -> Iterator[Bed]:
-    made = Bed(folder, tree, appendfsync, output_tokens)
+def bed(
+    folder: Path, tree: Path, appendfsync: str, output_tokens: int = OUTPUT_TOKENS, **settings: Any
+) -> Iterator[Bed]:
+    """`settings`: further ones of the scheduler."""
+    made = Bed(folder, tree, appendfsync, output_tokens, **settings)
     made.start()
     try:
         yield made

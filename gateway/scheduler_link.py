@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -84,7 +85,8 @@ class SchedulerLink:
         self.seen = HistoryPoint()
         """The furthest that any scheduler has said the pool's history to be stored."""
         self.connected = False
-        self._address = address
+        self._addresses = itertools.cycle(address.split(","))
+        self._address = next(self._addresses)
         self._max_message_bytes = max_message_bytes
         self._tls = tls
         self._on_change = on_change
@@ -92,7 +94,7 @@ class SchedulerLink:
         self._retry_s = retry_s
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._stubs = Stubs(address, max_message_bytes, tls)
+        self._stubs = Stubs(self._address, max_message_bytes, tls)
         self._feeds = Feeds(gateway_id, stream_buffer_tokens)
         self._task: asyncio.Task[None] | None = None
         self._told_s = -REMIND_S
@@ -203,8 +205,8 @@ class SchedulerLink:
                 because = str(error)
             self._tell(because)
             self._feeds.offline()
-            self._set_connected(False)
             self._replace_stubs()
+            self._set_connected(False)
             await asyncio.sleep(backoff.next_s())
 
     def _tell(self, because: str) -> None:
@@ -220,6 +222,9 @@ class SchedulerLink:
     def _replace_stubs(self) -> None:
         # A new connection: the old one may hang with a frozen peer. Calls on it come to their own ends. It
         # is also what takes a new certificate into use.
+        if not self.connected:
+            # It does not lead. Of one that has just been lost it is not known yet.
+            self._address = next(self._addresses)
         try:
             fresh = Stubs(self._address, self._max_message_bytes, self._tls)
         except OSError as error:

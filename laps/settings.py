@@ -103,7 +103,11 @@ class Settings(BaseSettings):
     share_port: bool = setting(
         False, "Several gateways listen on one port (SO_REUSEPORT); new connections are spread over them", _G
     )
-    scheduler_address: str = setting("127.0.0.1:50052", "Where the pool's scheduler listens", _GW)
+    scheduler_address: str = setting(
+        "127.0.0.1:50052",
+        "Where the pool's scheduler listens; of several, with commas between, the one that leads is found",
+        _GW,
+    )
     scheduler_port: int = port_setting(50052, "The scheduler's gRPC port; 0: any free one", _S)
     worker_port: int = port_setting(
         0, "The worker's gRPC port, which has its health and nothing else; 0: any free one", _W
@@ -263,8 +267,8 @@ class Settings(BaseSettings):
     @field_validator("scheduler_address")
     @classmethod
     def _address(cls, value: str) -> str:
-        if not re.fullmatch(r"(unix:.+|.+:\d{1,5})", value):
-            raise ValueError("must be HOST:PORT")
+        if not all(re.fullmatch(r"(unix:.+|[^,]+:\d{1,5})", address) for address in value.split(",")):
+            raise ValueError("must be HOST:PORT, or several of them with commas between")
         return value
 
     @property

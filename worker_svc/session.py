@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,21 +63,25 @@ class WorkerLink:
         """
         wait_s = RECONNECT_FIRST_S
         complained = False
+        addresses = itertools.cycle(self.address.split(","))
+        address = next(addresses)
         while True:
             try:
                 # A new connection each time: behind one name another scheduler may lead by now, and an
                 # old connection would go on to the one that does not. It also has the newest certificate.
-                async with channels.open_channel(self.address, serving=SCHEDULER, tls=self.tls) as channel:
+                async with channels.open_channel(address, serving=SCHEDULER, tls=self.tls) as channel:
                     await self._session(worker_pb2_grpc.WorkerServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 if error.code() in REFUSALS:
                     raise RefusedByScheduler(error.details()) from error
                 if self.connected:
                     wait_s, complained = RECONNECT_FIRST_S, False
+                else:
+                    address = next(addresses)
                 if not complained:
                     log.warning(
                         "no session, trying again until there is one",
-                        address=self.address,
+                        address=address,
                         because=f"{error.code().name}: {error.details()}",
                     )
                     complained = True
@@ -131,7 +136,7 @@ class WorkerLink:
         self.driver.post(SessionOpened(welcome.epoch, send))
         self._outbox = outbox
         self.connected = True
-        log.info("in session", epoch=welcome.epoch, address=self.address)
+        log.info("in session", epoch=welcome.epoch)
         if self.draining:
             self.drain()
 

@@ -8,6 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgpack
+import structlog
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection, SSLConnection
@@ -19,6 +20,10 @@ from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
 
 CONNECT_TIMEOUT_S = 2.0
 LEAST_VERSION = (7, 0)
+MAX_DETOURS = 3
+"""Of one call: to another node of a cluster, to load the functions there."""
+
+log = structlog.get_logger()
 
 
 def place(url: str) -> str:
@@ -58,6 +63,8 @@ def translated(error: Exception, url: str) -> StoreError:
     where = place(url)
     if isinstance(error, exceptions.AuthenticationError | exceptions.NoPermissionError):
         return StoreError(f"Redis at {where} refuses the credentials: {error}")
+    if isinstance(error, exceptions.AskError):
+        return StoreUnavailable(f"the cluster of {where} is moving the pool to another node")
     if isinstance(error, exceptions.BusyLoadingError):
         return StoreUnavailable(f"Redis at {where} is still loading its data")
     if isinstance(error, exceptions.OutOfMemoryError):
@@ -77,6 +84,17 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+async def follow(pool: ConnectionPool, moved: exceptions.MovedError) -> None:
+    """From here on at the node of a cluster that holds the pool: by their hash tag its keys all lie on one."""
+    log.info("the pool lies on another node of the cluster", node=moved.node_addr)
+    where = {"host": moved.host, "port": moved.port}
+    # A node that does not know its own address leaves the host out: it is the one that was asked.
+    pool.connection_kwargs |= {name: value for name, value in where.items() if value}
+    await pool.disconnect(inuse_connections=False)
+    # They would connect to the old node again.
+    pool._available_connections.clear()
+
+
 def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
     """A command that redis-py has no typed method for."""
     reply: Awaitable[Any] = redis.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -90,11 +108,16 @@ class Caller:
         self._url = url
         self._key = keys.meta(pool_name)
         self._timeout_s = timeout_s
+        self._pool = pool
         self._redis: Redis = Redis(connection_pool=pool)
-        self._connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
-        # The timeout here covers a whole call; two more inside it would only cost time.
-        self._connection.socket_timeout = None
+        self._connection = self._make_connection()
         self._turn = asyncio.Lock()
+
+    def _make_connection(self) -> AbstractConnection:
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        # The timeout here covers a whole call; two more inside it would only cost time.
+        connection.socket_timeout = None
+        return connection
 
     async def call(self, function: str, *args: str | bytes | int | float) -> Any:
         """Calls a function of the library.
@@ -105,13 +128,19 @@ class Caller:
         """
         async with self._turn:
             try:
-                return await self._once(function, *args)
-            except exceptions.ResponseError as error:
-                if "Function not found" not in str(error):
-                    raise translated(error, self._url) from error
-            # The server was replaced or emptied. Nothing was carried out, so this is no repetition.
-            try:
-                await library.load(self._redis)
+                for _ in range(MAX_DETOURS):
+                    # What follows was refused as a whole, so asking again is no repetition.
+                    try:
+                        return await self._once(function, *args)
+                    except exceptions.MovedError as moved:
+                        await self._connection.disconnect()
+                        await follow(self._pool, moved)
+                        self._connection = self._make_connection()
+                    except exceptions.ResponseError as error:
+                        if "Function not found" not in str(error):
+                            raise
+                        # The server was replaced or emptied, or is a node that this pool has just come to.
+                        await library.load(self._redis)
                 return await self._once(function, *args)
             except exceptions.RedisError as error:
                 raise translated(error, self._url) from error
@@ -155,15 +184,20 @@ class Reader:
         Raises:
             StoreUnavailable: no answer.
         """
-        command = ("FCALL_RO", function, 1, self._key, *args)
-        try:
-            packed = await self.read(command_reply(self.redis, *command))
-        except StoreError as error:
-            if "Function not found" not in str(error):
-                raise
-            await self.read(library.load(self.redis))
-            packed = await self.read(command_reply(self.redis, *command))
+        packed = await self.read(self._packed(("FCALL_RO", function, 1, self._key, *args)))
         return msgpack.unpackb(packed, raw=raw, strict_map_key=False)
+
+    async def _packed(self, command: tuple[str | int, ...]) -> Any:
+        for _ in range(MAX_DETOURS):
+            try:
+                return await command_reply(self.redis, *command)
+            except exceptions.MovedError as moved:
+                await follow(self.redis.connection_pool, moved)
+            except exceptions.ResponseError as error:
+                if "Function not found" not in str(error):
+                    raise
+                await library.load(self.redis)
+        return await command_reply(self.redis, *command)
 
     async def read(self, reply: Awaitable[Any]) -> Any:
         """Awaits a reply of redis-py; its errors become ours."""

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from laps.errors import Reason
+from laps.ports import free_ports
 from laps.v1 import scheduler_pb2
 
 MAX_TOKENS = 40
@@ -169,3 +170,21 @@ async def test_a_delivery_that_contradicts_itself_ends_the_connection(harness: A
     await scheduler.until(lambda: len(scheduler.follows) == 2)
     scheduler.auto_tokens = 5
     assert (await collect(call)).tokens == scheduler.requests["odd"].planned
+
+
+async def test_of_several_schedulers_the_one_that_serves_is_found_again_and_again(
+    scheduler: Any, start_gateway: Any
+) -> None:
+    """Leadership moves from one address to another; the others refuse connections."""
+    first, second = scheduler.port, free_ports(1, "127.0.0.1", avoid=(scheduler.port,))[0]
+    harness = await start_gateway(scheduler_address=f"127.0.0.1:{second},127.0.0.1:{first}")
+    call = harness.inference.Generate(generate_request(request_id="moving"))
+    await scheduler.until(lambda: "moving" in scheduler.requests)
+    for port in (second, first):
+        await scheduler.kill()
+        scheduler.port = port
+        await scheduler.start()
+        await scheduler.until(lambda: scheduler.streams)
+        scheduler.emit("moving", 3)
+    scheduler.auto_tokens = 4
+    assert (await collect(call)).tokens == scheduler.requests["moving"].planned

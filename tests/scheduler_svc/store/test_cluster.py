@@ -1,0 +1,101 @@
+"""A real cluster of three nodes: each pool lies on one of them, and is found from any."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import redis
+
+from scheduler_svc.core.records import Request
+from scheduler_svc.store import keys
+from scheduler_svc.store.server import LocalServer, valkey_binary
+from scheduler_svc.store.store import Store
+
+SLOTS = 16384
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[list[LocalServer]]:
+    settings = {"cluster-enabled": "yes", "cluster-node-timeout": "2000", "cluster-port": "0"}
+    with ExitStack() as stack:
+        nodes = [
+            stack.enter_context(LocalServer(binary=valkey_binary(), appendfsync=None, settings=settings))
+            for _ in range(NODES)
+        ]
+        clients = [stack.enter_context(redis.Redis(port=node.port, protocol=2)) for node in nodes]
+        for number, client in enumerate(clients):
+            first, after = SLOTS * number // NODES, SLOTS * (number + 1) // NODES
+            client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, after - 1)
+            client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for node in nodes[1:]:
+            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", node.port)
+        asyncio.run(_until_whole(clients))
+        yield nodes
+
+
+async def _until_whole(clients: list[redis.Redis]) -> None:
+    async with asyncio.timeout(20):
+        for client in clients:
+            while (  # noqa: ASYNC110
+                (info := client.cluster("INFO"))["cluster_state"] != "ok"
+                or info["cluster_known_nodes"] != str(NODES)
+                or info["cluster_slots_ok"] != str(SLOTS)
+            ):
+                await asyncio.sleep(0.02)
+
+
+def pool_on(nodes: list[LocalServer], wanted: int) -> str:
+    """A pool's name whose keys lie on that node."""
+    with redis.Redis(port=nodes[0].port, protocol=2) as client:
+        for number in range(1000):
+            slot = client.cluster("KEYSLOT", keys.meta(f"pool-{number}"))
+            if int(slot) * NODES // SLOTS == wanted:
+                return f"pool-{number}"
+    raise AssertionError("no such pool")
+
+
+@pytest.mark.parametrize("node", range(NODES))
+async def test_a_pool_is_led_read_and_recovered_wherever_it_lies(
+    cluster: list[LocalServer], node: int, apply: Callable[..., Any], make_request: Callable[..., Request]
+) -> None:
+    pool = pool_on(cluster, node)
+    store, other = Store(cluster[0].url, pool), Store(cluster[1].url, pool)
+    try:
+        await store.connect()
+        await store.load_functions()
+        assert await store.lead("a", "127.0.0.1:1", 60.0) is not None
+        assert await apply(store, submitted=[make_request()])
+        # From another node, and with a reading call as the first one.
+        found = await other.read_request("req-1")
+        assert found is not None
+        assert found.spec == make_request().spec
+        assert await other.lead("b", "127.0.0.1:2", 60.0) is None
+        assert await other.lead("a", "127.0.0.1:1", 60.0) is not None
+        assert [request.request_id for request in (await other.recover()).requests] == ["req-1"]
+        with redis.Redis(port=cluster[node].port, protocol=2) as client:
+            assert client.exists(keys.request(pool, "req-1"))
+    finally:
+        await store.close()
+        await other.close()
+
+
+async def test_two_pools_of_one_cluster_do_not_disturb_each_other(
+    cluster: list[LocalServer], apply: Callable[..., Any], make_request: Callable[..., Request]
+) -> None:
+    stores = [Store(cluster[2].url, f"{pool_on(cluster, node)}") for node in (0, 1)]
+    try:
+        for number, store in enumerate(stores):
+            await store.lead("a", "127.0.0.1:1", 60.0)
+            assert await apply(store, submitted=[make_request(10 + number)])
+        for number, store in enumerate(stores):
+            names = [request.request_id for request in (await store.recover()).requests]
+            assert f"req-{10 + number}" in names
+            assert f"req-{11 - number}" not in names
+    finally:
+        for store in stores:
+            await store.close()
