@@ -85,7 +85,7 @@ def _reason(error: BaseException) -> str:
 
 
 async def follow(pool: ConnectionPool, moved: exceptions.MovedError) -> None:
-    """From here on at the node of a cluster that holds the pool: by their hash tag its keys all lie on one."""
+    """From here on at the node of a cluster that holds the pool: its keys all lie on one."""
     log.info("the pool lies on another node of the cluster", node=moved.node_addr)
     where = {"host": moved.host, "port": moved.port}
     # A node that does not know its own address leaves the host out: it is the one that was asked.
