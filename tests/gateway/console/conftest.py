@@ -31,6 +31,13 @@ class Console:
         self.pool = pool
         self.port = port
         self.url = f"http://127.0.0.1:{port}/console"
+        self._stopped = False
+
+    async def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            await self.gateway.stop(0.0)
+            await self.pool.stop()
 
     @property
     def feed(self) -> Any:
@@ -65,8 +72,7 @@ async def start_console(model_folder: Path) -> AsyncIterator[Callable[..., Any]]
 
     yield start
     for console in running:
-        await console.gateway.stop(0.0)
-        await console.pool.stop()
+        await console.stop()
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
 import aiohttp
 import pytest
@@ -194,3 +194,14 @@ async def test_viewers_are_bounded(start_console, monkeypatch, http):
         async with http.get(f"{console.url}/api/watch") as second:
             assert second.status == 429
             assert second.headers["Retry-After"] == "5"
+
+
+async def test_viewers_do_not_keep_a_gateway_from_stopping(start_console, http):
+    console = await start_console()
+    async with http.get(f"{console.url}/api/watch") as response:
+        await next_picture(response)
+        async with asyncio.timeout(10):
+            await console.stop()
+            with suppress(aiohttp.ClientError):
+                while await response.content.readany():
+                    pass

@@ -12,10 +12,13 @@ export function seconds(value) {
   if (size < 1) return `${Math.round(value * 1e3)} ms`;
   if (size < 10) return `${value.toFixed(2)} s`;
   if (size < 100) return `${value.toFixed(1)} s`;
-  if (size < 5400) return `${Math.floor(value / 60)}:${String(Math.floor(value % 60)).padStart(2, "0")} min`;
+  if (size < 5400) return `${(value / 60).toFixed(1)} min`;
   if (size < 172800) return `${(value / 3600).toFixed(1)} h`;
   return `${(value / 86400).toFixed(1)} d`;
 }
+
+// A setting, such as a level's bound: without the zeros that a measured value would have.
+export const bound = (value) => (value < 1 ? `${Number((value * 1e3).toPrecision(3))} ms` : `${Number(value.toPrecision(3))} s`);
 
 export const ms = (value) => `${value < 10 ? value.toFixed(2) : value.toFixed(1)} ms`;
 

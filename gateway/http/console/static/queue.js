@@ -3,7 +3,7 @@
 
 import { queueWindow } from "./api.js";
 import { byId, h, setClass, setText } from "./dom.js";
-import { acceptance, age, count, plural, rank, seconds, state } from "./format.js";
+import { acceptance, age, bound, count, plural, rank, seconds, state } from "./format.js";
 import { brief } from "./why.js";
 
 const MARGIN_ROWS = 8;
@@ -54,11 +54,16 @@ export function build(options) {
   grid.append(head, body);
   grid.addEventListener("scroll", draw, { passive: true });
   grid.addEventListener("keydown", onKey);
-  body.addEventListener("click", (event) => {
+  // The row may hold another request by the time that the button is let go.
+  let pressed = null;
+  body.addEventListener("pointerdown", (event) => {
     const row = event.target.closest(".row");
-    if (!row) return;
-    active = row.index;
-    if (row.request) open(row.request.request_id);
+    pressed = row && { index: row.index, id: row.request?.request_id };
+  });
+  body.addEventListener("click", () => {
+    if (!pressed) return;
+    active = pressed.index;
+    if (pressed.id) open(pressed.id);
     draw();
   });
   new ResizeObserver(([entry]) => {
@@ -177,7 +182,7 @@ function drawRow(row, index, height) {
   }
   if (isLevel) {
     setClass(row, `row level${isActive}`);
-    setText(row.title_, `Level ${level.level}${level.threshold_s ? `, below ${seconds(level.threshold_s)}` : ""}: ${plural(level.waiting, "request")}`);
+    setText(row.title_, `Level ${level.level}${level.threshold_s ? `, below ${bound(level.threshold_s)}` : ""}: ${plural(level.waiting, "request")}`);
     return;
   }
   if (!request || old) wanted.add(`${level.level}/${first}`);
@@ -214,8 +219,8 @@ function drawLevels(pool) {
     }
     button.level = level.level;
     const from_s = pool.levels[i - 1]?.threshold_s;
-    const bound = level.threshold_s ? `< ${seconds(level.threshold_s)}` : from_s ? `≥ ${seconds(from_s)}` : "";
-    setText(button.children[0], `L${level.level} ${bound}`);
+    const range = level.threshold_s ? `< ${bound(level.threshold_s)}` : from_s ? `≥ ${bound(from_s)}` : "";
+    setText(button.children[0], `L${level.level} ${range}`);
     setText(button.children[1], count(level.waiting));
     button.children[2].firstChild.style.width = `${(100 * level.waiting) / most}%`;
   });

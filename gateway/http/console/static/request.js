@@ -76,6 +76,7 @@ async function read() {
     if (session.shows_text && found.request.state === "finished" && !parts.text.firstChild) await readText(asked);
   } catch (error) {
     if (asked === id) setText(parts.note, error.message);
+    if (!(error instanceof api.Refused)) console.error(error);
   } finally {
     reading = false;
     if (id && asked !== id) read();

@@ -64,7 +64,11 @@ function put(name, value, small = "") {
   setText(parts[name].below, small);
 }
 
-const newest = (values) => values.findLast((value) => value !== null);
+// The last buckets in one number: one alone would jump.
+function recently(values) {
+  const some = values.slice(-5).filter((value) => value !== null);
+  return some.length ? some.reduce((sum, value) => sum + value, 0) / some.length : undefined;
+}
 
 export function update(picture) {
   const pool = picture.pools[0];
@@ -74,9 +78,9 @@ export function update(picture) {
   const capacity = workers.reduce((sum, worker) => sum + worker.kv_capacity_tokens, 0);
   put("waiting", count(pool.waiting), `${seconds(pool.backlog_s)} of service`);
   put("running", `${count(pool.running)} / ${count(slots)}`, capacity ? `KV cache ${share(used / capacity)}` : "");
-  const rate = newest(figures.tokens_per_s);
+  const rate = recently(figures.tokens_per_s);
   put("tokens", rate === undefined ? "–" : count(rate), `highest ${count(Math.max(0, ...figures.tokens_per_s))} in 5 min`);
-  const accepted = newest(figures.acceptance);
+  const accepted = recently(figures.acceptance);
   put("acceptance", accepted === undefined ? "–" : share(accepted), "of drafted tokens");
   draw("waiting", figures.waiting);
   draw("running", figures.running, Math.max(slots, 1));

@@ -32,9 +32,12 @@ const NAMES = { wait: "waits", run: "runs", hold: "waits again" };
 function ticks(span) {
   const rough = span / 5;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((each) => each >= rough);
+  const steps = rough > 10 ? [15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600] : [1, 2, 5, 10].map((factor) => factor * power);
+  const step = steps.find((each) => each >= rough) ?? 86400;
   return Array.from({ length: Math.floor(span / step) + 1 }, (_, i) => i * step);
 }
+
+const tickText = (tick) => (tick === 0 ? "0" : tick >= 60 && tick % 30 === 0 ? `${tick / 60} min` : seconds(tick));
 
 export function life(answer, width) {
   const WIDTH = width - 16;
@@ -61,7 +64,7 @@ export function life(answer, width) {
   for (const tick of ticks(span)) {
     const at = x(request.arrival_s + tick);
     drawing.append(s("line", { class: "axis", x1: at, x2: at, y1: 38, y2: 42 }),
-      s("text", { x: at, y: 54, "text-anchor": tick === 0 ? "start" : at > WIDTH - 24 ? "end" : "middle", text: tick === 0 ? "0" : seconds(tick) }));
+      s("text", { x: at, y: 54, "text-anchor": tick === 0 ? "start" : at > WIDTH - 24 ? "end" : "middle", text: tickText(tick) }));
   }
   return drawing;
 }
@@ -89,7 +92,7 @@ export function steps(answer, WIDTH) {
   }
   bars.forEach((value, i) => drawing.append(s("rect", { class: "part-step", x: (left + i * wide).toFixed(1), y: y(value).toFixed(1),
     width: Math.max(0.8, wide - (wide > 4 ? 1 : 0)).toFixed(1), height: (70 - y(value)).toFixed(1) })));
-  drawing.append(s("text", { x: left, y: 84, text: "first" }), s("text", { x: left + wide * bars.length, y: 84, "text-anchor": "end", text: bars.length > 12 ? `${count(entries.length)}th` : "" }));
+  drawing.append(s("text", { x: left, y: 84, text: "1" }), s("text", { x: left + wide * bars.length, y: 84, "text-anchor": "end", text: bars.length > 12 ? count(entries.length) : "" }));
   return h("div", {}, drawing, h("p", { class: "quiet", text: `${told}${group > 1 ? `; each bar is the mean of ${group}` : ""}.` }));
 }
 

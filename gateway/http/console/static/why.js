@@ -1,6 +1,6 @@
 // Why a request stands where it stands, in sentences made from what the scheduler has stored about it.
 
-import { acceptance, count, plural, rank, seconds, share } from "./format.js";
+import { acceptance, bound, count, plural, rank, seconds, share } from "./format.js";
 
 const BY_NEED = new Set(["laps-sd", "srpt", "oracle"]);
 const RANKS = {
@@ -21,7 +21,7 @@ function levelSentence(row, pool) {
   if (!limits.some((limit) => limit > 0)) return null;
   const from_s = row.level > 0 ? limits[row.level - 1] : 0;
   const to_s = limits[row.level] ?? 0;
-  const range = !from_s ? `less than ${seconds(to_s)}` : to_s > 0 ? `${seconds(from_s)} to ${seconds(to_s)}` : `${seconds(from_s)} and more`;
+  const range = !from_s ? `less than ${bound(to_s)}` : to_s > 0 ? `${bound(from_s)} to ${bound(to_s)}` : `${bound(from_s)} and more`;
   const what = BY_NEED.has(pool.policy) ? "service that is still needed" : "service had";
   return `Level ${row.level}: for ${range} of ${what}.`;
 }
@@ -38,7 +38,7 @@ function waitSentence(pool, workers) {
   if (!pool.leader) return "Waits because no scheduler leads the pool.";
   if (!slots) return "Waits because no worker is in session.";
   if (workers.every((worker) => worker.draining)) return "Waits because every worker is draining.";
-  if (pool.running >= slots) return `Waits because all ${plural(slots, "slot")} are taken.`;
+  if (pool.running >= slots) return slots === 1 ? "Waits because the only slot is taken." : `Waits because all ${count(slots)} slots are taken.`;
   return `${plural(slots - pool.running, "slot")} free: those before it get them first.`;
 }
 
