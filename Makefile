@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos killloop lint protos release-protos docs bench lock clean
+.PHONY: help setup demo up test chaos killloop overload lint protos release-protos docs bench lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtu
 
 killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5, then checks what everybody saw
 	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) --json bench/results/killloop.json
+
+overload: setup ## Offers five times what the stack can carry for 60 s
+	@$(BIN)/python -m bench.overload --json bench/results/overload.json
 
 lint: setup ## Style, types, contracts
 	@$(BIN)/ruff check .

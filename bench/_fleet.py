@@ -4,6 +4,7 @@ workers and a store, every connection between them through a link that can be cu
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -59,13 +60,22 @@ class Process:
             self._process.kill()
             self._process.wait()
 
-    def signal(self, number: int) -> None:
-        if self.pid:
-            os.kill(self.pid, number)
+    def terminate(self, timeout_s: float) -> int:
+        """SIGTERM; returns the exit code. Raises subprocess.TimeoutExpired."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(timeout_s)
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        """Its log lines about an event."""
+        lines = (line for line in self.log_path.read_text().splitlines() if line.startswith("{"))
+        return [record for record in map(json.loads, lines) if record.get("event") == event]
 
 
 class Fleet:
-    def __init__(self, data_dir: Path, store_binary: str, workers: int = 2, **settings: Any) -> None:
+    def __init__(
+        self, data_dir: Path, store_binary: str | None = None, workers: int = 2, **settings: Any
+    ) -> None:
         self.settings = Settings(data_dir=data_dir, workers=workers, **settings)
         self.links: list[Link] = []
         self.processes: dict[str, Process] = {}

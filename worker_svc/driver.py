@@ -227,6 +227,7 @@ class EngineDriver:
             request_id=request_id,
             slot=grant.slot,
             output_tokens=grant.output_tokens,
+            kv_kept=not grant.has_context,
             **trace.field,
         )
 

@@ -36,7 +36,7 @@ class Fleet:
         self._measure()
         for entry in resident:
             request = board.live.get(entry.request_id)
-            if request is not None and not request.lease_id and _is_prefix(entry, request.output):
+            if request is not None and not request.lease_id and _may_agree(entry, request.output):
                 if request.worker_id != worker.worker_id:
                     board.forget_kv(request)
                 request.worker_id = worker.worker_id
@@ -105,7 +105,8 @@ class Fleet:
             self.context_tokens = min(contexts)
 
 
-def _is_prefix(entry: Resident, output: bytearray) -> bool:
-    """Whether the worker's tokens are the first of the stored ones. Longer ones cannot be compared."""
+def _may_agree(entry: Resident, output: bytearray) -> bool:
+    """Whether the worker's tokens are the first of the stored ones. A worker that is ahead of the store, as
+    most are when a leader dies, compares for itself: the grant tells how much is stored, and its digest."""
     size = entry.output_tokens * TOKEN_BYTES
-    return size <= len(output) and zlib.crc32(output[:size]) == entry.output_crc32
+    return size > len(output) or zlib.crc32(output[:size]) == entry.output_crc32

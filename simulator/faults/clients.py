@@ -185,7 +185,7 @@ class Client:
     def _judge(self, error: LapsError) -> None:
         """Some errors must not come, whatever goes wrong."""
         history = self.world.history
-        if history.rolled_back:
+        if history.rolled_back or self.request_ids & history.damaged:
             return  # What it had seen may be lost.
         if error.reason is Reason.QUEUE_FULL or error.status == "RESOURCE_EXHAUSTED":
             history.counts.refused += 1

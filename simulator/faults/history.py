@@ -236,7 +236,8 @@ class History:
 
     def shown_end(self, who: str, request_id: str, reason: str, tokens: int) -> None:
         life = self.lives.get(request_id)
-        if self.rolled_back:
+        if self.rolled_back or request_id in self.damaged:
+            # It may have ended before its damage could be noticed; then its log is shorter than its record.
             return None
         if life is None:
             return self.violated(f"{who} was shown the end of {request_id}, which is not stored")
