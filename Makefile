@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos killloop overload lint protos release-protos docs bench lock clean
+.PHONY: help setup demo up test chaos killloop overload fuzz lint protos release-protos docs bench lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -46,6 +46,10 @@ killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5, the
 
 overload: setup ## Offers five times what the stack can carry for 60 s
 	@$(BIN)/python -m bench.overload --json bench/results/overload.json
+
+fuzz: setup ## Throws inputs at the gateway, the workers' reports and the stored records for SECONDS=60
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/fuzz.txt
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 lint: setup ## Style, types, contracts
 	@$(BIN)/ruff check .

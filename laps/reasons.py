@@ -72,6 +72,10 @@ class Reason(enum.Enum):
         "DATA_LOSS",
         "The stored output contradicts what was delivered; this must never happen.",
     )
+    RECORD_DAMAGED = (
+        "DATA_LOSS",
+        "What the store holds of the request cannot be read; others are not affected.",
+    )
     UNAUTHENTICATED = ("UNAUTHENTICATED", "The call carries no valid credentials.")
     PERMISSION_DENIED = ("PERMISSION_DENIED", "The caller may not do this.")
     CANCELLED = ("CANCELLED", "The call was cancelled by its caller.")

@@ -12,13 +12,13 @@ import structlog
 from laps import errors
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
-from scheduler_svc import convert
+from scheduler_svc import checks, convert
 from scheduler_svc.core.records import TOKEN_BYTES, Append, Refused, Request
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader, trace_field
 from scheduler_svc.metrics import kv_cache_utilization
 from scheduler_svc.store import inspector_proto
-from scheduler_svc.store.errors import StoreUnavailable
+from scheduler_svc.store.errors import RecordDamaged, StoreUnavailable
 from scheduler_svc.term import Terms
 
 log = structlog.get_logger()
@@ -32,6 +32,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request: scheduler_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scheduler_pb2.SubmitResponse:
         leader = await self._terms.leader_or_abort(context)
+        try:
+            checks.check_spec(request.spec)
+        except errors.InvalidArgument as error:
+            await errors.abort(context, error)
         spec = convert.request_spec(request.spec)
         try:
             accepted, joined = leader.core.submit(spec, leader.now_s(), convert.tenant_quota(request))
@@ -168,6 +172,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             found = await self._terms.store.read_request(request_id)
         except StoreUnavailable as error:
             await errors.abort(context, errors.store_unreachable(str(error)))
+        except RecordDamaged as error:
+            log.error("record not readable", request_id=request_id, error=str(error))
+            await errors.abort(context, errors.DataLoss(str(error), reason=errors.Reason.RECORD_DAMAGED))
         if found is None:
             await errors.abort(context, errors.request_unknown(request_id))
         return found

@@ -12,7 +12,7 @@ import structlog
 from laps import errors
 from laps.history import HistoryPoint
 from laps.v1 import worker_pb2, worker_pb2_grpc
-from scheduler_svc import convert
+from scheduler_svc import checks, convert
 from scheduler_svc.leader import Leader, WorkerSession
 from scheduler_svc.term import Terms
 
@@ -49,6 +49,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             yield worker_pb2.SessionResponse(welcome=welcome)
             while (message := await session.outbox.get()) is not None:
                 yield message
+            if reading.done() and isinstance(refusal := reading.exception(), errors.InvalidArgument):
+                await errors.abort(context, refusal)
             await errors.abort(context, self._terms.not_leading())
         finally:
             reading.cancel()
@@ -69,10 +71,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if hello.pool != self._terms.pool:
             message = f"this scheduler leads pool {self._terms.pool!r}, not {hello.pool!r}"
             await errors.abort(context, errors.InvalidArgument("hello.pool", message))
-        if not hello.worker_id or hello.slots < 1:
-            await errors.abort(
-                context, errors.InvalidArgument("hello", "worker_id and at least one slot are needed")
-            )
+        try:
+            checks.check_hello(hello)
+        except errors.InvalidArgument as error:
+            log.warning("worker refused", because=str(error))
+            await errors.abort(context, error)
         for other in leader.core.workers.values():
             if other.worker_id != hello.worker_id and other.model_fingerprint != hello.model_fingerprint:
                 # Two models in one pool would make a request's output depend on where it runs.
@@ -84,10 +87,16 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def _read(
         leader: Leader, session: WorkerSession, requests: AsyncIterator[worker_pb2.SessionRequest]
     ) -> None:
+        """Ends by itself when the stream does.
+
+        Raises:
+            InvalidArgument: the worker said what cannot be. Its session is over, its requests wait again.
+        """
         try:
             async for message in requests:
                 match message.WhichOneof("message"):
                     case "report" if message.report.epoch == leader.epoch:
+                        checks.check_report(message.report)
                         report = convert.step_report(session.worker_id, message.report)
                         leader.report(session, message.report.step, report)
                     case "heartbeat":
@@ -95,7 +104,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     case "drain":
                         leader.core.worker_draining(session.worker_id, leader.now_s())
                         leader.wake()
+                    case "report":
+                        log.info("report of another term ignored", worker_id=session.worker_id)
                     case unexpected:
-                        log.warning("message ignored", worker_id=session.worker_id, message=unexpected)
+                        raise errors.InvalidArgument("message", f"{unexpected} does not come in a session")
+        except errors.InvalidArgument as refusal:
+            leader.core.counters.reports_refused += 1
+            log.error("worker's session refused", worker_id=session.worker_id, because=str(refusal))
+            raise
         finally:
             session.close()

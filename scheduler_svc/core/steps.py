@@ -55,7 +55,8 @@ def apply_report(board: Board, worker: Worker, report: StepReport, counters: Cou
     worker.steps += 1
     if len(report.lease_ids):
         if _columns_fit(report):
-            _apply_rows(board, worker, report, counters, now_s)
+            outside = _rows_outside(report, worker.vocabulary_size)
+            _apply_rows(board, worker, report, counters, now_s, outside)
         else:
             counters.reports_refused += 1
             for lease_id in report.lease_ids:
@@ -104,7 +105,27 @@ def _columns_fit(report: StepReport) -> bool:
     )
 
 
-def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Counters, now_s: float) -> None:
+def _rows_outside(report: StepReport, vocabulary_size: int) -> frozenset[int]:
+    """Rows with a token that the model does not have. `vocabulary_size` 0: not known."""
+    tokens = memoryview(report.token_ids).cast("I")
+    if not vocabulary_size or not tokens or max(tokens) < vocabulary_size:
+        return frozenset()
+    rows, begin = set(), 0
+    for row, emitted in enumerate(report.emitted_counts):
+        if emitted and max(tokens[begin : begin + emitted]) >= vocabulary_size:
+            rows.add(row)
+        begin += emitted
+    return frozenset(rows)
+
+
+def _apply_rows(
+    board: Board,
+    worker: Worker,
+    report: StepReport,
+    counters: Counters,
+    now_s: float,
+    outside: frozenset[int],
+) -> None:
     leases = board.leases
     stepped = board.ledger.stepped
     worker_id = worker.worker_id
@@ -138,13 +159,17 @@ def _apply_rows(board: Board, worker: Worker, report: StepReport, counters: Coun
             or left_bytes < 0
             or not 0 <= accepted <= drafted
             or emitted > accepted + 1
+            or row in outside
         ):
             if (
                 emitted
+                and row not in outside
                 and offset >= 0
                 and output[offset * TOKEN_BYTES :].startswith(tokens[begin_byte:end_byte])
             ):
                 counters.rows_stale += 1
+            elif row in outside:
+                _refuse(board, request, "a row has a token outside the vocabulary", counters, now_s)
             else:
                 why = (
                     f"a row at offset {offset} with {emitted} tokens does not continue "

@@ -7,10 +7,12 @@ apart, `1` and `0` for yes and no, nothing for "none". Instants are seconds sinc
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from scheduler_svc.core.records import (
     StepCosts,
     Worker,
 )
+from scheduler_svc.store.errors import RecordDamaged
 
 PRIORITY_STEP = 1e10
 """Distance in score between two priorities."""
@@ -66,12 +69,19 @@ def _text(name: str, meaning: str) -> Field:
     return Field(name, meaning, str, str)
 
 
+def _readable(text: str) -> float:
+    value = float(text)
+    if math.isnan(value):
+        raise ValueError("not a number")
+    return value
+
+
 def _int(name: str, meaning: str) -> Field:
     return Field(name, meaning, str, int)
 
 
 def _float(name: str, meaning: str) -> Field:
-    return Field(name, meaning, _number, float)
+    return Field(name, meaning, _number, _readable)
 
 
 def _bool(name: str, meaning: str) -> Field:
@@ -83,7 +93,7 @@ def _int_or_none(name: str, meaning: str) -> Field:
 
 
 def _float_or_none(name: str, meaning: str) -> Field:
-    return Field(name, meaning, _maybe_float, lambda text: float(text) if text else None)
+    return Field(name, meaning, _maybe_float, lambda text: _readable(text) if text else None)
 
 
 _STATES = {state.value: state for state in RequestState}
@@ -345,6 +355,24 @@ def decode_fields(fields: Sequence[Field], stored: Mapping[str, str]) -> dict[st
     return {f.name: f.decode(stored[f.name]) for f in fields if f.name in stored}
 
 
+@contextmanager
+def damage(request_id: str) -> Iterator[None]:
+    """Raises RecordDamaged for what cannot be decoded inside the block."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        # Not the error's words: they may hold a part of the prompt.
+        what = f"no {error.args[0]}" if isinstance(error, KeyError) else type(error).__name__
+        raise RecordDamaged(f"the record of request {request_id} cannot be read: {what}") from error
+
+
+def params_from_text(text: str) -> str:
+    """The parameters, as they were stored. Raises ValueError for what is no JSON object."""
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("its parameters are no JSON object")
+    return text
+
+
 _NEW = Request(RequestSpec("", b"", 1), 0.0)
 _CHANGING = tuple((f.name, f.decode, f.encode(getattr(_NEW, f.name))) for f in CHANGING_FIELDS)
 """Name, decoder, and the text of what a new `Request` has anyway."""
@@ -358,7 +386,7 @@ def request_from_fields(
     params_json: str = "{}",
     output: bytes = b"",
 ) -> Request:
-    """The request as it was stored. Without `prompt` its spec has none."""
+    """The request as it was stored. Without `prompt` its spec has none. Raises what `damage` translates."""
     spec = decode_fields(SPEC_FIELDS, stored)
     request = Request(
         spec=RequestSpec(

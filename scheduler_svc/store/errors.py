@@ -69,6 +69,12 @@ class AlreadyFinished(LogConflict):
     code = "ALREADY_FINISHED"
 
 
+class RecordDamaged(Alarm):
+    """A record is not what was written: somebody else has written to the store."""
+
+    code = "RECORD_DAMAGED"
+
+
 class PoolStopped(StoreError):
     """An alarm was raised, by this process or another one, and no operator has let the pool go on yet."""
 

@@ -289,8 +289,12 @@ class Inspector:
 
 
 def request_fields(stored: list[str]) -> dict[str, Any]:
-    """Typed values of a request's hash that came as name, value, name, value, ..."""
-    return codec.decode_fields(codec.REQUEST_FIELDS, dict(pairs(stored)))
+    """Typed values of a request's hash that came as name, value, name, value, ... One that cannot be read
+    must not hide the others."""
+    try:
+        return codec.decode_fields(codec.REQUEST_FIELDS, dict(pairs(stored)))
+    except (ValueError, KeyError, OverflowError):
+        return {"error": "its record cannot be read"}
 
 
 def _sources(states: frozenset[RequestState]) -> list[str]:

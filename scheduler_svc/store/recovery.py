@@ -20,10 +20,12 @@ async def read_live(reader: Reader) -> list[Request]:
 
     Raises:
         LogConflict: a token log does not agree with its request.
+        RecordDamaged: what is stored is not a request.
     """
     requests: list[Request] = []
     async for row in _rows(reader, "live", True, codec.REQUEST_NAMES, columns=5):
-        requests.append(_live_request(*row))
+        with codec.damage(row[0]):
+            requests.append(_live_request(*row))
     return requests
 
 
@@ -31,8 +33,15 @@ async def read_retained(reader: Reader) -> list[Retained]:
     """Finished requests that are still kept, by time of finish."""
     retained = []
     async for request_id, values in _rows(reader, "finished", False, ("digest", "finished_s"), columns=2):
-        retained.append(Retained(request_id, values[0], float(values[1])))
+        with codec.damage(request_id):
+            retained.append(Retained(request_id, *_retained(*values)))
     return retained
+
+
+def _retained(digest: str | Literal[False], finished_s: str | Literal[False]) -> tuple[str, float]:
+    if digest is False or finished_s is False:
+        raise ValueError("missing")
+    return digest, float(finished_s)
 
 
 async def recover(reader: Reader, pool: str) -> Recovered:
@@ -101,7 +110,11 @@ def _live_request(
             f"its record tells of {stored['prompt_tokens']}"
         )
     request = codec.request_from_fields(
-        request_id, stored, prompt=prompt_ids, params_json=params_json, output=output
+        request_id,
+        stored,
+        prompt=prompt_ids,
+        params_json=codec.params_from_text(params_json),
+        output=output,
     )
     # No lease outlives the leadership that granted it.
     if request.state is RequestState.RUNNING:

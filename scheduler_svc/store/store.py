@@ -249,22 +249,28 @@ class Store:
         return await recovery.recover(self.reader, self.pool)
 
     async def read_request(self, request_id: str) -> Request | None:
-        """A live or retained request with prompt and output, or None if it is not known."""
+        """A live or retained request with prompt and output, or None if it is not known.
+
+        Raises:
+            StoreUnavailable: the store does not answer.
+            RecordDamaged: what is stored is not a request.
+        """
         flat, log, prompt, params = await self.reader.ask(
             "laps_read", request_id, 0, LOG_BATCH_ENTRIES, 1, raw=True
         )
         if not flat:
             return None
-        entries = _entries(log)
-        if len(entries) == LOG_BATCH_ENTRIES:
-            entries += await self.read_entries(request_id, entries[-1].end)
-        return codec.request_from_fields(
-            request_id,
-            {name.decode(): value.decode() for name, value in packing.pairs(flat)},
-            prompt=codec.tokens_from_text(prompt),
-            params_json=params.decode(),
-            output=b"".join(entry.token_ids for entry in entries),
-        )
+        with codec.damage(request_id):
+            entries = _entries(log)
+            if len(entries) == LOG_BATCH_ENTRIES:
+                entries += await self.read_entries(request_id, entries[-1].end)
+            return codec.request_from_fields(
+                request_id,
+                {name.decode(): value.decode() for name, value in packing.pairs(flat)},
+                prompt=codec.tokens_from_text(prompt),
+                params_json=codec.params_from_text(params.decode()),
+                output=b"".join(entry.token_ids for entry in entries),
+            )
 
     async def read_entries(self, request_id: str, from_offset: int = 0) -> list[LogEntry]:
         """The log entries that hold output tokens from `from_offset` on. The first one may
