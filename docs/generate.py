@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+from prometheus_client.metrics_core import Metric
+
 from gateway.metrics import Metrics as GatewayMetrics
 from laps.reasons import Reason
 from laps.setting import env_name, flag_name, used_by
@@ -57,7 +59,8 @@ def errors_page() -> str:
     )
 
 
-def metrics_page() -> str:
+def metric_families() -> list[Metric]:
+    """What a leading scheduler and a gateway export."""
     core = Scheduler("default", make_policy("fcfs"), SchedulerSettings())
     # It is only looked at: the store is never asked.
     leader = Leader(
@@ -68,10 +71,15 @@ def metrics_page() -> str:
         gateway_grace_s=1.0,
         leader_ttl_s=1.0,
     )
+    # As after a first commit.
+    leader.commit_times.labels(core.pool)
     collector = SchedulerCollector("default", lambda: leader)
-    families = [*collector.collect(), *GatewayMetrics().registry.collect()]
+    return [*collector.collect(), *GatewayMetrics().registry.collect()]
+
+
+def metrics_page() -> str:
     rows = []
-    for family in families:
+    for family in metric_families():
         suffix = "_total" if family.type == "counter" else ""
         rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |")
     return page(

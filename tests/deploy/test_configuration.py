@@ -153,7 +153,7 @@ def test_every_package_is_in_the_images() -> None:
 
 def test_compose() -> None:
     compose = yaml.safe_load(COMPOSE.read_text())
-    services = compose["services"]
+    services = {role: each for role, each in compose["services"].items() if "profiles" not in each}
     assert set(services) == {"redis", "scheduler", "worker", "gateway"}
     for role, service in services.items():
         assert PINNED.fullmatch(service["image"])
@@ -186,3 +186,22 @@ def test_compose() -> None:
         ("gateway", "worker"),
     }
     assert compose["networks"]["store"] == {"internal": True}
+
+
+def test_compose_with_monitoring() -> None:
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    extra = {role: each for role, each in services.items() if "profiles" in each}
+    assert set(extra) == {"prometheus", "grafana"}
+    for service in extra.values():
+        assert service["profiles"] == ["monitoring"]
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"])
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        mounts = [volume.split(":")[0] for volume in service["volumes"] if volume.startswith(".")]
+        assert mounts
+        assert all((COMPOSE.parent / path).exists() for path in mounts)
+    targets = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())["scrape_configs"][0]
+    for target in targets["static_configs"][0]["targets"]:
+        role, port = target.split(":")
+        assert services[role]["environment"]["LAPS_METRICS_PORT"] == port
