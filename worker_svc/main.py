@@ -17,7 +17,7 @@ from laps.security.interceptor import AccessInterceptor, by_nothing
 from laps.security.tls import TlsFiles
 from laps.settings import Settings
 from laps.v1 import worker_pb2
-from worker_svc import convert
+from worker_svc import convert, shards
 from worker_svc.driver import EngineDriver
 from worker_svc.engine import Engine, EngineConfig, ModelError, ModelPair, load_pair
 from worker_svc.session import RefusedByScheduler, WorkerLink
@@ -54,7 +54,7 @@ class WorkerServer:
 
 
 def make_engine(settings: Settings, pair: ModelPair) -> Engine:
-    engine = Engine(
+    return Engine(
         pair,
         EngineConfig(
             slots=settings.slots,
@@ -66,8 +66,6 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
             threads=settings.threads,
         ),
     )
-    engine.calibrate()
-    return engine
 
 
 async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) -> WorkerServer:
@@ -149,14 +147,22 @@ def run(settings: Settings) -> int:
     try:
         settings.check_models()
         TlsFiles.of_service(settings)
+        if shards.wanted(settings):
+            shards.launch(settings)
+        group = shards.join(settings, device(settings))
+        leads = group is None or group.rank == 0
         pair = load_pair(
             settings.target,
-            settings.draft_model,
+            settings.draft_model if leads else None,
             dtype=dtype(settings),
-            device=device(settings),
+            device=str(group.device) if group else device(settings),
             device_map=settings.device_map,
+            group=group,
         )
         engine = make_engine(settings, pair)
+        if not leads:
+            return shards.follow(engine)
+        engine.calibrate()
     except ModelError as error:
         print(f"laps worker: {error}", file=sys.stderr)
         return runtime.EXIT_FAILED
@@ -168,6 +174,8 @@ def run(settings: Settings) -> int:
         "worker", settings.instance_id("worker"), pool=settings.pool, endpoint=settings.otlp_endpoint
     )
     code = runtime.run(runtime.run_until_signalled(start, settings.drain_s))
+    if group is not None:
+        group.stop()
     telemetry.close_tracing()
     # The interpreter would look through all of torch's objects once more before it ends.
     gc.freeze()

@@ -10,6 +10,7 @@ from .costs import StepCosts
 from .engine import Engine
 from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotError, UnknownRequestError
 from .loading import ModelPair, load_pair
+from .parallel import Group
 from .results import FinishReason, KvUsage, StepResult, TokenLogprob
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "EngineError",
     "EngineRequest",
     "FinishReason",
+    "Group",
     "InvalidRequestError",
     "KvUsage",
     "ModelError",

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .transfers import upload
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -158,7 +160,7 @@ class SlotWindow:
             self.positions = torch.arange(starts[0], starts[0] + queries, device=device)[None]
             self.index: Tensor | None = None
         else:
-            begin = torch.tensor(starts, device=device)
+            begin = upload(starts, device)
             self.positions = begin[:, None] + torch.arange(queries, device=device)
             slots = torch.arange(first, first + self.rows, device=device)
             self.index = (slots[:, None] * cache.capacity_tokens + self.positions).view(-1)

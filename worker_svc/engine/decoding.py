@@ -21,6 +21,7 @@ from .forward import Runner
 from .results import TokenLogprob
 from .rows import DRAFT, TARGET, Row
 from .sampling import BatchSampler
+from .transfers import fetch, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +70,19 @@ class Decoder:
         began = self._clock.mark()
         drafts, probabilities = self._propose(rows, plans, sampler)
         proposed = self._clock.mark()
-        last = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
+        last = upload([[row.tokens[-1]] for row in rows], self._device)
         starts = [len(row.tokens) - 1 for row in rows]
         logits = self._target.forward(
             torch.cat([last, drafts], 1) if drafted else last, 0, starts, drafted + 1
         )
-        limit = torch.tensor(lengths, device=self._device)
+        limit = upload(lengths, self._device)
         verdict = sampler.verify(logits, drafts, limit, probabilities, self._generator)
-        logprobs = self._logprobs(rows, sampler, logits, verdict.tokens)
+        asked = self._asked_logprobs(rows, sampler, logits, verdict.tokens)
         # The one place where the host waits for the device.
-        packed = torch.cat([verdict.tokens, verdict.accepted[:, None]], 1).tolist()
+        packed, *values = fetch(torch.cat([verdict.tokens, verdict.accepted[:, None]], 1), *asked)
+        logprobs: list[list[TokenLogprob] | None] = [None] * len(rows)
+        if values:
+            logprobs = _logprobs(rows, packed, *values)
         verified = self._clock.mark()
         tokens, accepted = [], []
         modelled = max(_modelled(plans))
@@ -113,7 +117,7 @@ class Decoder:
         padding = [0] * drafted
         found = [(_found(rows[index], plans[index].length) + padding)[:drafted] for index in looked_up]
         drafts = functional.pad(drafts, (0, drafted - drafts.shape[1]))
-        drafts[looked_up] = torch.tensor(found, device=self._device)
+        drafts[upload(looked_up, self._device)] = upload(found, self._device)
         return drafts, sampler.certain(drafts, probabilities, looked_up)
 
     def _model_drafts(
@@ -150,10 +154,10 @@ class Decoder:
             unseen = row.tokens[start : start + width]
             row.kv_tokens[DRAFT] = start + len(unseen)
             fed.append(unseen + [0] * (width - len(unseen)))
-        tokens = torch.tensor(fed, device=self._device)
+        tokens = upload(fed, self._device)
         if min(pending) >= width:
             return draft.forward(tokens, 0, starts, 1)
-        last = torch.tensor([min(count, width) - 1 for count in pending], device=self._device)
+        last = upload([min(count, width) - 1 for count in pending], self._device)
         return draft.forward(tokens, 0, starts, 1, last)
 
     def _sampler_for(self, rows: Sequence[Row]) -> BatchSampler:
@@ -169,27 +173,42 @@ class Decoder:
         """Lets go of the last batch's rows, so that nothing of them is kept alive."""
         self._sampler, self._sampler_rows = None, []
 
-    def _logprobs(
+    def _asked_logprobs(
         self, rows: Sequence[Row], sampler: BatchSampler, logits: Tensor, tokens: Tensor
-    ) -> list[list[TokenLogprob] | None]:
-        result: list[list[TokenLogprob] | None] = [None] * len(rows)
-        asking = [index for index, row in enumerate(rows) if row.request.sampling.logprobs is not None]
+    ) -> tuple[Tensor, ...]:
+        """What `BatchSampler.logprobs` gives for the rows that ask for it; nothing if none does."""
+        asking = _asking(rows)
         if not asking:
-            return result
-        counts = [rows[index].request.sampling.logprobs or 0 for index in asking]
-        top = min(max(counts), self._vocabulary_size)
-        chosen, values, ids = (part.tolist() for part in sampler.logprobs(logits, tokens, asking, top))
-        token_ids = tokens.tolist()
-        for place, (index, count) in enumerate(zip(asking, counts, strict=True)):
-            result[index] = [
-                TokenLogprob(
-                    token_ids[index][position],
-                    chosen[place][position],
-                    tuple(zip(ids[place][position][:count], values[place][position][:count], strict=True)),
-                )
-                for position in range(tokens.shape[1])
-            ]
-        return result
+            return ()
+        top = min(max(count for _, count in asking), self._vocabulary_size)
+        return sampler.logprobs(logits, tokens, [index for index, _ in asking], top)
+
+
+def _asking(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Index and number of alternatives of each row that asks for log-probabilities."""
+    counts = [row.request.sampling.logprobs for row in rows]
+    return [(index, count) for index, count in enumerate(counts) if count is not None]
+
+
+def _logprobs(
+    rows: Sequence[Row],
+    tokens: Sequence[Sequence[int]],
+    chosen: Sequence[Sequence[float]],
+    values: Sequence[Sequence[Sequence[float]]],
+    ids: Sequence[Sequence[Sequence[int]]],
+) -> list[list[TokenLogprob] | None]:
+    """For each row that asks, one entry for each position of the step."""
+    result: list[list[TokenLogprob] | None] = [None] * len(rows)
+    for place, (index, count) in enumerate(_asking(rows)):
+        result[index] = [
+            TokenLogprob(
+                tokens[index][position],
+                chosen[place][position],
+                tuple(zip(ids[place][position][:count], values[place][position][:count], strict=True)),
+            )
+            for position in range(len(chosen[place]))
+        ]
+    return result
 
 
 def _modelled(plans: Sequence[RowPlan]) -> list[int]:

@@ -29,12 +29,14 @@ from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotErro
 from .forward import Runner, layer_shapes
 from .loading import ModelPair
 from .lookup import shared_priors
+from .parallel import LeadRunner, follow
 from .planning import Planner
 from .prefill import Prefiller
 from .results import FinishReason, KvUsage, StepColumns, StepResult
 from .rows import TARGET, Row
 from .runners import make_runner
 from .slots import Residency
+from .transfers import upload
 
 _MIN_CONTEXT_TOKENS = 16
 # Prefill may take so much of the time that a step without it takes, while others decode: less than once, so
@@ -58,7 +60,12 @@ class Engine:
         self.config = config or EngineConfig()
         torch.set_num_threads(self.config.threads)
         self.context_tokens = self._context_tokens()
-        runners = [self._runner(pair.target)]
+        if pair.group is not None:
+            # The others know nothing of the draft, which may bear less.
+            self.context_tokens = pair.group.agree(self.context_tokens)
+        runners: list[Runner] = [self._runner(pair.target)]
+        if pair.group is not None and pair.group.rank == 0:
+            runners = [LeadRunner(runners[0], pair.group)]
         if pair.draft is not None:
             runners.append(self._runner(pair.draft))
         self._check_budget([runner.cache for runner in runners])
@@ -237,6 +244,15 @@ class Engine:
         self._residency.shrink()
         return self.costs
 
+    def follow(self) -> None:
+        """For the processes that share the lead's target: repeats what the lead does until it stops.
+
+        Raises RuntimeError when the lead is gone.
+        """
+        if self.pair.group is None or self.pair.group.rank == 0:
+            raise EngineError("only a process of a group that does not lead it can follow")
+        follow(self.pair.group, self._runners[0])
+
     def _prefill_limit_s(self) -> float:
         """Seconds that prefill may take in this step: without limit where nobody waits for it."""
         decoding = sum(row.prefill_tokens == 0 for row in self._running.values())
@@ -261,7 +277,7 @@ class Engine:
                     break
             row.tokens.extend(tokens)
             if row.sampling.seen is not None:
-                row.sampling.seen[tokens] = True
+                row.sampling.seen[upload(tokens, self.pair.device)] = True
             if plan.drafter is Drafter.DRAFT:
                 row.acceptance.observe(plan.length, accepted)
             if row.lookup is not None:

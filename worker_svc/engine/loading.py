@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from .errors import ModelError
 from .forward import attention_kinds
+from .parallel import Group
 from .weights import DEVICE_MAPS, Placement, read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +27,8 @@ class ModelPair:
     """A target, its draft if there is one, and what they share.
 
     context_tokens: positions that both can take. fingerprint: sha256 in hex over configurations and weights;
-    equal folders have equal fingerprints on every machine (large files are sampled, not read whole).
+    equal folders have equal fingerprints on every machine (large files are sampled, not read whole). group:
+    the processes that share the target, if there are several.
     """
 
     target: Any = field(repr=False)
@@ -38,6 +40,7 @@ class ModelPair:
     fingerprint: str
     dtype: torch.dtype
     device: torch.device
+    group: Group | None = field(default=None, repr=False)
 
 
 def load_pair(
@@ -46,19 +49,20 @@ def load_pair(
     dtype: str = "float32",
     device: str = "cpu",
     device_map: str = "none",
-    ranks: int = 1,
+    group: Group | None = None,
 ) -> ModelPair:
     """Loads a target and an optional draft from local folders with safetensors weights.
 
     dtype: float32, bfloat16 or float16. device_map: 'auto' spreads the target's layers over all GPUs of this
-    process (needs accelerate); the draft stays on the target's first device. ranks: processes that share the
-    target by tensor parallelism; each of them calls this, in a process group of that size. Code from a model
+    process (needs accelerate); the draft stays on the target's first device. group: the processes that share
+    the target by tensor parallelism; each of them calls this, the lead alone with a draft. Code from a model
     folder is never run. Raises ModelError with one line.
     """
     if dtype not in _DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     if device_map not in DEVICE_MAPS:
         raise ModelError(f"device map {device_map!r} is not one of {', '.join(DEVICE_MAPS)}")
+    ranks = group.size if group is not None else 1
     if device_map != "none" and ranks > 1:
         raise ModelError(
             f"device map {device_map!r} and tensor parallelism over {ranks} processes exclude each other"
@@ -91,6 +95,7 @@ def load_pair(
         fingerprint=_fingerprint([target_folder] + ([draft_folder] if draft_folder else [])),
         dtype=number_type,
         device=where,
+        group=group,
     )
 
 

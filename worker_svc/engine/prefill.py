@@ -12,6 +12,7 @@ from .clock import PhaseClock
 from .costs import PrefillCost, StepCosts
 from .forward import Runner
 from .rows import DRAFT, TARGET, Row
+from .transfers import upload
 
 # Up to so many unseen tokens are fed by the first drafting pass itself; more are prefilled before it.
 DRAFT_LAG_TOKENS = 8
@@ -61,7 +62,7 @@ class Prefiller:
             count = min(left, _affordable_tokens(cost, limit_s - expected_s, start, first=not chunks))
             if count <= 0:
                 break
-            fed = torch.tensor([row.tokens[start : start + count]], device=self._device)
+            fed = upload([row.tokens[start : start + count]], self._device)
             self._runners[model].forward(fed, row.slot, [start], 1)
             row.kv_tokens[model] = start + count
             chunks.append((count, start))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import SamplingConfig
 from .noise import gumbel, seed_to_int64
+from .transfers import upload
 
 _NEVER = float("-inf")
 
@@ -85,6 +86,7 @@ class BatchSampler:
             if chosen
         }
         self._blocked = [i for i, row in enumerate(rows) if row.min_tokens > 0 and row.blocked_token_ids]
+        self._blocked_ids = {i: upload(list(rows[i].blocked_token_ids), device) for i in self._blocked}
         self._noise: Tensor | None = None
         self._offsets: list[int] = []
         self.has_free_rows = self._free is not None
@@ -103,7 +105,7 @@ class BatchSampler:
         self._offsets = list(offsets)
         self._noise = None
         if self._seeded is not None:
-            begin = torch.tensor(self._offsets, device=self._device)[self._seeded]
+            begin = upload(self._offsets, self._device)[self._seeded]
             positions = begin[:, None] + torch.arange(queries, device=self._device)
             self._noise = gumbel(self._seeds, positions, self._vocabulary_size)
 
@@ -141,8 +143,9 @@ class BatchSampler:
             result[:, : probabilities.shape[1]] = probabilities
         places = [self._place_of_free[row] for row in rows if row in self._place_of_free]
         if places:
-            chosen = drafts[self._free][places]
-            result[places] = torch.zeros_like(result[places]).scatter_(-1, chosen[:, :, None], 1.0)
+            index = upload(places, self._device)
+            chosen = drafts[self._free][index]
+            result[index] = torch.zeros_like(result[index]).scatter_(-1, chosen[:, :, None], 1.0)
         return result
 
     def verify(
@@ -185,7 +188,7 @@ class BatchSampler:
 
         Returns the chosen tokens' [r, Q], and the `top` best values and token ids [r, Q, top].
         """
-        index = torch.tensor(rows, device=self._device)
+        index = upload(list(rows), self._device)
         values = logits[index].float().log_softmax(-1)
         chosen = values.gather(-1, tokens[index][:, :, None])[:, :, 0]
         best = values.topk(max(top, 1), dim=-1)
@@ -211,7 +214,7 @@ class BatchSampler:
         for row in self._blocked:
             masked = min(self.rows[row].min_tokens - self._offsets[row] - first, scores.shape[1])
             if masked > 0:
-                scores[row, :masked, list(self.rows[row].blocked_token_ids)] = _NEVER
+                scores[row, :masked].index_fill_(-1, self._blocked_ids[row], _NEVER)
         if self._sampled is not None:
             scores[self._sampled] = scores[self._sampled] / self._temperature
         for name, (index, values) in self._filters.items():
@@ -271,7 +274,7 @@ def _reject(
 def _keep_top_k(scores: Tensor, values: Sequence[int]) -> Tensor:
     largest = min(max(values), scores.shape[-1])
     best = scores.topk(largest, dim=-1).values
-    index = torch.tensor([min(k, largest) - 1 for k in values], device=scores.device)
+    index = upload([min(k, largest) - 1 for k in values], scores.device)
     threshold = best.gather(-1, index[:, None, None].expand(-1, scores.shape[1], 1))
     return scores.masked_fill(scores < threshold, _NEVER)
 
@@ -279,7 +282,7 @@ def _keep_top_k(scores: Tensor, values: Sequence[int]) -> Tensor:
 def _keep_top_p(scores: Tensor, values: Sequence[float]) -> Tensor:
     ordered, index = scores.sort(dim=-1)
     mass = ordered.softmax(-1).cumsum(-1)
-    limit = torch.tensor([1.0 - p for p in values], dtype=torch.float32, device=scores.device)[:, None, None]
+    limit = upload([1.0 - p for p in values], scores.device, torch.float32)[:, None, None]
     drop = mass <= limit
     drop[..., -1] = False
     return scores.masked_fill(drop.scatter(-1, index, drop), _NEVER)
@@ -287,7 +290,7 @@ def _keep_top_p(scores: Tensor, values: Sequence[float]) -> Tensor:
 
 def _keep_min_p(scores: Tensor, values: Sequence[float]) -> Tensor:
     probabilities = scores.softmax(-1)
-    limit = torch.tensor(values, dtype=torch.float32, device=scores.device)[:, None, None]
+    limit = upload(values, scores.device, torch.float32)[:, None, None]
     keep = probabilities >= limit * probabilities.amax(-1, keepdim=True)
     return scores.masked_fill(~keep, _NEVER)
 

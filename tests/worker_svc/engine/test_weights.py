@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,14 +127,14 @@ def test_what_excludes_what(folders: Any) -> None:
     with pytest.raises(ModelError, match="device map 'all' is not one of none, auto"):
         load_pair(folders.target, None, device_map="all")
     with pytest.raises(ModelError, match="exclude each other"):
-        load_pair(folders.target, None, device_map="auto", ranks=2)
+        load_pair(folders.target, None, device_map="auto", group=SimpleNamespace(size=2))
 
 
 def test_models_that_cannot_be_sharded(make_folders: Any, save_pair: Any) -> None:
     with pytest.raises(ModelError, match=r"4 attention heads and 2 key-value heads, .* over 4 processes"):
-        load_pair(make_folders("llama").target, None, ranks=4)
+        load_pair(make_folders("llama").target, None, group=SimpleNamespace(size=4))
     with pytest.raises(ModelError, match="gpt2 has no tensor-parallel plan"):
-        load_pair(make_folders("gpt2").target, None, ranks=2)
+        load_pair(make_folders("gpt2").target, None, group=SimpleNamespace(size=2))
 
 
 def test_layers_on_several_devices() -> None:
@@ -158,4 +159,4 @@ def test_quantised_on_a_shared_target_is_refused(folders: Any, tmp_path: Path) -
     config.quantization_config = {"quant_method": "compressed-tensors"}
     (tmp_path / "model/config.json").write_text(config.to_json_string())
     with pytest.raises(ModelError, match="tensor parallelism takes plain weights only"):
-        load_pair(tmp_path / "model", None, ranks=2)
+        load_pair(tmp_path / "model", None, group=SimpleNamespace(size=2))
