@@ -10,6 +10,9 @@ from rich.text import Text
 
 from laps.client.results import Model, PoolQueues, Request, RequestDetail, Snapshot, Worker
 
+_OVERDUE = -1e14
+"""Ranks below it belong to requests past the starvation bound."""
+
 
 def show(*parts: RenderableType) -> None:
     """Prints to standard output. Not to a terminal: without colours and not cut to a width."""
@@ -31,11 +34,11 @@ def pool_header(pool: PoolQueues) -> Text:
 
 def levels(pool: PoolQueues) -> Table:
     """One bar a queue level."""
-    table = _table("level", "leaves at", "waiting", "")
+    table = _table("level", "below", "waiting", "")
     longest = max((level.waiting for level in pool.levels), default=0)
     for level in pool.levels:
         bar = "█" * max(round(30 * level.waiting / longest), 1) if level.waiting else ""
-        threshold = f"{level.threshold_s:g} s" if level.threshold_s else "never"
+        threshold = f"{level.threshold_s:g} s" if level.threshold_s else "-"
         table.add_row(str(level.level), threshold, str(level.waiting), bar)
     return table
 
@@ -107,16 +110,17 @@ def workers(found: Sequence[Worker], now_s: float) -> Table:
     return table
 
 
-def slots(found: Sequence[Worker], running: Sequence[Request]) -> Table:
-    """One row a slot: what runs there and how well it speculates."""
+def slots(found: Sequence[Worker], running: Sequence[Request], now_s: float) -> Table:
+    """One row a slot: what runs there, since when, and how well it speculates."""
     by_id = {item.request_id: item for item in running}
-    table = _table("worker", "slot", "request", "tokens", "", "acceptance", "tokens/step", "still needs")
+    table = _table("worker", "slot", "request", "tokens", "", "acceptance", "per step", "still needs",
+                   "held for")  # fmt: skip
     for worker in found:
         for slot in worker.slots:
             item = by_id.get(slot.request_id)
             if item is None:
                 table.add_row(worker.worker_id, str(slot.slot), Text(slot.request_id or "free", style="dim"),
-                              *[""] * 5)  # fmt: skip
+                              *[""] * 6)  # fmt: skip
                 continue
             share = min(item.output_tokens / item.max_tokens, 1.0) if item.max_tokens else 0.0
             per_step = f"{1 + item.num_accepted_tokens / item.num_steps:.2f}" if item.num_steps else "-"
@@ -124,7 +128,25 @@ def slots(found: Sequence[Worker], running: Sequence[Request]) -> Table:
                 worker.worker_id, str(slot.slot), item.request_id, f"{item.output_tokens}/{item.max_tokens}",
                 Text("█" * round(12 * share), style="green"), acceptance(item), per_step,
                 f"{item.perceived_service_s:.2f} s",
+                f"{max(now_s - item.leased_s, 0.0):.1f} s" if item.leased_s else "-",
             )  # fmt: skip
+    return table
+
+
+def upcoming(pool: PoolQueues, limit: int) -> Table:
+    """The first of the waiting in the order in which they will run, each with why it waits there."""
+    table = _table("next", "level", "rank", "tokens", "acceptance", "still needs", "why")
+    # The reasons are long: they are cut first.
+    table.columns[-1].no_wrap = False
+    # A higher priority goes first from whatever level; the sort keeps the order inside each.
+    heads = sorted((item for level in pool.levels for item in level.head), key=lambda item: -item.priority)
+    for item in heads[:limit]:
+        table.add_row(
+            item.request_id, str(item.level), "overdue" if item.rank < _OVERDUE else f"{item.rank:.4g}",
+            f"{item.output_tokens}/{item.max_tokens}", acceptance(item),
+            f"{item.perceived_service_s:.2f} s" + ("" if item.perceptible else " ?"),
+            Text(item.preempted_because, no_wrap=True, overflow="ellipsis"),
+        )  # fmt: skip
     return table
 
 
@@ -138,12 +160,14 @@ def models(found: Sequence[Model]) -> Table:
     return table
 
 
-def picture(snapshot: Snapshot) -> Group:
-    """The live view: queue levels, slots, acceptance of each running request."""
+def picture(snapshot: Snapshot, waiting_limit: int = 0) -> Group:
+    """The live view: queue levels, slots, acceptance of each running request, the next of the waiting."""
     parts: list[RenderableType] = []
     for pool in snapshot.pools:
         parts += [pool_header(pool), levels(pool)]
-    parts.append(slots(snapshot.workers, snapshot.running))
+    parts.append(slots(snapshot.workers, snapshot.running, snapshot.time_s))
+    if waiting_limit:
+        parts += [upcoming(pool, waiting_limit) for pool in snapshot.pools if pool.waiting]
     return Group(*parts)
 
 

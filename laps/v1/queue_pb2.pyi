@@ -187,7 +187,9 @@ class QueueLevel(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     level: _builtins.int
     threshold_s: _builtins.float
-    """Attained service in seconds at which a request leaves this level downwards; 0: never."""
+    """Seconds of service at which the next level begins: perceived (still needed) in laps-sd, attained in las and
+    others; 0: this is the last one.
+    """
     waiting: _builtins.int
     @_builtins.property
     def head(self) -> _containers.RepeatedCompositeFieldContainer[Global___RequestInfo]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from laps.cli import main
+from laps.cli import main, tables
+from laps.client import queries
 from laps.errors import InvalidArgument
+from laps.v1 import queue_pb2
 
 
 @pytest.fixture(autouse=True)
@@ -188,10 +190,31 @@ def test_top(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
         pictures = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [picture["time_s"] for picture in pictures] == [0, 1, 0]
         assert pictures[0]["running"][0]["request_id"] == "r1"
-        assert main(["top", "--count", "1", "--server", served.address]) == 0
+        assert main(["top", "--count", "1", "--waiting", "3", "--server", served.address]) == 0
+        assert served.calls[-1][1].head_limit == 3
     out = capsys.readouterr().out
     assert "w0" in out
     assert "50%" in out
+
+
+def test_top_tells_who_is_next(capsys: pytest.CaptureFixture[str]) -> None:
+    def waits(name: str, level: int, priority: int = 0, rank: float = 1.0) -> queue_pb2.RequestInfo:
+        return queue_pb2.RequestInfo(
+            request_id=name, level=level, priority=priority, rank=rank, preempted_because=f"why {name} waits"
+        )
+
+    levels = [
+        queue_pb2.QueueLevel(level=0, waiting=2, head=[waits("second", 0), waits("third", 0)]),
+        queue_pb2.QueueLevel(
+            level=1, waiting=2, head=[waits("first", 1, priority=2, rank=-1e15), waits("no", 1)]
+        ),
+    ]
+    picture = queue_pb2.WatchResponse(pools=[queue_pb2.PoolQueues(pool="p", waiting=4, levels=levels)])
+    tables.show(tables.picture(queries.snapshot(picture), 3))
+    rows = [line.split() for line in capsys.readouterr().out.split("next ")[1].splitlines()[1:]]
+    assert [row[0] for row in rows] == ["first", "second", "third"]
+    assert rows[0][2] == "overdue"
+    assert "why first waits" in " ".join(rows[0])
 
 
 def test_config_shows_values_and_origins(

@@ -301,7 +301,7 @@ class _Queue(queue_pb2_grpc.QueueServiceServicer):
                 shown = pool.commit_seq
                 yield queue_pb2.WatchResponse(
                     time_s=time.time(),
-                    pools=[pool.queues()],
+                    pools=[pool.queues(request.head_limit)],
                     workers=pool.worker_infos(),
                     running=list(pool.running.values()),
                 )
