@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,7 +20,7 @@ def main(port: str, name: str = "") -> int:
     # A server on every address is reached by loopback.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with grpc.insecure_channel(address) as channel:
+    with open_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT_S
@@ -30,6 +31,16 @@ def main(port: str, name: str = "") -> int:
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     print(f"{address}: {status}")
     return 0 if status == "SERVING" else 1
+
+
+def open_channel(address: str) -> grpc.Channel:
+    certificate, key, authorities = (os.environ.get(f"LAPS_TLS_{name}") for name in ("CERT", "KEY", "CA"))
+    if not (certificate and key and authorities):
+        return grpc.insecure_channel(address)
+    read = [Path(path).read_bytes() for path in (authorities, key, certificate)]
+    # Nobody else answers on this host's own address, and certificates do not name that.
+    options = [("grpc.ssl_target_name_override", "localhost")]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(*read), options)
 
 
 if __name__ == "__main__":

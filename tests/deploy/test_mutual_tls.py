@@ -1,0 +1,111 @@
+"""The component mutual-tls: certificates with the roles that the services know, probes that show one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rendered
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rendered import DEPLOY, Object, container, name, of_kind
+
+from laps import channels
+from laps.security.access import Role
+from laps.settings import Settings
+from tests.certificates import Authority
+
+
+@pytest.fixture
+def objects(tmp_path: Path) -> list[Object]:
+    return rendered.render_with("mutual-tls", tmp_path)
+
+
+def certificates(objects: list[Object]) -> dict[str, Object]:
+    return {name(each): each["spec"] for each in of_kind(objects, "Certificate")}
+
+
+def test_each_service_has_a_certificate_of_its_role(objects: list[Object]) -> None:
+    made = certificates(objects)
+    issuers = {name(each) for each in of_kind(objects, "Issuer")}
+    assert made.pop("authority")["isCA"]
+    assert set(made) == {"gateway", "scheduler", "worker"}
+    for role, spec in made.items():
+        assert spec["uris"] == [f"spiffe://{Settings().tls_trust_domain}/{role}"]
+        assert {"client auth", "server auth"} <= set(spec["usages"])
+        assert spec["issuerRef"]["name"] in issuers
+        assert not spec.get("isCA")
+    assert {Role.GATEWAY, Role.WORKER} <= set(made)
+    assert len({spec["secretName"] for spec in made.values()}) == 3, "no service has another's key"
+
+
+def test_each_pod_has_its_own_certificate_and_uses_it(objects: list[Object]) -> None:
+    made = certificates(objects)
+    for workload in of_kind(objects, "Deployment"):
+        role = rendered.role(workload)
+        values = rendered.environment(objects, workload)
+        folder = Path(values["LAPS_TLS_CERT"]).parent
+        assert values["LAPS_TLS_CERT"] == f"{folder}/tls.crt"
+        assert values["LAPS_TLS_KEY"] == f"{folder}/tls.key"
+        assert values["LAPS_TLS_CA"] == f"{folder}/ca.crt"
+        (mount,) = (each for each in container(workload)["volumeMounts"] if each["mountPath"] == str(folder))
+        assert mount["readOnly"] is True
+        assert "subPath" not in mount, "such a mount does not follow a renewed Secret"
+        volumes = workload["spec"]["template"]["spec"]["volumes"]
+        (volume,) = (each for each in volumes if each["name"] == mount["name"])
+        assert volume["secret"]["secretName"] == made[role]["secretName"]
+
+
+def test_workers_and_gateways_find_the_scheduler_by_a_name_of_its_certificate(objects: list[Object]) -> None:
+    for workload in of_kind(objects, "Deployment"):
+        if rendered.role(workload) != "scheduler":
+            host = rendered.environment(objects, workload)["LAPS_SCHEDULER_ADDRESS"].split(":")[-2]
+            assert host.removeprefix("dns:///") in certificates(objects)["scheduler"]["dnsNames"]
+
+
+def test_the_scheduler_is_not_open_any_more(objects: list[Object]) -> None:
+    (scheduler,) = (w for w in of_kind(objects, "Deployment") if rendered.role(w) == "scheduler")
+    assert rendered.environment(objects, scheduler)["LAPS_ALLOW_UNAUTHENTICATED"] == "false"
+
+
+def test_no_probe_is_the_kubelets_own_which_speaks_no_tls(objects: list[Object]) -> None:
+    for workload in of_kind(objects, "Deployment"):
+        only = container(workload)
+        for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert "grpc" not in only[kind]
+            program, script, port, asked = only[kind]["exec"]["command"]
+            assert (program, script) == ("python", "/app/deploy/docker/health.py")
+            assert int(port) in {each["containerPort"] for each in only["ports"]}
+            assert asked == ("laps.ready" if kind == "readinessProbe" else "laps.alive")
+
+
+async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
+    import asyncio
+
+    files = Authority().write(tmp_path, "worker", "localhost", "spiffe://laps/worker")
+
+    class Health(health_pb2_grpc.HealthServicer):
+        async def Check(self, request: object, context: object) -> health_pb2.HealthCheckResponse:
+            return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    server = channels.new_server()
+    health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
+    port = channels.bind(server, "127.0.0.1", 0, files)
+    await server.start()
+    variables = {
+        "LAPS_TLS_CERT": files.certificate,
+        "LAPS_TLS_KEY": files.key,
+        "LAPS_TLS_CA": files.authorities,
+    }
+
+    def probe(environment: dict[str, str]) -> int:
+        command = [sys.executable, str(DEPLOY / "docker/health.py"), str(port), "laps.ready"]
+        return subprocess.run(
+            command, env=os.environ | environment, capture_output=True, check=False
+        ).returncode
+
+    assert await asyncio.to_thread(probe, variables) == 0
+    assert await asyncio.to_thread(probe, {}) == 1
+    await server.stop(None)
