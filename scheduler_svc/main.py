@@ -42,6 +42,10 @@ from scheduler_svc.worker_service import WorkerService
 
 log = structlog.get_logger()
 
+STORE_FULL_SHARE = 0.85
+"""Of the store's memory: above it nothing new is accepted, and what was accepted goes on."""
+MEMORY_INTERVAL_S = 0.5
+
 READINESS_INTERVAL_S = 0.25
 
 SERVICES = (
@@ -76,7 +80,7 @@ class SchedulerServer:
     _store: Store
     _readiness: runtime.Readiness
     leading: asyncio.Task[None]
-    _watching: asyncio.Task[None]
+    _watching: asyncio.Future[Any]
     _close_metrics: Callable[[], None]
 
     async def stop(self, drain_s: float) -> None:
@@ -143,8 +147,19 @@ async def serve(settings: Settings) -> SchedulerServer:
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
     leading = asyncio.create_task(terms.run(), name="leadership")
-    watching = asyncio.create_task(_watch_readiness(terms, readiness), name="readiness")
+    watching = asyncio.ensure_future(asyncio.gather(_watch_readiness(terms, readiness), _watch_memory(terms)))
     return SchedulerServer(port, terms, server, store, readiness, leading, watching, close_metrics)
+
+
+async def _watch_memory(terms: Terms) -> None:
+    """Room must be left for the output of what is accepted: a store that is full refuses that too."""
+    while True:
+        with contextlib.suppress(StoreError):
+            share = await terms.store.memory_share()
+            if (share > STORE_FULL_SHARE) != terms.store_full:
+                terms.store_full = not terms.store_full
+                log.warning("store memory", full=terms.store_full, share=round(share, 3))
+        await asyncio.sleep(MEMORY_INTERVAL_S)
 
 
 async def _watch_readiness(terms: Terms, readiness: runtime.Readiness) -> None:

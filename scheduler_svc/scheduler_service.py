@@ -37,6 +37,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         except errors.InvalidArgument as error:
             await errors.abort(context, error)
         spec = convert.request_spec(request.spec)
+        known = leader.core.get(spec.request_id) or leader.core.retained(spec.request_id)
+        if self._terms.store_full and known is None:
+            message = "the store has no memory for another request"
+            full = errors.ResourceExhausted(message, reason=errors.Reason.STORE_FULL, retry_after_s=2.0)
+            await errors.abort(context, full)
         try:
             accepted, joined = leader.core.submit(spec, leader.now_s(), convert.tenant_quota(request))
         except Refused as refused:

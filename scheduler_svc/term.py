@@ -47,6 +47,8 @@ class Terms:
         self.pool = pool
         self.store = store
         self.leader: Leader | None = None
+        self.store_full = False
+        """The store has no room for another request."""
         self.stopped = ""
         """Why nobody may lead the pool; empty: somebody may."""
         self._stands_by = False

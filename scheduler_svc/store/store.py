@@ -88,6 +88,16 @@ class Store:
             raise StoreError(f"Redis at {connection.place(self._url)} is {version}; 7.0 or later is needed")
         return ServerInfo(str(info.get("valkey_version", version)), await self._warnings(info))
 
+    async def memory_share(self) -> float:
+        """Used share of the memory that the server may take, about 0 to 1; 0: it has no bound.
+
+        Raises:
+            StoreUnavailable: it does not answer.
+        """
+        info = await self.reader.read(self._redis.info("memory"))
+        most_bytes = int(info.get("maxmemory") or 0)
+        return int(info["used_memory"]) / most_bytes if most_bytes else 0.0
+
     async def load_functions(self) -> None:
         await self.reader.read(library.load(self._redis))
 
