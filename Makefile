@@ -40,7 +40,7 @@ test: setup ## Runs the tests
 	@$(BIN)/python -m pytest -n auto --dist loadgroup
 
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
-	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000)
+	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc))
 
 killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5, then checks what everybody saw
 	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) --json bench/results/killloop.json

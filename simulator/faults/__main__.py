@@ -18,6 +18,8 @@ from simulator.faults.world import Outcome, play
 
 LAST_LINES = 60
 """Of a failing seed's trace."""
+TELL_EVERY = 100
+"""Seeds, where there is no terminal for the bar."""
 
 
 def _outcomes(first: int, count: int, jobs: int, parts: Parts) -> Iterator[Outcome]:
@@ -83,6 +85,9 @@ def main(seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutan
                 failed.append(outcome.seed)
                 _tell_failure(console, outcome.seed, parts, mutant or "")
             progress.update(task, advance=1, description=f"seeds, {len(failed)} failed")
+            done = outcome.seed - start + 1
+            if done % TELL_EVERY == 0 and not progress.console.is_terminal:
+                print(f"{done} of {seeds} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
     console.print(_summary(counts, seeds, time.perf_counter() - began_s, virtual_s))
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(map(str, failed[:50]))}", style="bold red")

@@ -37,6 +37,8 @@ class Life:
     client_gone_s: float | None = None
     """Since when nobody wants it any more and the gateway could know."""
     grace_s: float = 0.0
+    former_tokens: int = 0
+    """Of a forgotten request of the same id and body: what its clients have read stays right."""
     cancels: bool = True
     """Whether a lost client ends it."""
 
@@ -162,6 +164,7 @@ class History:
             max_tokens,
             self._now_s(),
             grace_s=float(stored["disconnect_grace_s"]),
+            former_tokens=0 if known is None else max(known.former_tokens, known.stored_tokens),
             cancels=stored["cancel_on_disconnect"] == "1",
         )
 
