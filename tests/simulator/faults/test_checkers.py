@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import pytest
 
+from simulator.faults.knobs import Knobs, knobs_of
 from simulator.faults.parts import MUTANTS
 from simulator.faults.world import play
 
@@ -21,17 +25,29 @@ EXPECTED = {
 }
 
 
+def seeds_for(name: str) -> Iterable[int]:
+    """The first seeds; where only workers and gateways can know what is lost, the first such seeds."""
+    if name != "no peer is asked what it has seen":
+        return range(SEEDS)
+    return itertools.islice((seed for seed in itertools.count() if only_peers_know(knobs_of(seed))), 6)
+
+
+def only_peers_know(knobs: Knobs) -> bool:
+    all_die = knobs.at_once == "schedulers" or (knobs.at_once == "leader" and knobs.schedulers == 1)
+    return knobs.ending == "rollback" and all_die
+
+
 def test_every_mutant_is_expected_to_be_found() -> None:
     assert EXPECTED.keys() == MUTANTS.keys()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_missing_safeguard_is_noticed(name: str) -> None:
-    for seed in range(SEEDS):
+    for seed in seeds_for(name):
         violation = play(seed, parts=MUTANTS[name]).violation
         if violation:
             assert any(words in violation for words in EXPECTED[name]), violation
             # It is the safeguard and nothing else: with it the seed passes.
             assert not play(seed).violation
             return
-    pytest.fail(f"{SEEDS} seeds did not notice: {name}")
+    pytest.fail(f"no seed noticed: {name}")
