@@ -35,6 +35,7 @@ class Steps:
     rows_of: Counter[str] = field(default_factory=Counter)
     drafted_of: Counter[str] = field(default_factory=Counter)
     accepted_of: Counter[str] = field(default_factory=Counter)
+    # Of the expected step time, signed, as a share of the measured one.
     errors: list[float] = field(default_factory=list)
 
 
@@ -76,7 +77,7 @@ class Ours:
 
     def __init__(self, pair: ModelPair, tokens: int, slots: int, **config: Any) -> None:
         self._stopping = StoppingConfig(max_tokens=tokens, ignore_eos=True)
-        self.engine = Engine(pair, EngineConfig(slots=slots, spare_slots=0, **config))
+        self.engine = Engine(pair, EngineConfig(slots=slots, spare_slots=0, prefix_sharing=False, **config))
         self.engine.calibrate()
         self.steps: dict[tuple[str, int], Steps] = defaultdict(Steps)
 
@@ -104,7 +105,7 @@ class Ours:
                 told.drafted_of[drafter.value] += drafted
                 told.accepted_of[drafter.value] += accepted
             if result.expected_s is not None and result.prefill_s == 0:
-                told.errors.append(abs(result.expected_s / result.step_s - 1))
+                told.errors.append(result.expected_s / result.step_s - 1)
         return Run(time.perf_counter() - began, outputs)
 
 

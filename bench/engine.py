@@ -1,10 +1,12 @@
 """Tokens per second of the engine beside transformers, in one run, on one thread, in fp32, greedy.
 
-    OMP_WAIT_POLICY=PASSIVE python bench/engine.py --json .bench/engine.json
+    OMP_WAIT_POLICY=PASSIVE python bench/engine.py --json
 
 Contenders take turns, round after round, and each is judged by its fastest round, so that a busy machine
 troubles all alike; only the ratios of one run mean anything. All outputs are compared: a contender that
-decodes other tokens than transformers' generate is marked.
+decodes other tokens than transformers' generate is marked. After the race: how well step times are foreseen,
+what preemption costs, how long others wait for a long prompt, what a shared prefix saves, and what is left in
+memory. With `--json` all of it goes to bench/results/engine.json, or to the file named.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ from typing import Any
 
 import torch
 from _contenders import Ours, contenders
+from _engine_probes import leftovers, sharing, stalls, switching
 
-from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StoppingConfig, load_pair
+from worker_svc.engine import ModelPair, load_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_ONLY = "engine, target only"
 ADAPTIVE = "engine, adaptive"
+RESULTS = ROOT / "bench/results/engine.json"
 
 
 def read_prompts(path: Path, pair: ModelPair, kinds: int, longest: int) -> dict[str, list[list[int]]]:
@@ -100,7 +104,7 @@ def speculation(contender: Ours) -> list[dict[str, Any]]:
                 "acceptance": told.accepted / told.drafted if told.drafted else None,
                 "drafted_per_step": told.drafted / told.rows,
                 "tokens_per_step": 1 + told.accepted / told.rows,
-                "median_step_time_error": statistics.median(told.errors) if told.errors else None,
+                "median_step_time_error": statistics.median(map(abs, told.errors)) if told.errors else None,
                 "drafters": {
                     drafter: {
                         "share": told.rows_of[drafter] / told.rows,
@@ -142,44 +146,57 @@ def print_drafters(rows: list[dict[str, Any]]) -> None:
         print()
 
 
-def switching(pair: ModelPair, held_tokens: int) -> dict[str, float]:
-    """Milliseconds of a step, and of preempting one request and resuming another, in slots and from host
-    memory.
-    """
-    result = {}
-    for place, spare in (("slot", 8), ("host", 0)):
-        engine = Engine(pair, EngineConfig(slots=4, spare_slots=spare, draft_tokens=0))
-        prompt = [3 + index % 97 for index in range(held_tokens)]
-        outputs: dict[str, list[int]] = {str(index): [] for index in range(5)}
-        stopping = StoppingConfig(max_tokens=200, ignore_eos=True)
+def step_time_errors(contender: Ours) -> dict[int, dict[str, float]]:
+    """By batch: median of |expected / measured - 1| over steps without prefill, and of the signed error."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for (_, batch), told in contender.steps.items():
+        found[batch] += told.errors
+    return {
+        batch: {
+            "steps": len(errors),
+            "median_absolute": statistics.median(map(abs, errors)),
+            "median_signed": statistics.median(errors),
+        }
+        for batch, errors in sorted(found.items())
+        if errors
+    }
 
-        def step(engine: Engine = engine, outputs: dict[str, list[int]] = outputs) -> Any:
-            result = engine.step()
-            for row, name in enumerate(result.request_ids):
-                outputs[name] += result.tokens_of(row)
-            return result
 
-        for name in list(outputs)[:4]:
-            engine.add(EngineRequest(name, prompt, stopping=stopping))
-        step()
-        engine.preempt("0")
-        engine.add(EngineRequest("4", prompt, stopping=stopping))
-        step()
-        times, steps, out = [], [], "0"
-        for _ in range(20):
-            steps.append(step().step_s)
-            began = time.perf_counter()
-            name = engine.running[0]
-            engine.preempt(name)
-            engine.add(EngineRequest(out, prompt, tuple(outputs[out]), stopping=stopping))
-            outside = time.perf_counter() - began
-            # What the engine moved inside its step counts, what the caller waited outside counts too.
-            told = step()
-            times.append(max(outside, told.switch_s))
-            out = name
-        result[f"step_ms ({place})"] = statistics.median(steps) * 1e3
-        result[f"switch_ms ({place})"] = statistics.median(times) * 1e3
-    return result
+def print_probes(report: dict[str, Any]) -> None:
+    print("\nstep time, expected against measured (median): ", end="")
+    print(
+        ", ".join(
+            f"batch {batch} off by {row['median_absolute']:.1%} (bias {row['median_signed']:+.1%})"
+            for batch, row in report["step_time_errors"].items()
+        )
+    )
+    switch = report["switching"]
+    print("preempting one request and resuming another, 256 tokens held:")
+    for place in ("resident", "swapped"):
+        print(
+            f"  {place}: {switch[f'switch_ms_{place}']:.2f} ms, "
+            f"{switch[f'steps_per_switch_{place}']:.2f} of a step of {switch[f'step_ms_{place}']:.2f}"
+        )
+    print("gaps between tokens of running requests while a long prompt arrives (p99):")
+    for row in report["stalls"]:
+        print(
+            f"  {row['batch']} running, {row['prompt_tokens']} tokens: {row['itl_p99_ms_without']:.1f} ms "
+            f"without, {row['itl_p99_ms_with']:.1f} with: x {row['ratio']:.2f}; "
+            f"first token after {row['time_to_first_token_s']:.2f} s"
+        )
+    shared = report["sharing"]
+    print(
+        f"first token of {shared['prompt_tokens']} tokens: {shared['alone_ms']:.0f} ms alone, "
+        f"{shared['shared_ms']:.0f} ms with {shared['cached_tokens']} of them shared"
+    )
+    left = report["memory"]
+    print(
+        f"{left['requests']} requests through 8 slots: {left['kv_tokens_of_requests']} tokens of KV and "
+        f"{left['kv_host_bytes']} bytes in the host are left of them, {left['kv_tokens_kept_for_sharing']} "
+        f"tokens kept for sharing, {left['kv_bytes_when_let_go']} bytes when these are let go; "
+        f"at most {left['most_kv_bytes'] / 2**20:.1f} MiB of KV"
+    )
+    print(f"peak RSS {report['peak_rss_mib']:.0f} MiB")
 
 
 def main() -> None:
@@ -194,27 +211,35 @@ def main() -> None:
     parser.add_argument(
         "--draft-tokens", type=int, default=6, help="upper bound of the adaptive draft length"
     )
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=RESULTS, help=f"write all figures to this file ({RESULTS.name})"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    began = time.perf_counter()
     pair = load_pair(options.target, options.draft)
     prompts = read_prompts(options.prompts, pair, options.kinds, pair.context_tokens - options.tokens - 16)
     found = contenders(pair, options.tokens, max(options.batches), options.draft_tokens)
     table = race(found, prompts, options.batches, options.rounds, options.tokens)
+    report: dict[str, Any] = {
+        "race": table,
+        "speculation": speculation(found[ADAPTIVE]),
+        "step_time_errors": step_time_errors(found[ADAPTIVE]),
+        "switching": switching(pair, prompts),
+        "stalls": stalls(
+            pair, prompts, [min(size, 8) for size in options.batches if size < 16], options.rounds
+        ),
+        "sharing": sharing(pair, prompts),
+        "memory": leftovers(pair, prompts),
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "seconds": time.perf_counter() - began,
+    }
     print_race(table)
-    spoken = speculation(found[ADAPTIVE])
-    print_speculation(spoken)
-    print_drafters(spoken)
-    switches = switching(pair, 256)
-    print(
-        "\nswitching at 256 tokens held: "
-        + ", ".join(f"{key} {value:.2f}" for key, value in switches.items())
-    )
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak RSS {peak_mib:.0f} MiB")
+    print_speculation(report["speculation"])
+    print_drafters(report["speculation"])
+    print_probes(report)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"race": table, "speculation": spoken, "switching": switches, "peak_rss_mib": peak_mib}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -128,6 +128,7 @@ def step_report(worker_id: str, report: worker_pb2.StepReport) -> StepReport:
         costs=step_costs(timings.costs) if timings.HasField("costs") else None,
         kv_used_tokens=report.kv_used_tokens,
         kv_capacity_tokens=report.kv_capacity_tokens,
+        cached_tokens=dict(report.cached_tokens),
     )
 
 
@@ -158,6 +159,7 @@ def grant(decided: Grant, output_crc32: int, traceparent: str = "") -> worker_pb
         has_context=decided.has_context,
         draft_tokens=decided.draft_tokens,
         traceparent=traceparent,
+        run_order=_run_order(request),
     )
     json_format.ParseDict(params.get("sampling", {}), message.sampling)
     message.stopping.CopyFrom(stopping_params(request.spec))
@@ -172,7 +174,12 @@ def revoke(decided: Revoke) -> worker_pb2.LeaseRevoke:
         lease_id=decided.lease_id,
         request_id=decided.request_id,
         reason=REVOKE_TO_PROTO[decided.reason],
+        run_order=_run_order(decided.request) if decided.request is not None else None,
     )
+
+
+def _run_order(request: Request) -> worker_pb2.RunOrder:
+    return worker_pb2.RunOrder(priority=request.spec.priority, level=request.level, rank=request.rank)
 
 
 def complete(request: Request) -> generation_pb2.Complete:

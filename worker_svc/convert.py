@@ -59,9 +59,16 @@ def engine_request(grant: worker_pb2.LeaseGrant) -> EngineRequest:
     )
 
 
-def resumed(request: EngineRequest, output: Sequence[int], draft_tokens: int) -> EngineRequest:
+def resumed(
+    request: EngineRequest, output: Sequence[int], draft_tokens: int, run_order: tuple[float, ...]
+) -> EngineRequest:
     """The same request, to go on after `output`."""
-    return replace(request, output_token_ids=output, draft_tokens=draft_tokens)
+    return replace(request, output_token_ids=output, draft_tokens=draft_tokens, run_order=run_order)
+
+
+def run_order(order: worker_pb2.RunOrder) -> tuple[float, ...]:
+    """Lower runs earlier."""
+    return (-float(order.priority), float(order.level), order.rank)
 
 
 def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.StepReport:
@@ -83,6 +90,7 @@ def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.Step
             switch_s=result.switch_s,
         ),
         kv_used_tokens=result.kv.tokens,
+        cached_tokens=result.cached_tokens,
     )
     for row, finish in enumerate(result.finish):
         if finish is not None:

@@ -194,7 +194,10 @@ class EngineDriver:
         for revoke in update.revokes:
             lease = self._leases.get(revoke.request_id)
             if lease is not None and revoke.lease_id in (0, lease.lease_id):
-                self._leave_slot(revoke.request_id)
+                known_order = revoke.HasField("run_order")
+                self._leave_slot(
+                    revoke.request_id, convert.run_order(revoke.run_order) if known_order else None
+                )
             if revoke.reason == worker_pb2.REVOKE_REASON_ENDED:
                 self._forget(revoke.request_id)
             if revoke.lease_id:
@@ -214,7 +217,8 @@ class EngineDriver:
         # This engine may be ahead of what was stored: the stored part is what counts.
         del known.output[grant.output_tokens :]
         try:
-            self.engine.add(convert.resumed(known.request, known.output, grant.draft_tokens))
+            order = convert.run_order(grant.run_order)
+            self.engine.add(convert.resumed(known.request, known.output, grant.draft_tokens, order))
         except Exception as error:  # a bad request must not take the others along
             log.exception("request refused by the engine", request_id=request_id)
             self._errors.append((grant.lease_id, f"{type(error).__name__}: {error}"))
@@ -238,11 +242,11 @@ class EngineDriver:
             return False
         return zlib.crc32(known.output[: grant.output_tokens].tobytes()) == grant.output_crc32
 
-    def _leave_slot(self, request_id: str) -> None:
+    def _leave_slot(self, request_id: str, run_order: tuple[float, ...] | None = None) -> None:
         trace = self._leases.pop(request_id).trace
         log.info("lease ends", request_id=request_id, because="taken back", **trace.field)
         trace.end("taken back")
-        self.engine.preempt(request_id)
+        self.engine.preempt(request_id, run_order)
 
     def _forget(self, request_id: str) -> None:
         self.engine.drop(request_id)
@@ -275,8 +279,7 @@ class EngineDriver:
             measured_s = result.switch_s / result.switched
             self._switch_s += SWITCH_SMOOTHING * (measured_s - self._switch_s)
         report.timings.costs.CopyFrom(convert.step_costs(self.engine.costs, self._switch_s))
-        config = self.engine.config
-        report.kv_capacity_tokens = (config.slots + config.spare_slots) * self.engine.context_tokens
+        report.kv_capacity_tokens = self.engine.kv_capacity_tokens
         self._report(report)
 
     def _trace(self, result: StepResult) -> None:

@@ -297,6 +297,7 @@ class LeaseGrant(_message.Message):
     STOPPING_FIELD_NUMBER: _builtins.int
     DRAFT_TOKENS_FIELD_NUMBER: _builtins.int
     TRACEPARENT_FIELD_NUMBER: _builtins.int
+    RUN_ORDER_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     """Never used twice in a pool."""
     request_id: _builtins.str
@@ -311,13 +312,15 @@ class LeaseGrant(_message.Message):
     prompt_token_ids: _builtins.bytes
     output_token_ids: _builtins.bytes
     draft_tokens: _builtins.int
-    """Tokens to draft per step at most."""
+    """Tokens that the draft model drafts per step at most; 0 is no speculation at all."""
     traceparent: _builtins.str
     """W3C trace context below which the worker's spans of this lease belong; empty: none."""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     @_builtins.property
     def stopping(self) -> _generation_pb2.StoppingParams: ...
+    @_builtins.property
+    def run_order(self) -> Global___RunOrder: ...
     def __init__(
         self,
         *,
@@ -333,14 +336,44 @@ class LeaseGrant(_message.Message):
         stopping: _generation_pb2.StoppingParams | None = ...,
         draft_tokens: _builtins.int = ...,
         traceparent: _builtins.str = ...,
+        run_order: Global___RunOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run_order", b"run_order", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_tokens", b"draft_tokens", "has_context", b"has_context", "lease_id", b"lease_id", "output_crc32", b"output_crc32", "output_token_ids", b"output_token_ids", "output_tokens", b"output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_tokens", b"draft_tokens", "has_context", b"has_context", "lease_id", b"lease_id", "output_crc32", b"output_crc32", "output_token_ids", b"output_token_ids", "output_tokens", b"output_tokens", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "run_order", b"run_order", "sampling", b"sampling", "slot", b"slot", "stopping", b"stopping", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LeaseGrant: _TypeAlias = LeaseGrant  # noqa: Y015
+
+@_typing.final
+class RunOrder(_message.Message):
+    """Where a request stands among those of its pool: a higher priority runs earlier, then a lower level, then a
+    lower rank. Where memory is short, the KV cache of those that would run last goes first.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    priority: _builtins.int
+    level: _builtins.int
+    rank: _builtins.float
+    def __init__(
+        self,
+        *,
+        priority: _builtins.int = ...,
+        level: _builtins.int = ...,
+        rank: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["level", b"level", "priority", b"priority", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunOrder: _TypeAlias = RunOrder  # noqa: Y015
 
 @_typing.final
 class LeaseRevoke(_message.Message):
@@ -349,20 +382,26 @@ class LeaseRevoke(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    RUN_ORDER_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.int
     """0 for REVOKE_REASON_ENDED of a request that holds no slot."""
     request_id: _builtins.str
     reason: Global___RevokeReason.ValueType
+    @_builtins.property
+    def run_order(self) -> Global___RunOrder:
+        """Of a preempted request."""
+
     def __init__(
         self,
         *,
         lease_id: _builtins.int = ...,
         request_id: _builtins.str = ...,
         reason: Global___RevokeReason.ValueType = ...,
+        run_order: Global___RunOrder | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run_order", b"run_order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "reason", b"reason", "request_id", b"request_id", "run_order", b"run_order"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,6 +483,26 @@ class StepReport(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class CachedTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     LEASE_IDS_FIELD_NUMBER: _builtins.int
@@ -461,6 +520,7 @@ class StepReport(_message.Message):
     KV_USED_TOKENS_FIELD_NUMBER: _builtins.int
     KV_CAPACITY_TOKENS_FIELD_NUMBER: _builtins.int
     EVICTED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step: _builtins.int
     """Counts the worker's reports in this session from 1."""
@@ -503,6 +563,12 @@ class StepReport(_message.Message):
     def timings(self) -> Global___StepTimings: ...
     @_builtins.property
     def evicted_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def cached_tokens(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """Prompt tokens whose KV cache was there already, in the step that emits a request's first tokens; keyed by
+        row index, rows without any left out.
+        """
+
     def __init__(
         self,
         *,
@@ -523,10 +589,11 @@ class StepReport(_message.Message):
         kv_used_tokens: _builtins.int = ...,
         kv_capacity_tokens: _builtins.int = ...,
         evicted_request_ids: _abc.Iterable[_builtins.str] | None = ...,
+        cached_tokens: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_counts", b"accepted_counts", "drafted_counts", b"drafted_counts", "emitted_counts", b"emitted_counts", "epoch", b"epoch", "errors", b"errors", "evicted_request_ids", b"evicted_request_ids", "finishes", b"finishes", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "lease_ids", b"lease_ids", "logprobs", b"logprobs", "missing_lease_ids", b"missing_lease_ids", "offsets", b"offsets", "released_lease_ids", b"released_lease_ids", "step", b"step", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_counts", b"accepted_counts", "cached_tokens", b"cached_tokens", "drafted_counts", b"drafted_counts", "emitted_counts", b"emitted_counts", "epoch", b"epoch", "errors", b"errors", "evicted_request_ids", b"evicted_request_ids", "finishes", b"finishes", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_used_tokens", b"kv_used_tokens", "lease_ids", b"lease_ids", "logprobs", b"logprobs", "missing_lease_ids", b"missing_lease_ids", "offsets", b"offsets", "released_lease_ids", b"released_lease_ids", "step", b"step", "timings", b"timings", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

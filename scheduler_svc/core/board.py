@@ -149,7 +149,7 @@ class Board:
         victim.preempted_because = because
         self.releasing[victim.lease_id] = now_s + self._lease_duration_s
         self.ledger.revoke(
-            Revoke(worker.worker_id, victim.lease_id, victim.request_id, RevokeReason.PREEMPTED)
+            Revoke(worker.worker_id, victim.lease_id, victim.request_id, RevokeReason.PREEMPTED, victim)
         )
         self.ledger.changed(victim)
         self.ledger.event("preempted", victim, detail=because)

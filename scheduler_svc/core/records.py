@@ -260,6 +260,8 @@ class StepReport:
     costs: StepCosts | None = None
     kv_used_tokens: int = 0
     kv_capacity_tokens: int = 0
+    cached_tokens: dict[int, int] = field(default_factory=dict)
+    """By row: prompt tokens whose KV cache was there already, in a request's first row."""
 
 
 # --- Decisions ---------------------------------------------------------------------------
@@ -282,6 +284,8 @@ class Revoke:
     lease_id: int
     request_id: str
     reason: RevokeReason
+    request: Request | None = None
+    """The preempted request, whose place in the order of running goes along."""
 
 
 # --- What must be stored -------------------------------------------------------------------

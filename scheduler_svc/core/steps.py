@@ -194,6 +194,7 @@ def _apply_rows(
             output += tokens[begin_byte:end_byte]
             if request.first_token_s is None:
                 request.first_token_s = now_s
+                request.cached_tokens = min(report.cached_tokens.get(row, 0), request.spec.prompt_tokens)
             request.last_token_s = now_s
             if row in logprobs:
                 board.ledger.append_with_logprobs(request, offset, logprobs[row])

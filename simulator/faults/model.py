@@ -73,6 +73,7 @@ class FakeEngine:
             draft_s=DRAFT_TOKEN_S, verify_s=VERIFY_S, other_s=0.0, prefill_s_per_token=0.0001
         )
         self.context_tokens = CONTEXT_TOKENS
+        self.kv_capacity_tokens = (slots + spare_slots) * CONTEXT_TOKENS
         self._keeps = slots + spare_slots + host_rows
         self._rows: OrderedDict[str, _Row] = OrderedDict()
         self._running: dict[str, _Row] = {}
@@ -96,7 +97,7 @@ class FakeEngine:
         while len(self._rows) > self._keeps:
             del self._rows[next(name for name in self._rows if name not in self._running)]
 
-    def preempt(self, request_id: str) -> None:
+    def preempt(self, request_id: str, run_order: tuple[float, ...] | None = None) -> None:
         del self._running[request_id]
 
     def drop(self, request_id: str) -> None:

@@ -34,6 +34,8 @@ class FakeEngine:
     refuse: set[str] = field(default_factory=set)
     config: EngineConfig = field(default_factory=EngineConfig)
     context_tokens: int = 64
+    kv_capacity_tokens: int = 1024
+    orders: dict[str, tuple[float, ...]] = field(default_factory=dict)
     costs: Any = field(
         default_factory=lambda: SimpleNamespace(
             draft_s=0.0, verify_s=0.0, other_s=0.0, prefill_s_per_token=0.0
@@ -46,8 +48,10 @@ class FakeEngine:
         self.held[request.request_id] = list(request.output_token_ids)
         self.most[request.request_id] = request.stopping.max_tokens or 0
         self.running.append(request.request_id)
+        self.orders[request.request_id] = request.run_order
 
-    def preempt(self, request_id: str) -> None:
+    def preempt(self, request_id: str, run_order: tuple[float, ...] | None = None) -> None:
+        self.orders[request_id] = run_order or self.orders[request_id]
         self.running.remove(request_id)
 
     def drop(self, request_id: str) -> None:
@@ -79,6 +83,7 @@ class FakeEngine:
             finish=finish,
             matched_stop=(None,) * len(names),
             logprobs=(None,) * len(names),
+            cached_tokens={row: 7 for row, offset in enumerate(offsets) if offset == 0},
         )
 
 
@@ -247,3 +252,25 @@ def test_leases_end_by_themselves(house: House) -> None:
     house.driver.post(update)
     house.next()
     assert list(house.next().released_lease_ids) == [7]
+
+
+def test_the_order_of_running_reaches_the_engine_and_cached_tokens_the_scheduler(house: House) -> None:
+    def order(priority: int, level: int, rank: float) -> Any:
+        return worker_pb2.RunOrder(priority=priority, level=level, rank=rank)
+
+    house.open()
+    first, second = full(7, "a", [], 50), full(8, "b", [], 50)
+    first.run_order.CopyFrom(order(0, 2, 1.5))
+    second.run_order.CopyFrom(order(3, 0, 9.0))
+    house.update(credit=1, grants=[first, second])
+    assert dict(house.next().cached_tokens) == {0: 7, 1: 7}
+    assert house.engine.orders["b"] < house.engine.orders["a"]
+    revoke = worker_pb2.LeaseRevoke(
+        lease_id=8, request_id="b", reason=worker_pb2.REVOKE_REASON_PREEMPTED, run_order=order(0, 3, 0.0)
+    )
+    house.update(acknowledged=1, credit=1, revokes=[revoke])
+    report = house.next()
+    while not report.lease_ids:
+        report = house.next()
+    assert dict(report.cached_tokens) == {}
+    assert house.engine.orders["b"] > house.engine.orders["a"]

@@ -1,8 +1,12 @@
-"""The KV cache of one model: preallocated by slot, with a length per slot that the caller keeps.
+"""The KV cache of one model: a row of positions for each slot, with a length that the caller keeps.
 
 All layers of one shape share a tensor [layers, slots, capacity, elements], in which the tokens of a slot lie
 together in each layer: moving a slot, or taking it to the host, is one copy, and rejecting tokens is only a
 smaller length. What lies behind a slot's length is rubbish that is overwritten before any query may see it.
+
+No slot reserves its longest context. On a CPU the whole range is addresses, which become memory page by page
+where something is written, and are given back when the slot is emptied. A GPU has no such pages for a tensor,
+so there the capacity of all slots grows with the longest.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .memory import HAS_LAZY_PAGES, LazyTensor
 from .transfers import upload
 
 
@@ -35,12 +40,19 @@ class LayerShape:
         return self.heads * (self.key_dim + self.value_dim)
 
 
-class SlotCache:
-    """KV of all layers for a fixed number of slots; capacity grows in blocks, shared by all slots.
+def lazy_memory(layers: Sequence[LayerShape], device: torch.device) -> bool:
+    """Whether the memory of these layers can follow what is written: where all of them are on the CPU."""
+    return HAS_LAZY_PAGES and all((shape.device or device).type == "cpu" for shape in layers)
 
-    limit_tokens: capacity never exceeds this; the caller checks its requests against it. states[i] is layer
-    i's view [slots, capacity, elements], keys of all heads before values; keys[i] and values[i] are [slots,
-    capacity, heads, dim].
+
+class SlotCache:
+    """KV of all layers for a fixed number of slots.
+
+    limit_tokens: positions of a slot at most; the caller checks its requests against it. block_tokens: where
+    capacity has to grow, it does so in blocks, doubling. lazy: whether memory follows what is written, or
+    what is allocated (None: as the device allows). written[i]: positions of slot i that were written since it
+    was last emptied. states[i] is layer i's view [slots, capacity, elements], keys of all heads before values;
+    keys[i] and values[i] are [slots, capacity, heads, dim].
     """
 
     def __init__(
@@ -51,7 +63,10 @@ class SlotCache:
         block_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        lazy: bool | None = None,
     ) -> None:
+        self.lazy = lazy_memory(layers, device) if lazy is None else lazy
+        self.written = [0] * slots
         self.shapes = tuple(layers)
         self.slots = slots
         self.limit_tokens = limit_tokens
@@ -64,11 +79,18 @@ class SlotCache:
         self.values: list[Tensor] = []
         self.bytes_per_token = sum(shape.elements for shape in layers) * dtype.itemsize
         self._groups: dict[LayerShape, Tensor] = {}
-        self._allocate(min(block_tokens, limit_tokens))
+        self._pages: list[LazyTensor] = []
+        self._allocate(limit_tokens if self.lazy else min(block_tokens, limit_tokens))
 
     @property
     def allocated_bytes(self) -> int:
-        return self.slots * self.capacity_tokens * self.bytes_per_token
+        """Bytes that the slots take up now."""
+        tokens = sum(self.written) if self.lazy else self.slots * self.capacity_tokens
+        return tokens * self.bytes_per_token
+
+    def bytes_needed(self, longest_tokens: int, slots: int) -> int:
+        """Bytes for `slots` slots in use, of which the longest holds so many tokens."""
+        return (slots if self.lazy else self.slots) * longest_tokens * self.bytes_per_token
 
     def reserve(self, tokens: int) -> None:
         """Makes sure that every slot can hold `tokens`; doubles the capacity, so that growth is rare."""
@@ -80,9 +102,23 @@ class SlotCache:
         blocks = -(-wanted // self.block_tokens)
         self._allocate(min(blocks * self.block_tokens, self.limit_tokens))
 
+    def trim(self, slot: int, tokens: int) -> None:
+        """Gives back the memory behind the first `tokens` of a slot, where memory follows what is written."""
+        excess = self.written[slot] - tokens
+        if excess <= 0:
+            return
+        self.written[slot] = tokens
+        if self.lazy:
+            for pages, tensor in zip(self._pages, self._groups.values(), strict=True):
+                layer, row, token = tensor.stride()[:3]
+                for index in range(tensor.shape[0]):
+                    pages.release(index * layer + slot * row + tokens * token, excess * token)
+
     def shrink(self) -> None:
-        """Returns to one block; for when no slot holds anything."""
-        if self.capacity_tokens > self.block_tokens:
+        """Gives back all memory but one block; for when no slot holds anything."""
+        for slot in range(self.slots):
+            self.trim(slot, 0)
+        if not self.lazy and self.capacity_tokens > self.block_tokens:
             self._groups, self.capacity_tokens = {}, 0
             self._allocate(min(self.block_tokens, self.limit_tokens))
 
@@ -90,11 +126,12 @@ class SlotCache:
         grown = {}
         for shape in dict.fromkeys(self.shapes):
             # Zeros, not rubbish: a masked NaN would still poison the weighted sum of an attention kernel.
-            tensor = torch.zeros(
-                (self.shapes.count(shape), self.slots, capacity, shape.elements),
-                dtype=self.dtype,
-                device=shape.device or self.device,
-            )
+            size = (self.shapes.count(shape), self.slots, capacity, shape.elements)
+            if self.lazy:
+                self._pages.append(LazyTensor(size, self.dtype))
+                tensor = self._pages[-1].tensor
+            else:
+                tensor = torch.zeros(size, dtype=self.dtype, device=shape.device or self.device)
             if shape in self._groups:
                 tensor[:, :, : self.capacity_tokens] = self._groups[shape]
             grown[shape] = tensor
@@ -110,11 +147,13 @@ class SlotCache:
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies the first `tokens` of one slot over another."""
+        self.written[target] = max(self.written[target], tokens)
         for tensor in self._groups.values():
             tensor[:, target, :tokens] = tensor[:, source, :tokens]
 
     def swap(self, first: int, second: int, tokens: int) -> None:
         """Exchanges the first `tokens` of two slots."""
+        self.written[first] = self.written[second] = max(self.written[first], self.written[second], tokens)
         for tensor in self._groups.values():
             held = tensor[:, first, :tokens].clone()
             tensor[:, first, :tokens] = tensor[:, second, :tokens]
@@ -135,6 +174,7 @@ class SlotCache:
     def put_back(self, slot: int, parts: Sequence[Tensor], tokens: int) -> None:
         """Fills a slot from what `take_out` gave."""
         self.reserve(tokens)
+        self.written[slot] = max(self.written[slot], tokens)
         for tensor, part in zip(self._groups.values(), parts, strict=True):
             tensor[:, slot, :tokens].copy_(part[:, :tokens], non_blocking=True)
 
@@ -153,6 +193,9 @@ class SlotWindow:
         self.starts = starts
         self.reach = max(starts) + queries
         cache.reserve(self.reach)
+        for slot, start in enumerate(starts, start=first):
+            if start + queries > cache.written[slot]:
+                cache.written[slot] = start + queries
         device = cache.device
         # Layers may lie on several devices, each of which needs the index.
         self._index_on: dict[torch.device, Tensor] = {}

@@ -26,10 +26,14 @@ class EngineConfig:
       works without a draft model too.
     - lookup_tokens: upper bound of looked up tokens a step. They cost no model, so more of them may pay than
       of the draft model's; a request whose own bound is 0 looks nothing up.
-    - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it the oldest
-      are dropped.
-    - kv_limit_bytes: bound of the device's KV cache; a context that cannot fit is refused at construction.
-    - kv_block_tokens: the cache grows in blocks of so many positions, doubling.
+    - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it those that
+      would run last are dropped.
+    - kv_limit_bytes: bound of the KV in slots; None takes four fifths of what the device has free when the
+      engine is built. Where requests that run grow beyond it, those that come last wait in host memory. A
+      context that cannot fit alone is refused.
+    - kv_block_tokens: on a GPU the cache grows in blocks of so many positions, doubling.
+    - prefix_sharing: take the KV of a prompt's beginning from another request that has it, finished ones
+      included as long as their slots are not needed.
     - prefill_tokens: prompt tokens computed in one step at most, so that long prompts do not stall running
       requests.
     - threads: torch threads of this process. With more than one set OMP_WAIT_POLICY=PASSIVE, or waiting
@@ -50,6 +54,7 @@ class EngineConfig:
     host_cache_bytes: int = 1 << 30
     kv_limit_bytes: int | None = None
     kv_block_tokens: int = 256
+    prefix_sharing: bool = True
     prefill_tokens: int = 512
     threads: int = 1
     adaptive: bool = True
@@ -149,7 +154,8 @@ class EngineRequest:
     """A request to start, or to resume with the output tokens that it already has.
 
     draft_tokens: upper bound of tokens that the draft model drafts a step for this request; None takes the
-    engine's; 0 is no speculation at all, not by lookup either.
+    engine's; 0 is no speculation at all, not by lookup either. run_order: requests with lower ones would be
+    run earlier; where memory is short, the KV of the highest goes first.
     """
 
     request_id: str
@@ -158,6 +164,7 @@ class EngineRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stopping: StoppingConfig = field(default_factory=StoppingConfig)
     draft_tokens: int | None = None
+    run_order: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.request_id:

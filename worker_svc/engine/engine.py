@@ -20,12 +20,13 @@ import torch
 from .acceptance import AcceptanceEstimate
 from .adaptive import Drafter, RowPlan
 from .admission import checked_tokens, new_row
-from .cache import SlotCache
+from .budget import MARGIN_TOKENS, KvBudget, fitting_context
+from .cache import LayerShape, SlotCache, lazy_memory
 from .calibration import calibrate
 from .config import MAX_DRAFT_TOKENS, EngineConfig, EngineRequest
 from .costs import StepCosts
 from .decoding import Decoded, Decoder
-from .errors import EngineError, InvalidRequestError, ModelError, NoFreeSlotError, UnknownRequestError
+from .errors import EngineError, InvalidRequestError, NoFreeSlotError, UnknownRequestError
 from .forward import Runner, layer_shapes
 from .loading import ModelPair
 from .lookup import shared_priors
@@ -35,15 +36,12 @@ from .prefill import Prefiller
 from .results import FinishReason, KvUsage, StepColumns, StepResult
 from .rows import TARGET, Row
 from .runners import make_runner
-from .slots import Residency
+from .slots import Residency, common_prefix
 from .transfers import upload
 
-_MIN_CONTEXT_TOKENS = 16
 # Prefill may take so much of the time that a step without it takes, while others decode: less than once, so
 # that with what the estimates miss the gap between two tokens does not double.
 _PREFILL_SHARE = 0.7
-# Padding of short drafts may be written this far behind a row that is at the end of its context.
-_MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
 
 
 class Engine:
@@ -59,19 +57,26 @@ class Engine:
         self.pair = pair
         self.config = config or EngineConfig()
         torch.set_num_threads(self.config.threads)
-        self.context_tokens = self._context_tokens()
+        models = [pair.target] if pair.draft is None else [pair.target, pair.draft]
+        shapes = [layer_shapes(model) for model in models]
+        elements = sum(shape.elements for layers in shapes for shape in layers)
+        lazy = all(lazy_memory(layers, pair.device) for layers in shapes)
+        self.context_tokens, limit_bytes = fitting_context(
+            self.config, pair.context_tokens, elements * pair.dtype.itemsize, lazy, pair.device
+        )
         if pair.group is not None:
             # The others know nothing of the draft, which may bear less.
             self.context_tokens = pair.group.agree(self.context_tokens)
-        runners: list[Runner] = [self._runner(pair.target)]
+        runners = [self._runner(model, layers) for model, layers in zip(models, shapes, strict=True)]
         if pair.group is not None and pair.group.rank == 0:
-            runners = [LeadRunner(runners[0], pair.group)]
-        if pair.draft is not None:
-            runners.append(self._runner(pair.draft))
-        self._check_budget([runner.cache for runner in runners])
+            runners[0] = LeadRunner(runners[0], pair.group)
         self._runners = runners
+        caches = [runner.cache for runner in runners]
         slots = self.config.slots + self.config.spare_slots
-        self._residency = Residency([runner.cache for runner in runners], slots, self.config.host_cache_bytes)
+        self._residency = Residency(caches, slots, self.config.host_cache_bytes)
+        # What the check of the runners has left.
+        self._residency.shrink()
+        self.kv_budget = KvBudget(caches, self.config, limit_bytes)
         self._decoder = Decoder(
             runners[0],
             runners[1] if len(runners) > 1 else None,
@@ -80,7 +85,8 @@ class Engine:
             self.config.seed,
         )
         self.costs = StepCosts()
-        self._prefiller = Prefiller(runners, self.costs, pair.device)
+        share = self._share if self.config.prefix_sharing else lambda row: 0
+        self._prefiller = Prefiller(runners, self.costs, pair.device, share)
         self._planner = Planner(self._prefiller, self.costs, self.config, pair.draft is not None)
         self._acceptance = AcceptanceEstimate()
         self._lookup_priors = shared_priors()
@@ -97,6 +103,12 @@ class Engine:
     def free_slots(self) -> int:
         """Requests that may be added now."""
         return self.config.slots - len(self._running)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """Tokens of prompt and output whose KV the slots can hold: what the budget allows, and the slots."""
+        slots = self.config.slots + self.config.spare_slots
+        return min(slots * self.context_tokens, self.kv_budget.limit_bytes // self.kv_budget.bytes_per_token)
 
     @torch.inference_mode()
     def add(self, request: EngineRequest) -> None:
@@ -124,7 +136,7 @@ class Engine:
         )
         held = self._rows.get(request.request_id)
         if held is not None:
-            common = _common_prefix(held.tokens, tokens)
+            common = common_prefix(held.tokens, tokens)
             if common < len(held.tokens):
                 # The index knows tokens that are no longer the request's.
                 held.lookup = row.lookup
@@ -132,6 +144,7 @@ class Engine:
             held.sampling, held.draft_limit_tokens = row.sampling, row.draft_limit_tokens
             held.kv_tokens = [min(count, common, len(tokens) - 1) for count in held.kv_tokens]
             row = held
+        row.run_order = request.run_order
         began = time.perf_counter()
         self._residency.seat(row)
         self._forget_dropped()
@@ -140,25 +153,26 @@ class Engine:
         self._rows[request.request_id] = row
         self._running[request.request_id] = row
 
-    def preempt(self, request_id: str) -> None:
+    def preempt(self, request_id: str, run_order: tuple[float, ...] | None = None) -> None:
         """Takes a running request out of the batch. Its KV stays in its slot, later in host memory, while
-        there is room.
+        there is room. run_order: its place among those that wait, where that has changed.
         """
         row = self._running.pop(request_id, None)
         if row is None:
             raise UnknownRequestError(f"request {request_id!r} is not running")
         self._decoder.forget_batch()
+        if run_order is not None:
+            row.run_order = run_order
         self._residency.set_idle(row)
 
     @torch.inference_mode()
     def drop(self, request_id: str) -> None:
         """Forgets a request in any state and frees its KV; unknown ids are ignored."""
-        row = self._rows.pop(request_id, None)
-        if row is None:
-            return
-        self._running.pop(request_id, None)
-        self._decoder.forget_batch()
-        self._residency.forget(row)
+        self._forget(request_id, keep=False)
+
+    def forget_kept(self) -> None:
+        """Frees the KV that finished requests have left for others to share."""
+        self._residency.forget_kept()
 
     def set_draft_tokens(self, request_id: str, draft_tokens: int) -> None:
         """Changes the upper bound of drafted tokens a step of a request that is held."""
@@ -189,9 +203,11 @@ class Engine:
         switched = sum(row.entered for row in self._running.values())
         for row in self._running.values():
             row.entered = False
-        limit_s = self._prefill_limit_s()
-        prefill = self._prefiller.target(list(self._running.values()), self.config.prefill_tokens, limit_s)
-        ready = [row for row in self._running.values() if row.prefill_tokens == 0]
+        admitted = self.kv_budget.admit(list(self._running.values()), self._residency)
+        self._forget_dropped()
+        limit_s = self._prefill_limit_s(admitted)
+        prefill = self._prefiller.target(admitted, self.config.prefill_tokens, limit_s)
+        ready = [row for row in admitted if row.prefill_tokens == 0]
         switch_s, self._switch_s = self._switch_s, 0.0
         if not ready:
             return StepResult(
@@ -253,9 +269,9 @@ class Engine:
             raise EngineError("only a process of a group that does not lead it can follow")
         follow(self.pair.group, self._runners[0])
 
-    def _prefill_limit_s(self) -> float:
+    def _prefill_limit_s(self, rows: Sequence[Row]) -> float:
         """Seconds that prefill may take in this step: without limit where nobody waits for it."""
-        decoding = sum(row.prefill_tokens == 0 for row in self._running.values())
+        decoding = sum(row.prefill_tokens == 0 for row in rows)
         if not (decoding and self.config.adaptive and self.costs.calibrated):
             return math.inf
         costs = self.costs
@@ -292,49 +308,45 @@ class Engine:
                 reason,
                 matched,
                 logprobs,
+                row.shared_tokens,
             )
             if reason is not None:
-                self.drop(row.request_id)
+                self._forget(row.request_id, keep=self.config.prefix_sharing)
         return columns
 
-    def _runner(self, model: Any) -> Runner:
-        slots = self.config.slots + self.config.spare_slots
+    def _share(self, row: Row) -> int:
+        """Prefix sharing for a row in prefill; what a new prompt gains counts as cached."""
+        gained = self._residency.share(row)
+        if row.output_tokens == 0:
+            row.shared_tokens += gained
+        return gained
+
+    def _forget(self, request_id: str, keep: bool) -> None:
+        row = self._rows.pop(request_id, None)
+        if row is None:
+            return
+        self._running.pop(request_id, None)
+        self._decoder.forget_batch()
+        self._residency.forget(row, keep)
+
+    def _runner(self, model: Any, layers: Sequence[LayerShape]) -> Runner:
         cache = SlotCache(
-            layer_shapes(model),
-            slots,
-            self.context_tokens + _MARGIN_TOKENS,
+            layers,
+            self.config.slots + self.config.spare_slots,
+            self.context_tokens + MARGIN_TOKENS,
             self.config.kv_block_tokens,
             self.pair.dtype,
             self.pair.device,
         )
         return make_runner(model, cache, self.pair.vocabulary_size, self.config.fast_path)
 
-    def _context_tokens(self) -> int:
-        limit = self.pair.context_tokens
-        wanted = self.config.context_tokens or limit
-        if wanted > limit:
-            raise ModelError(f"a context of {wanted} tokens is asked for, but the models take {limit}")
-        if wanted < _MIN_CONTEXT_TOKENS:
-            raise ModelError(
-                f"a context of {wanted} tokens is too short; at least {_MIN_CONTEXT_TOKENS} are needed"
-            )
-        return wanted
-
-    def _check_budget(self, caches: Sequence[SlotCache]) -> None:
-        limit = self.config.kv_limit_bytes
-        slots = self.config.slots + self.config.spare_slots
-        per_token = sum(cache.bytes_per_token for cache in caches)
-        needed = slots * per_token * (self.context_tokens + _MARGIN_TOKENS)
-        if limit is not None and needed > limit:
-            raise ModelError(
-                f"{slots} slots of {self.context_tokens} tokens need {needed} bytes of KV, "
-                f"{per_token} a token, "
-                f"but the budget is {limit}; lower slots, spare_slots or context_tokens, or raise the budget"
-            )
-
     def _forget_dropped(self) -> None:
         for row in self._residency.dropped:
-            self._rows.pop(row.request_id, None)
+            if row.request_id in self._running:
+                # It still runs, and will be prefilled again when there is room.
+                row.kv_tokens = [0, 0]
+            else:
+                self._rows.pop(row.request_id, None)
         self._residency.dropped.clear()
 
     def _kv_usage(self) -> KvUsage:
@@ -343,13 +355,5 @@ class Engine:
             bytes=self._residency.bytes_held(),
             host_bytes=self._residency.host_bytes,
             allocated_bytes=sum(runner.cache.allocated_bytes for runner in self._runners),
+            kept_tokens=self._residency.tokens_kept(),
         )
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

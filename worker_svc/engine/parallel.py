@@ -37,6 +37,7 @@ class _Call(IntEnum):
     PUT_BACK = 5
     LET_GO = 6
     SHRINK = 7
+    TRIM = 8
 
 
 class Group:
@@ -150,6 +151,11 @@ class _LeadCache:
         self._group.send(_Call.PUT_BACK, slot, tokens, parts.handle)
         self._cache.put_back(slot, parts, tokens)
 
+    def trim(self, slot: int, tokens: int) -> None:
+        if self._cache.written[slot] > tokens:
+            self._group.send(_Call.TRIM, slot, tokens)
+            self._cache.trim(slot, tokens)
+
     def shrink(self) -> None:
         self._let_go()
         self._group.send(_Call.SHRINK)
@@ -187,6 +193,8 @@ def follow(group: Group, runner: Runner) -> None:
                 cache.put_back(slot, held[handle], tokens_held)
             case _Call.LET_GO:
                 del held[numbers[0]]
+            case _Call.TRIM:
+                cache.trim(*numbers[:2])
             case _Call.SHRINK:
                 cache.shrink()
             case _Call.STOP:

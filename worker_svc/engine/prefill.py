@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +31,19 @@ class Prefiller:
     prompts do not stall others.
     """
 
-    def __init__(self, runners: Sequence[Runner], costs: StepCosts, device: torch.device) -> None:
+    def __init__(
+        self,
+        runners: Sequence[Runner],
+        costs: StepCosts,
+        device: torch.device,
+        share: Callable[[Row], int],
+    ) -> None:
+        """share: copies to a row what KV others have of its tokens; returns the tokens gained."""
         self._runners = runners
         self._costs = costs
         self._device = device
         self._clock = PhaseClock(device)
+        self._share = share
 
     def target(self, rows: Sequence[Row], budget_tokens: int, limit_s: float = math.inf) -> Prefilled:
         """Brings the target's KV to all tokens but the last of each row, as far as the budgets go."""
@@ -52,9 +60,11 @@ class Prefiller:
         self, model: int, rows: Sequence[Row], budget_tokens: int, limit_s: float, cost: PrefillCost
     ) -> Prefilled:
         chunks: list[tuple[int, int]] = []
+        marks = []
         total, expected_s = 0, 0.0
-        began = self._clock.mark()
         for row in rows:
+            if model == TARGET and row.prefill_tokens > 0:
+                self._share(row)
             start = row.kv_tokens[model]
             left = min(len(row.tokens) - 1 - start, budget_tokens - total)
             if left <= 0:
@@ -62,15 +72,17 @@ class Prefiller:
             count = min(left, _affordable_tokens(cost, limit_s - expected_s, start, first=not chunks))
             if count <= 0:
                 break
+            began = self._clock.mark()
             fed = upload([row.tokens[start : start + count]], self._device)
             self._runners[model].forward(fed, row.slot, [start], 1)
+            marks.append((began, self._clock.mark()))
             row.kv_tokens[model] = start + count
             chunks.append((count, start))
             total += count
             expected_s += cost.seconds(count, start)
         if not chunks:
             return Prefilled()
-        seconds = self._clock.seconds(began, self._clock.mark())
+        seconds = sum(self._clock.seconds(began, ended) for began, ended in marks)
         cost.observe(chunks, seconds)
         return Prefilled(total, seconds)
 

@@ -34,14 +34,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class KvUsage:
-    """KV held: tokens and bytes in slots (target and draft), bytes in host memory, and what the slots have
-    allocated.
+    """KV held by requests: tokens and bytes in slots (target and draft), and bytes in host memory. Beside it
+    kept_tokens, which finished requests have left for others to share, and allocated_bytes, the memory of all
+    slots together.
     """
 
     tokens: int = 0
     bytes: int = 0
     host_bytes: int = 0
     allocated_bytes: int = 0
+    kept_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,10 @@ class StepResult:
     tokens that request i had before the step. `accepted_counts[i]` of `drafted_counts[i]` drafted tokens are
     among those emitted; `drafters[i]` proposed them. `matched_stop` is the stop string or the token id that
     ended a request with STOP.
-    `logprobs[i]` has one entry per emitted token where the request asked for it. Times are seconds;
-    `switch_s` is the time spent on bringing `switched` requests into the batch and on moving KV, without
-    their prefill.
+    `cached_tokens[i]` is given where request i emits its first tokens, and took the KV of so many tokens of
+    its prompt from others. `logprobs[i]` has one entry per emitted token where the request asked for it.
+    Times are seconds; `switch_s` is the time spent on bringing `switched` requests into the batch and on
+    moving KV, without their prefill.
     """
 
     request_ids: tuple[str, ...] = ()
@@ -68,6 +71,7 @@ class StepResult:
     finish: tuple[FinishReason | None, ...] = ()
     matched_stop: tuple[str | int | None, ...] = ()
     logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
+    cached_tokens: dict[int, int] = field(default_factory=dict)
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     draft_s: float = 0.0
@@ -91,6 +95,7 @@ class StepColumns:
         self._rows: list[tuple[str, int, int, int, int, Drafter, FinishReason | None, str | int | None]] = []
         self._token_ids: list[int] = []
         self._logprobs: list[tuple[TokenLogprob, ...] | None] = []
+        self._cached_tokens: dict[int, int] = {}
 
     def add(
         self,
@@ -103,7 +108,10 @@ class StepColumns:
         finish: FinishReason | None,
         matched_stop: str | int | None,
         logprobs: list[TokenLogprob] | None,
+        cached_tokens: int = 0,
     ) -> None:
+        if cached_tokens and offset == 0:
+            self._cached_tokens[len(self._rows)] = cached_tokens
         self._rows.append(
             (request_id, offset, len(token_ids), drafted, accepted, drafter, finish, matched_stop)
         )
@@ -124,5 +132,6 @@ class StepColumns:
             finish=finish,
             matched_stop=matched,
             logprobs=tuple(self._logprobs),
+            cached_tokens=self._cached_tokens,
             **phases,
         )

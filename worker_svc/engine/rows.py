@@ -26,7 +26,8 @@ class Place(enum.StrEnum):
 @dataclass(slots=True, eq=False)
 class Row:
     """tokens: prompt and output. kv_tokens: leading tokens whose KV is held, by model (TARGET, DRAFT).
-    acceptance: of the draft model's tokens. lookup: None where prompt lookup is off.
+    acceptance: of the draft model's tokens. lookup: None where prompt lookup is off. run_order: requests with
+    lower ones run earlier. shared_tokens: of the prompt, whose KV another request had already.
 
     Invariant between steps: kv_tokens[TARGET] <= len(tokens) - 1, for the last token is fed by the next
     verification.
@@ -43,6 +44,8 @@ class Row:
     slot: int = -1
     kv_tokens: list[int] = field(default_factory=lambda: [0, 0])
     entered: bool = True
+    run_order: tuple[float, ...] = ()
+    shared_tokens: int = 0
 
     @property
     def request_id(self) -> str:

@@ -37,9 +37,15 @@ class _TextTail:
         fresh = text[len(known) :]
         self._ids = self._ids[-_CONTEXT_TOKENS:]
         self._read_from = len(self._ids)
+        tail_chars = len(self._tail)
         window = self._tail + fresh
         self._tail = window[-self._keep_chars :] if self._keep_chars else ""
-        ends = [(window.find(stop) + len(stop), stop) for stop in self._stops if stop in window]
+        ends = []
+        for stop in self._stops:
+            # One that ended before was reported then; it may have been too early to count.
+            begin = window.find(stop, max(0, tail_chars - len(stop) + 1))
+            if begin >= 0:
+                ends.append((begin + len(stop), stop))
         return min(ends)[1] if ends else None
 
     def _decode(self, ids: list[int]) -> str:

@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 
+from scheduler_svc import convert
 from scheduler_svc.core.records import (
     FinishReason,
     Recovered,
@@ -542,3 +543,41 @@ def test_a_spec_that_no_gateway_lets_through() -> None:
         scheduler().submit(spec("a", max_tokens=0), 0.0)
     with pytest.raises(ValueError, match="slots"):
         scheduler().worker_joined(worker(slots=0), [], 0.0)
+
+
+def test_cached_prompt_tokens_are_those_of_the_first_row() -> None:
+    core, fake = scheduler(), FakeWorker("w", 1)
+    request, _ = core.submit(spec("a", prompt_tokens=9), 0.0)
+    assert request is not None
+    running(core, fake)
+
+    def report(offset: int, cached: int) -> None:
+        core.report(
+            StepReport(
+                "w",
+                [request.lease_id],
+                [offset],
+                [1],
+                [0],
+                [0],
+                pack(100 + offset),
+                cached_tokens={0: cached},
+            ),
+            0.1,
+        )
+
+    report(0, 5)
+    report(1, 8)
+    assert request.cached_tokens == 5
+
+
+def test_a_preempted_request_tells_its_place_in_the_order() -> None:
+    core, fake = scheduler("srpt"), FakeWorker("w", 1)
+    long, _ = core.submit(spec("long", max_tokens=500, priority=0), 0.0)
+    running(core, fake)
+    core.submit(spec("urgent", max_tokens=5, priority=5), 0.1)
+    (revoke,) = core.tick(0.1).revokes
+    assert revoke.request is long
+    wire = convert.revoke(revoke)
+    assert long is not None
+    assert (wire.run_order.priority, wire.run_order.level, wire.run_order.rank) == (0, long.level, long.rank)

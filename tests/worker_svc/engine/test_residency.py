@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,7 +141,8 @@ def test_200_requests_leave_nothing(tools: Any, pair: ModelPair) -> None:
     assert len(outputs) == 200
     assert engine.resident() == {}
     assert result.kv.tokens == result.kv.bytes == result.kv.host_bytes == 0
-    assert result.kv.allocated_bytes <= 12 * 16 * 2 * 256 * 2
+    engine.forget_kept()
+    assert engine.step().kv.allocated_bytes == 0
 
 
 def test_usage_counts_what_is_held(tools: Any, pair: ModelPair) -> None:
@@ -184,13 +186,71 @@ def test_an_empty_step_is_allowed(tools: Any, pair: ModelPair) -> None:
     assert len(result.token_ids) == 0
 
 
+def test_those_that_would_run_last_leave_first(tools: Any, pair: ModelPair) -> None:
+    """Slots, then host memory, are left by the idle request with the highest order, not by the oldest."""
+    engine = tools.engine(pair, slots=1, spare_slots=1, draft_tokens=0, host_cache_bytes=12_000)
+    outputs: dict[str, Any] = {}
+    for name, order in (("a", 3.0), ("b", 9.0), ("c", 1.0), ("d", 5.0), ("e", 2.0)):
+        engine.add(replace(_request(name), run_order=(0.0, order)))
+        _run_steps(tools, engine, outputs, 2)
+        engine.preempt(name)
+    where = {name: place for name, (_, place) in engine.resident().items()}
+    assert where == {"c": "slot", "e": "slot", "a": "host", "d": "host"}
+    # An order that has changed while it ran counts too.
+    engine.add(replace(_request("c", outputs["c"].tokens), run_order=(0.0, 1.0)))
+    engine.preempt("c", (0.0, 8.0))
+    engine.add(_request("f"))
+    where = {name: place for name, (_, place) in engine.resident().items()}
+    assert where == {"e": "slot", "a": "host", "d": "host", "f": "running"}
+
+
 def test_budget_names_the_numbers(tools: Any, pair: ModelPair) -> None:
-    with pytest.raises(ModelError, match=r"6 slots of 160 tokens need \d+ bytes of KV"):
+    per_token = 2 * 2 * 2 * 8 * 2 * 4
+    needed = (160 + 17) * per_token
+    with pytest.raises(
+        ModelError, match=rf"one request of 160 tokens .* need {needed} bytes of KV, .* 50000;"
+    ):
+        tools.engine(pair, kv_limit_bytes=50_000, context_tokens=160)
+    # The models' own context is cut to what fits, and a prompt that is too long told the numbers.
+    engine = tools.engine(pair, kv_limit_bytes=50_000)
+    assert engine.context_tokens == 50_000 // per_token - 17
+    with pytest.raises(ValueError, match=f"90 tokens leave no room .* context of {engine.context_tokens} "):
+        engine.add(EngineRequest("a", [5] * 90))
+    with pytest.raises(ModelError, match=r"one request of 16 tokens .* but the budget is 1000"):
         tools.engine(pair, kv_limit_bytes=1000)
     with pytest.raises(ModelError, match="a context of 161 tokens is asked for, but the models take 160"):
         tools.engine(pair, context_tokens=161)
     with pytest.raises(ValueError, match="slots"):
         EngineConfig(slots=0)
+
+
+@pytest.mark.parametrize("host_cache_bytes", [0, 1 << 20])
+def test_requests_that_outgrow_the_budget_wait_and_change_nothing(
+    tools: Any, pair: ModelPair, host_cache_bytes: int
+) -> None:
+    """Six requests of 60 tokens each in the memory of three: all run, never beyond the budget, those first
+    that come first, and with the tokens that they have with room for all.
+    """
+    free = tools.drain(tools.engine(pair, slots=6), [_request(str(i)) for i in range(6)])
+    limit = 3 * (20 + 40 + 17) * 512
+    engine = tools.engine(pair, slots=6, kv_limit_bytes=limit, host_cache_bytes=host_cache_bytes)
+    for i in range(6):
+        engine.add(replace(_request(str(i)), run_order=(float(5 - i),)))
+    outputs: dict[str, Any] = {}
+    ended, fewest, most_bytes = [], 6, 0
+    while engine.running:
+        result = engine.step()
+        tools.collect(outputs, result)
+        fewest = min(fewest, len(result.request_ids) or 6)
+        most_bytes = max(most_bytes, result.kv.bytes, result.kv.allocated_bytes)
+        ended += [name for name, reason in zip(result.request_ids, result.finish, strict=True) if reason]
+    assert most_bytes <= limit
+    assert fewest < 6
+    assert set(ended[:2]) <= {"5", "4", "3"}
+    assert {name: output.tokens for name, output in outputs.items()} == {
+        name: output.tokens for name, output in free.items()
+    }
+    assert engine.resident() == {}
 
 
 def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:

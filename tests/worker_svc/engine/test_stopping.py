@@ -16,6 +16,7 @@ from worker_svc.engine import (
     SamplingConfig,
     StoppingConfig,
 )
+from worker_svc.engine.stopping import StopChecker
 
 PROMPT = [40, 41, 42]
 LONG = 60
@@ -205,3 +206,38 @@ def test_requests_that_do_not_fit(
         engine.add(EngineRequest("a", prompt, stopping=StoppingConfig(**changes)))
     assert engine.running == ()
     assert engine.resident() == {}
+
+
+class _Letters:
+    """Token 97 is 'a'."""
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+def _checker(stop: tuple[str, ...], min_tokens: int) -> StopChecker:
+    return StopChecker(StoppingConfig(stop=stop, min_tokens=min_tokens), (), 1000, _Letters(), [97], [])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.text("ab", min_size=1, max_size=30),
+    stop=st.lists(st.text("ab", min_size=1, max_size=8), min_size=1, max_size=3, unique=True),
+    min_tokens=st.integers(0, 20),
+)
+def test_a_stop_string_counts_where_it_is_completed(text: str, stop: list[str], min_tokens: int) -> None:
+    """One that was completed before min_tokens is not found again in what is kept for longer ones."""
+    checker = _checker(tuple(stop), min_tokens)
+    for count, char in enumerate(text, start=1):
+        reason, matched = checker.push(ord(char))
+        ending = {one for one in stop if text[:count].endswith(one)} if count >= min_tokens else set()
+        assert (reason is FinishReason.STOP) == bool(ending)
+        if ending:
+            assert matched in ending
+            return
+
+
+def test_an_old_stop_string_is_not_reported_late() -> None:
+    checker = _checker(("ab", "bbbbbbbb"), 4)
+    assert [checker.push(ord(char))[0] for char in "abaaaa"] == [None] * 6
+    assert checker.push(ord("b")) == (FinishReason.STOP, "ab")

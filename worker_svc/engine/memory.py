@@ -1,0 +1,67 @@
+"""Memory: how much there is, and tensors whose pages exist only where something was written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Linux gives a private anonymous mapping its pages at the first write, and takes them back on request.
+HAS_LAZY_PAGES = sys.platform == "linux"
+_MAP_NORESERVE = 0x4000
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+class LazyTensor:
+    """A zeroed CPU tensor of `shape` that costs no memory until it is written, page by page."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        count = 1
+        for size in shape:
+            count *= size
+        # NORESERVE: room for the longest context in every slot is promised to none of them.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._pages = mmap.mmap(-1, max(count * dtype.itemsize, mmap.PAGESIZE), flags=flags)
+        # A huge page would cost 2 MiB for one token.
+        self._pages.madvise(mmap.MADV_NOHUGEPAGE)
+        self.tensor: Tensor = torch.frombuffer(self._pages, dtype=dtype, count=count).view(shape)
+
+    def release(self, first: int, count: int) -> None:
+        """Gives the pages of elements first .. first + count - 1 back; they read as zeros again. Pages that
+        reach beyond these elements stay.
+        """
+        size = self.tensor.element_size()
+        begin = -(-first * size // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (first + count) * size // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now. On a CPU the limit of the control group counts too."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_system_bytes(), *_cgroup_bytes()])
+
+
+def _system_bytes() -> int:
+    """What the machine has left; where it does not say, all that it has."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _cgroup_bytes() -> list[int]:
+    """What is left of a container's memory, where it has a limit (cgroup v2)."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return []
+    return [] if limit == "max" else [max(int(limit) - used, 0)]
