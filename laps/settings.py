@@ -168,6 +168,14 @@ class Settings(BaseSettings):
         4, "Further slots that keep the KV cache of preempted requests", _W, ge=0, le=4096
     )
     host_cache_bytes: int = setting(1 << 28, "Host memory for the KV cache of preempted requests", _W, ge=0)
+    kv_limit_bytes: int = setting(
+        0, "Memory for the KV cache in slots; 0: four fifths of what is free at the start", _W, ge=0
+    )
+    prefix_sharing: bool = setting(
+        True,
+        "Prompts that begin alike share the KV cache of their beginning (tenants can tell by its speed)",
+        _W,
+    )
     prefill_tokens: int = setting(512, "Prompt tokens computed in one step at most", _W, ge=1)
     draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=0, le=16)
 

@@ -62,6 +62,8 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
             context_tokens=settings.context_tokens or None,
             draft_tokens=settings.draft_tokens,
             host_cache_bytes=settings.host_cache_bytes,
+            kv_limit_bytes=settings.kv_limit_bytes or None,
+            prefix_sharing=settings.prefix_sharing,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
         ),

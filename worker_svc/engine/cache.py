@@ -50,9 +50,9 @@ class SlotCache:
 
     limit_tokens: positions of a slot at most; the caller checks its requests against it. block_tokens: where
     capacity has to grow, it does so in blocks, doubling. lazy: whether memory follows what is written, or
-    what is allocated (None: as the device allows). written[i]: positions of slot i that were written since it
-    was last emptied. states[i] is layer i's view [slots, capacity, elements], keys of all heads before values;
-    keys[i] and values[i] are [slots, capacity, heads, dim].
+    what is allocated (None: as the device allows). written[i]: positions of slot i written since it was last
+    emptied. states[i] is layer i's view [slots, capacity, elements], keys of all heads before values; keys[i]
+    and values[i] are [slots, capacity, heads, dim].
     """
 
     def __init__(
