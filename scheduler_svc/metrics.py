@@ -21,6 +21,10 @@ COUNTERS = {
     "drafted_tokens": ("spec_decode_draft_tokens", "Tokens proposed by draft models"),
     "accepted_tokens": ("spec_decode_accepted_tokens", "Drafted tokens that the target kept"),
     "reports": ("step_reports", "Step reports of workers"),
+    "reports_refused": (
+        "step_reports_refused",
+        "Reports that cannot be: of unknown workers, with columns that do not fit, with impossible numbers",
+    ),
     "rows_refused": ("step_rows_refused", "Rows of reports that contradicted what is stored"),
 }
 """The core's counters by name: metric (without laps_ and _total) and help. They begin with the term."""

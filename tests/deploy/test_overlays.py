@@ -22,7 +22,8 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
     assert {path.name for path in (K8S / "overlays").iterdir()} == set(OVERLAYS)
     used = "".join(path.read_text() for path in (K8S / "overlays").rglob("kustomization.yaml"))
     unused = {path.name for path in (K8S / "components").iterdir() if f"components/{path.name}" not in used}
-    assert unused == {"keda", "prometheus-operator"}, "need custom resources; see test_custom_resources"
+    # They need custom resources; see test_custom_resources and test_mutual_tls.
+    assert unused == {"keda", "mutual-tls", "prometheus-operator"}
 
 
 @pytest.mark.parametrize("minor", MINORS)
