@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StepResult, StoppingConfig
 
 _ROUNDS = 20
-_ENDLESS = 1 << 20
+_STEPS_WITHOUT = 100
 
 
 def _request(name: str, prompt: Sequence[int], tokens: int, output: Sequence[int] = ()) -> EngineRequest:
@@ -77,7 +77,7 @@ def stalls(
         first_token_s = []
         started = 0
         for _ in range(rounds):
-            arrived, ended, steps = False, False, 0
+            arrived, ended = False, False
             window_s: dict[str, list[float]] = {"without": [], "with": []}
             while not ended:
                 # Running requests that have ended make room for others of the same kind.
@@ -86,13 +86,12 @@ def stalls(
                     started += 1
                     for _ in range(3):
                         engine.step()
-                if not arrived and len(window_s["without"]) >= 60:
+                if not arrived and len(window_s["without"]) >= _STEPS_WITHOUT * batch:
                     engine.add(_request("long", prompt, 2))
                     arrived, arrival_s = True, time.perf_counter()
                 began = time.perf_counter()
                 told = engine.step()
                 gap_s = time.perf_counter() - began
-                steps += 1
                 if "long" in told.request_ids:
                     first_token_s.append(time.perf_counter() - arrival_s)
                     ended = True
