@@ -8,7 +8,7 @@ PEERS := .bench/vllm
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
+.PHONY: help setup demo up test checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,13 @@ lint: setup ## Style, types, contracts
 	@$(BIN)/mypy
 	@$(BIN)/buf lint protos
 	@$(BIN)/buf breaking protos --against protos/released.binpb
+
+CHECKOV := .venv-checkov/bin
+checkov: setup ## Checks the rendered manifests and the Dockerfiles by checkov, in an environment of its own
+	@test -x $(CHECKOV)/checkov || { $(PYTHON) -m venv .venv-checkov && $(CHECKOV)/pip install --quiet checkov==3.3.30; }
+	@mkdir -p .laps/checkov
+	@for each in dev gpu ha; do $(BIN)/kubectl kustomize deploy/k8s/overlays/$$each > .laps/checkov/$$each.yaml || exit 1; done
+	@$(CHECKOV)/checkov --config-file deploy/checkov.yaml --file .laps/checkov/*.yaml deploy/docker/Dockerfile.cpu deploy/docker/Dockerfile.cuda
 
 release-protos: setup ## Makes today's contract the one that later changes are compared with
 	@$(BIN)/buf build protos --exclude-source-info -o protos/released.binpb
