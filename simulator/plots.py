@@ -27,6 +27,20 @@ def draw(
     figure.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
+def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
+    """Mean latency (s) against load, a line for each policy."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(9, 5.5), layout="constrained")
+    _draw_curves(figure.add_subplot(), curves, {})
+    figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
+
+
+def draw_timeline(path: Path, name: str, result: Result, slots: int) -> None:
+    """Who held which slot, and why one was preempted. `result` must have recorded its stays."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(13, 5.5), layout="constrained")
+    _draw_timeline(figure.add_subplot(), name, result, slots)
+    figure.savefig(path, format="png", dpi=90, metadata={"Software": None})
+
+
 def _draw_curves(axes: Any, curves: dict[str, list[tuple[float, float]]], results: dict[str, Result]) -> None:
     if curves:
         for name, points in curves.items():
@@ -65,15 +79,20 @@ def _draw_timeline(axes: Any, name: str, result: Result, slots: int) -> None:
         if stay.preempted_because:
             axes.plot(stay.end_s, stay.slot, marker="x", color="black")
     preempted = [stay for stay in stays if stay.preempted_because]
-    for stay in preempted[:3]:
-        axes.annotate(
-            f"r{stay.job}: {stay.preempted_because}"[:90],
-            (stay.end_s, stay.slot),
-            xytext=(4, 6),
-            textcoords="offset points",
+    for stay in stays:
+        axes.text(
+            (stay.begin_s + stay.end_s) / 2,
+            stay.slot,
+            f"r{stay.job}",
+            ha="center",
+            va="center",
             fontsize=7,
+            clip_on=True,
         )
-    axes.set_title(f"{name}: who held which slot (x: preempted)")
+    # Under the picture: beside the crosses the reasons would cover each other.
+    reasons = [f"{stay.end_s:.2f} s, r{stay.job}: {stay.preempted_because}" for stay in preempted[:6]]
+    axes.text(0.0, -0.16, "\n".join(reasons), transform=axes.transAxes, va="top", fontsize=8)
+    axes.set_title(f"{name}: who held which slot (x: preempted, the first reasons below)")
     axes.set_xlabel("time (s)")
     axes.set_ylabel("slot")
     axes.set_yticks(range(slots))

@@ -28,6 +28,7 @@ _COMMANDS = {
     "models": ("laps.cli.inspect:models", "Show the models that can be asked for."),
     "top": ("laps.cli.top:top", "Watch queue, slots and acceptance live."),
     "simulate": ("simulator.cli:simulate", "Replay a workload under scheduling policies."),
+    "workload": ("simulator.workload_cli:workload", "Make workload files of traces, answers or a pool."),
     "gateway": ("laps.cli.services:gateway", "Run a gateway."),
     "scheduler": ("laps.cli.services:scheduler", "Run a scheduler."),
     "worker": ("laps.cli.services:worker", "Run a worker."),

@@ -1,0 +1,154 @@
+"""Makes workloads of what people have: production traces, and answers of speculative-decoding benchmarks."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO
+
+from simulator.workload import Job, Workload, WorkloadError, order
+
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+
+
+def open_text(path: Path) -> TextIO:
+    """A text file, unpacked where its name ends in .gz."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")
+
+
+def from_azure(
+    lines: Iterable[str],
+    *,
+    tokens_per_step: float = 2.2,
+    draft_tokens: int = 4,
+    acceptance: Workload | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Workload:
+    """Arrivals and lengths of Azure's LLM inference trace: TIMESTAMP, ContextTokens, GeneratedTokens.
+
+    The trace knows nothing of speculation. The steps of each request follow those of a request drawn from
+    `acceptance`, repeated or cut to the length; without it, every drafted token is kept with the one
+    probability that gives `tokens_per_step` on average. `limit`: only the first so many requests.
+    Raises WorkloadError naming the line that is wrong, ValueError for a mean that drafting cannot give.
+    """
+    dice = random.Random(seed)
+    donors = [job for job in acceptance or () if job.output_tokens]
+    kept = 0.0 if donors else _acceptance_for(tokens_per_step, draft_tokens)
+    reader = csv.DictReader(lines)
+    if any(column not in (reader.fieldnames or ()) for column in _AZURE_COLUMNS):
+        raise WorkloadError(f"the first line must name the columns {', '.join(_AZURE_COLUMNS)}")
+    jobs: list[Job] = []
+    begin: datetime | None = None
+    for number, row in enumerate(itertools.islice(reader, limit), 2):
+        try:
+            # datetime knows microseconds; the trace has a digit more.
+            arrival = datetime.fromisoformat(row["TIMESTAMP"][:26])
+            prompt_tokens, output_tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+        except (TypeError, ValueError) as error:
+            raise WorkloadError(f"line {number}: {error}") from error
+        if output_tokens < 1:
+            continue
+        begin = begin or arrival
+        if donors:
+            steps: Iterator[int] = itertools.cycle(dice.choice(donors).emitted_per_step)
+        else:
+            steps = _geometric_steps(dice, kept, draft_tokens)
+        jobs.append(
+            Job(
+                (arrival - begin).total_seconds(),
+                cut_to(steps, output_tokens),
+                max(1, prompt_tokens),
+            )
+        )
+    if not jobs:
+        raise WorkloadError("no requests in it")
+    first_s = min(job.arrival_s for job in jobs)
+    return order(Job(job.arrival_s - first_s, job.emitted_per_step, job.prompt_tokens) for job in jobs)
+
+
+def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: int = 0) -> Workload:
+    """Requests of a Spec-Bench answer file, a question a line, its `choices` with `accept_lengths`: tokens
+    emitted by each target pass. `accepted_only`: they count accepted tokens, without the one that the
+    target adds. A question's turns become requests where `decoding_steps` tells them apart. The file has no
+    arrivals: they are Poisson, one a second, in random order; `laps simulate` rescales them.
+    Raises WorkloadError naming the line that is wrong.
+    """
+    dice = random.Random(seed)
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            task = str(entry.get("category", ""))
+            for choice in entry["choices"]:
+                lengths = [int(length) + accepted_only for length in choice["accept_lengths"]]
+                for emitted in _turns(lengths, choice.get("decoding_steps")):
+                    if sum(emitted) > 0:
+                        found.append((task, tuple(emitted)))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise WorkloadError(f"line {number}: {type(error).__name__}: {error}") from error
+    if not found:
+        raise WorkloadError("no requests in it")
+    dice.shuffle(found)
+    now_s = 0.0
+    jobs = []
+    for task, steps in found:
+        jobs.append(Job(now_s, steps, task=task))
+        now_s += dice.expovariate(1.0)
+    return order(jobs)
+
+
+def _turns(lengths: list[int], steps: object) -> Iterator[list[int]]:
+    if isinstance(steps, list) and sum(steps) == len(lengths):
+        begin = 0
+        for count in steps:
+            yield lengths[begin : begin + count]
+            begin += count
+    else:
+        yield lengths
+
+
+def cut_to(steps: Iterable[int], output_tokens: int) -> tuple[int, ...]:
+    """The first steps that emit so many tokens in all; the last one is cut. `steps` must suffice."""
+    left = output_tokens
+    emitted = []
+    for count in steps:
+        emitted.append(min(count, left))
+        left -= emitted[-1]
+        if not left:
+            break
+    return tuple(emitted)
+
+
+def _geometric_steps(dice: random.Random, kept: float, draft_tokens: int) -> Iterator[int]:
+    while True:
+        accepted = 0
+        while accepted < draft_tokens and dice.random() < kept:
+            accepted += 1
+        yield accepted + 1
+
+
+def _acceptance_for(tokens_per_step: float, draft_tokens: int) -> float:
+    """Solves `1 + p + p**2 + ... + p**draft_tokens = tokens_per_step` (Leviathan et al., 2023) for p."""
+    if not 1.0 <= tokens_per_step <= draft_tokens + 1.0:
+        raise ValueError(
+            f"tokens per step must lie between 1 and {draft_tokens + 1} with {draft_tokens} draft tokens"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if sum(middle**power for power in range(draft_tokens + 1)) < tokens_per_step:
+            low = middle
+        else:
+            high = middle
+    return high

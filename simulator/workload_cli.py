@@ -1,0 +1,95 @@
+"""`laps workload`: makes workload files of production traces, benchmark answers and a running pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from simulator import convert
+from simulator.workload import Workload, read_workload, write_workload
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_OUT = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.group()
+def workload() -> None:
+    """Make a workload file for `laps simulate`. OUT is JSON Lines, compressed where its name ends in .gz."""
+
+
+@workload.command()
+@click.argument("trace", type=_FILE)
+@click.argument("out", type=_OUT)
+@click.option("--acceptance", "acceptance_path", type=_FILE, help="Workload whose steps the requests follow.")
+@click.option("--tokens-per-step", type=float, default=2.2, show_default=True, help="Without --acceptance.")
+@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many requests.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def azure(
+    trace: Path,
+    out: Path,
+    acceptance_path: Path | None,
+    tokens_per_step: float,
+    draft_tokens: int,
+    limit: int | None,
+    seed: int,
+) -> None:
+    """Arrivals and lengths of TRACE, a CSV file of Azure's public LLM inference traces."""
+
+    def make() -> Workload:
+        with convert.open_text(trace) as lines:
+            return convert.from_azure(
+                lines,
+                tokens_per_step=tokens_per_step,
+                draft_tokens=draft_tokens,
+                acceptance=None if acceptance_path is None else read_workload(acceptance_path),
+                limit=limit,
+                seed=seed,
+            )
+
+    _write(out, make)
+
+
+@workload.command("spec-bench")
+@click.argument("answers", type=_FILE)
+@click.argument("out", type=_OUT)
+@click.option("--accepted-only", is_flag=True, help="The lengths do not count the target's own token.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None:
+    """Acceptance of ANSWERS, a file of model answers as Spec-Bench writes them (with `accept_lengths`)."""
+
+    def make() -> Workload:
+        with convert.open_text(answers) as lines:
+            return convert.from_spec_bench(lines, accepted_only=accepted_only, seed=seed)
+
+    _write(out, make)
+
+
+@workload.command()
+@click.argument("out", type=_OUT)
+@click.option("--redis-url", required=True, help="The pool's store.")
+@click.option("--pool", default="default", show_default=True)
+def pool(out: Path, redis_url: str, pool: str) -> None:
+    """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`)."""
+    from simulator.pool_log import from_pool
+
+    _write(out, lambda: asyncio.run(from_pool(redis_url, pool)))
+
+
+def _write(out: Path, make: Callable[[], Workload]) -> None:
+    from scheduler_svc.store.errors import StoreUnavailable
+
+    try:
+        made = make()
+        write_workload(out, made)
+    except (OSError, ValueError, StoreUnavailable) as error:
+        raise click.ClickException(str(error)) from error
+    tokens, steps = sum(job.output_tokens for job in made), sum(job.steps for job in made)
+    span_s = made[-1].arrival_s - made[0].arrival_s
+    click.echo(
+        f"{out}: {len(made)} requests in {span_s:.1f} s, {tokens} tokens in {steps} steps "
+        f"({tokens / steps:.2f} a step)"
+    )

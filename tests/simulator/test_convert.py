@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.convert import from_azure, from_spec_bench
+from simulator.mixes import make_mix
+from simulator.pool_log import steps_of
+from simulator.workload import WorkloadError, read_workload, write_workload
+from simulator.workload_cli import workload as command
+
+TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:46.6805900,374,44
+2023-11-16 18:15:50.9305900,396,109
+2023-11-16 18:15:51.2305900,879,0
+2023-11-16 18:16:46.6805900,91,16
+"""
+
+
+def test_the_azure_trace_gives_arrivals_and_lengths() -> None:
+    made = from_azure(TRACE.splitlines())
+    assert [job.arrival_s for job in made] == pytest.approx([0.0, 4.25, 60.0])
+    assert [job.output_tokens for job in made] == [44, 109, 16], "a request without output is left out"
+    assert [job.prompt_tokens for job in made] == [374, 396, 91]
+    assert made == from_azure(TRACE.splitlines())
+
+
+def test_the_azure_trace_takes_the_acceptance_that_is_asked_for() -> None:
+    rows = "".join(f"2023-11-16 18:15:{second:02}.0,10,2000\n" for second in range(30))
+    trace = ("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows).splitlines()
+    made = from_azure(trace, tokens_per_step=3.0, draft_tokens=4)
+    assert sum(job.output_tokens for job in made) / sum(job.steps for job in made) == pytest.approx(3.0, 0.02)
+    donors = make_mix(jobs=5, seed=1)
+    followed = from_azure(trace, acceptance=donors)
+    beginnings = [donor.emitted_per_step for donor in donors]
+    assert all(any(job.emitted_per_step[:4] == steps[:4] for steps in beginnings) for job in followed)
+    assert all(job.output_tokens == 2000 for job in followed)
+    with pytest.raises(ValueError, match="between 1 and 5"):
+        from_azure(trace, tokens_per_step=6.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a,b\n1,2", "TIMESTAMP"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1", "line 2"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,", "line 2"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
+    ],
+)
+def test_a_wrong_trace_is_named(text: str, complaint: str) -> None:
+    with pytest.raises(WorkloadError, match=complaint):
+        from_azure(text.splitlines())
+
+
+def answer(**more: object) -> str:
+    return json.dumps({"question_id": 81, "category": "writing", "choices": [{"index": 0, **more}]})
+
+
+def test_spec_bench_answers_give_acceptance_by_turn() -> None:
+    lines = [
+        answer(accept_lengths=[1, 3, 2, 4, 1], decoding_steps=[2, 3]),
+        answer(accept_lengths=[2, 2]),
+    ]
+    made = from_spec_bench(lines)
+    assert sorted(job.emitted_per_step for job in made) == [(1, 3), (2, 2), (2, 4, 1)]
+    assert {job.task for job in made} == {"writing"}
+    assert made[0].arrival_s == 0.0
+    added = from_spec_bench(lines, accepted_only=True)
+    assert sorted(job.emitted_per_step for job in added) == [(2, 4), (3, 3), (3, 5, 2)]
+    with pytest.raises(WorkloadError, match="line 2"):
+        from_spec_bench([lines[0], answer()])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 5))
+def test_steps_of_a_merged_log_add_up(accepted: list[int], undrafted: int) -> None:
+    histogram = [accepted.count(count) for count in range(5)]
+    steps, tokens = len(accepted) + undrafted, sum(accepted) + len(accepted) + undrafted
+    made = steps_of("r", steps, tokens, histogram, [tokens])
+    assert sum(made) == tokens
+    if steps > 1:
+        assert len(made) == steps
+        assert sorted(made) == sorted([count + 1 for count in accepted] + [1] * undrafted)
+    cut = steps_of("r", steps, max(1, tokens - 1), histogram, [])
+    assert sum(cut) == max(1, tokens - 1)
+
+
+def test_the_command_makes_files_that_can_be_read(tmp_path: Path) -> None:
+    trace, donors, out = tmp_path / "trace.csv.gz", tmp_path / "donors.jsonl", tmp_path / "out.jsonl.gz"
+    trace.write_bytes(gzip.compress(TRACE.encode()))
+    write_workload(donors, make_mix(jobs=3))
+    arguments = ["azure", str(trace), str(out), "--acceptance", str(donors), "--limit", "2"]
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    assert "2 requests in 4.2 s, 153 tokens" in done.output
+    assert [job.output_tokens for job in read_workload(out)] == [44, 109]
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("{}\n")
+    failed = CliRunner().invoke(command, ["spec-bench", str(answers), str(out)])
+    assert failed.exit_code == 1
+    assert "line 1" in failed.output
