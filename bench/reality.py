@@ -4,8 +4,8 @@
 
 A burst of requests with the built-in pair goes through whole stacks that differ only in their policy, with
 the same arrivals; the stacks take turns in every round. The log of the pool under fcfs then becomes a
-workload, as by `laps workload pool`, which is replayed under each policy with the step time that its own run had. Printed:
-both mean latencies, the error of the foretold one, and whether both put the policies in one order.
+workload, as by `laps workload pool`, which is replayed under each policy with the step time that its own
+run had. Printed: both mean latencies, the error of the foretold one, and both orders of the policies.
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ def _draw_timeline(axes: Any, name: str, result: Result, slots: int) -> None:
         )
         if stay.preempted_because:
             axes.plot(stay.end_s, stay.slot, marker="x", color="black")
-    preempted = [stay for stay in stays if stay.preempted_because]
+    preempted = sorted(
+        (stay for stay in stays if stay.preempted_because), key=lambda stay: (stay.end_s, stay.slot)
+    )
     for stay in stays:
         axes.text(
             (stay.begin_s + stay.end_s) / 2,

@@ -8,9 +8,9 @@ Rule.
    turned out to be in its class, with the log-error that they had. Where well accepted requests are also
    longer than predicted, acceptance says less about service than it seems to: the correction
    `(rate / typical rate) ** slope`, slope learnt, takes that out again.
-3. Rank: the perceived service in seconds, `expected further tokens / tokens per step * step seconds`. The
-   expectation is that of a length which is known to exceed what was emitted already, so it does not end at
-   the prediction: a request that outlives an uncertain one is perceived as long.
+3. Rank: `max(corrected length - emitted, 1) / tokens per step` steps, in seconds. A request that outlives
+   its prediction keeps the front: lengths have bounds, so it is mostly about to end, and two such requests
+   would otherwise swap places.
 4. Levels: the rank cut at `first_threshold_s * threshold_growth ** i`. They follow the rank, so they show
    where a request stands without coarsening the order. A request is perceptible while it is within its
    predicted length and the log-error of that length is at most `perceptible_log_sd`.
@@ -158,11 +158,14 @@ class LapsSd(Policy):
         self._news = True
 
     def believe(self, request: Request) -> None:
-        _, rate = self._estimate(request)
-        request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
         self._keep_ranked(request)
-        request.perceived_s = request.rank
-        request.predicted_output_tokens = request.output_tokens + request.rank / self.pool.step_s * rate
+        length_tokens, rate = self._estimate(request)
+        emitted = request.output_tokens
+        left_tokens = mean_excess_tokens(length_tokens, _belief(request).length.log_sd, emitted)
+        left_tokens = max(1.0, min(left_tokens, float(request.spec.max_tokens - emitted)))
+        request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
+        request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
+        request.perceived_s = left_tokens / rate * self.pool.step_s
 
     def _recall(self, request: Request) -> None:
         """Takes over what is known now about requests of its class."""
@@ -192,8 +195,7 @@ class LapsSd(Policy):
         length_tokens, rate = self._estimate(request)
         log_sd = _belief(request).length.log_sd
         emitted = request.output_tokens
-        left_tokens = mean_excess_tokens(length_tokens, log_sd, emitted)
-        left_tokens = max(1.0, min(left_tokens, float(request.spec.max_tokens - emitted)))
+        left_tokens = max(1.0, min(length_tokens, float(request.spec.max_tokens)) - emitted)
         rank = left_tokens / rate * self.pool.step_s
         request.rank = rank
         request.level = bisect_right(self.level_thresholds_s, rank)
