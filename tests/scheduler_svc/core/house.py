@@ -205,6 +205,8 @@ class Store:
         for request_id in commit.forgotten:
             del self.finished[request_id]
             del self.logs[request_id]
+            # Its id may be used anew from here on, and that request ends once as well.
+            self.ever_finished.discard(request_id)
         self.learnt.update(commit.learnt)
 
     def _write(self, request: Request) -> None:
