@@ -108,7 +108,7 @@ async def test_a_standby_takes_over_and_no_kv_cache_is_lost(fleet: Fleet) -> Non
     assert dead_s is not None
     assert max(frozen_s, dead_s) < 15.0
     begun = [one for one in fleet.processes["worker-0"].logged("lease begins") if one["request_id"] == "long"]
-    assert len(begun) >= 3
+    assert len(begun) >= 2
     assert [one["kv_kept"] for one in begun] == [False, *[True] * (len(begun) - 1)]
     # The one that was frozen has not written since: the log has no alarm, and it lost its leadership.
     assert fleet.processes[first].logged("leadership lost")
