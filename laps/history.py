@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from laps.v1 import history_pb2
 
@@ -18,13 +18,18 @@ class HistoryPoint:
     timeline: int = 0
     epoch: int = 0
     commit_seq: int = 0
+    term: str = field(default="", compare=False)
+    """A random name of the epoch, because a store that came back older gives its number a second time.
+    Empty: not known."""
 
     def to_proto(self) -> history_pb2.HistoryPoint:
-        return history_pb2.HistoryPoint(timeline=self.timeline, epoch=self.epoch, commit_seq=self.commit_seq)
+        return history_pb2.HistoryPoint(
+            timeline=self.timeline, epoch=self.epoch, commit_seq=self.commit_seq, term=self.term
+        )
 
     @classmethod
     def from_proto(cls, message: history_pb2.HistoryPoint) -> HistoryPoint:
-        return cls(message.timeline, message.epoch, message.commit_seq)
+        return cls(message.timeline, message.epoch, message.commit_seq, message.term)
 
     def __str__(self) -> str:
         return f"timeline {self.timeline}, epoch {self.epoch}, commit {self.commit_seq}"

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15laps/v1/history.proto\x12\x07laps.v1\"C\n\x0cHistoryPoint\x12\x10\n\x08timeline\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncommit_seq\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15laps/v1/history.proto\x12\x07laps.v1\"Q\n\x0cHistoryPoint\x12\x10\n\x08timeline\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ncommit_seq\x18\x03 \x01(\x04\x12\x0c\n\x04term\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'laps.v1.history_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HISTORYPOINT']._serialized_start=34
-  _globals['_HISTORYPOINT']._serialized_end=101
+  _globals['_HISTORYPOINT']._serialized_end=115
 # @@protoc_insertion_point(module_scope)

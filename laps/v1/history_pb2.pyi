@@ -27,20 +27,26 @@ class HistoryPoint(_message.Message):
     TIMELINE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     COMMIT_SEQ_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
     timeline: _builtins.int
     """Grows when an operator accepts a store that has lost something; points of an earlier one do not count."""
     epoch: _builtins.int
     commit_seq: _builtins.int
+    term: _builtins.str
+    """Names the leader's term at random. A store that came back older gives an epoch's number a second time,
+    and only this tells the two apart.
+    """
     def __init__(
         self,
         *,
         timeline: _builtins.int = ...,
         epoch: _builtins.int = ...,
         commit_seq: _builtins.int = ...,
+        term: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seq", b"commit_seq", "epoch", b"epoch", "timeline", b"timeline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seq", b"commit_seq", "epoch", b"epoch", "term", b"term", "timeline", b"timeline"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is
   Key, after laps:{POOL}:  Type        Members or fields
   meta                     hash        schema, timeline, commit_seq, commit_digest, committed_ms, policy, level_thresholds_s, levels, backlog_us
   leader                   hash        epoch, holder, address, expires_ms
-  epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began
+  epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began, and its term's random name
   stopped                  hash        only while the pool is stopped: by, reason, at_ms, what was seen and what was stored
   queue:LEVEL              sorted set  request_id of the waiting, in run order (see queue_score)
   live                     sorted set  request_id of all that are not finished, by arrival_seq
@@ -95,19 +95,31 @@ local function history(prefix)
   return tonumber(meta[1] or 1), tonumber(epoch or 0), tonumber(meta[2] or 0)
 end
 
--- `first` and the two after it in args: the furthest timeline, epoch and commit_seq that the caller knows of. A store
--- has lost something if it has not come so far, and also if it has since: when a later epoch began before that
--- commit. What was seen in an earlier timeline does not count.
+-- Where an epoch began and the name of its term; nils where that is not known (any more).
+local function term_of(prefix, epoch)
+  local stored = redis.call('HGET', prefix .. 'epochs', epoch)
+  if not stored then return nil, nil end
+  local began, term = string.match(stored, '^(%d+) ?(.*)$')
+  return tonumber(began), term
+end
+
+-- `first` and the three after it in args: the furthest timeline, epoch and commit_seq that the caller knows of, and that
+-- epoch's term ('': not known). A store has lost something if it has not come so far, and also if it has since: when a
+-- later epoch began before that commit, or when the epoch is another term's, so that its number was given out a
+-- second time. What was seen in an earlier timeline does not count.
 local function check_history(prefix, args, first)
   local timeline, epoch, commit_seq = history(prefix)
   local seen_timeline, seen_epoch, seen_seq = tonumber(args[first]), tonumber(args[first + 1]), tonumber(args[first + 2])
+  local seen_term = args[first + 3]
   local lost = timeline < seen_timeline
   if timeline == seen_timeline then
     local stored_seq = commit_seq
     if seen_epoch < epoch then
-      stored_seq = tonumber(redis.call('HGET', prefix .. 'epochs', seen_epoch + 1) or commit_seq)
+      stored_seq = term_of(prefix, seen_epoch + 1) or commit_seq
     end
-    lost = epoch < seen_epoch or stored_seq < seen_seq
+    local _, term = term_of(prefix, seen_epoch)
+    local another = term and term ~= '' and seen_term ~= '' and term ~= seen_term
+    lost = epoch < seen_epoch or stored_seq < seen_seq or another
   end
   if lost then
     refuse('HISTORY_WENT_BACK', 'timeline ' .. timeline .. ', epoch ' .. epoch .. ', commit ' .. commit_seq .. ' are stored; timeline ' ..
@@ -120,9 +132,9 @@ local function event(prefix, kind, detail)
   redis.call('XADD', prefix .. 'events', 'MAXLEN', '~', EVENTS_KEPT, '*', 'kind', kind, 'request_id', '', 'worker_id', '', 'detail', detail)
 end
 
--- args: holder, address, ttl_ms, and the furthest timeline, epoch and commit_seq that the caller knows of.
--- Returns {1, epoch, expires_ms, commit_seq, timeline}, or {0, epoch, expires_ms, commit_seq, timeline} if
--- another one leads.
+-- args: holder, address, ttl_ms, the furthest timeline, epoch, commit_seq and term that the caller knows of, and a
+-- random name for the term that it asks for. Returns {1, epoch, expires_ms, commit_seq, timeline, term}, or the same
+-- of the one who leads with 0 in front.
 register('laps_lead', function(prefix, args)
   local holder, address, ttl_ms = args[1], args[2], tonumber(args[3])
   local leader = redis.call('HMGET', prefix .. 'leader', 'holder', 'expires_ms')
@@ -136,21 +148,22 @@ register('laps_lead', function(prefix, args)
   local now = now_ms()
   local expires = tonumber(leader[2] or 0)
   if leader[1] and leader[1] ~= '' and leader[1] ~= holder and expires > now then
-    return { 0, epoch, expires, commit_seq, timeline }
+    local _, term = term_of(prefix, epoch)
+    return { 0, epoch, expires, commit_seq, timeline, term or '' }
   end
   epoch, expires = epoch + 1, now + ttl_ms
   redis.call('HSET', prefix .. 'leader', 'epoch', epoch, 'holder', holder, 'address', address, 'expires_ms', expires)
   redis.call('HSETNX', prefix .. 'meta', 'schema', SCHEMA)
   redis.call('HSETNX', prefix .. 'meta', 'timeline', timeline)
   redis.call('HSETNX', prefix .. 'meta', 'commit_seq', 0)
-  redis.call('HSET', prefix .. 'epochs', epoch, commit_seq)
+  redis.call('HSET', prefix .. 'epochs', epoch, commit_seq .. ' ' .. args[8])
   redis.call('HDEL', prefix .. 'epochs', epoch - EPOCHS_KEPT)
   -- Leases carry the epoch that granted them: those of an earlier one are void.
   redis.call('DEL', prefix .. 'leases')
-  return { 1, epoch, expires, commit_seq, timeline }
+  return { 1, epoch, expires, commit_seq, timeline, args[8] }
 end)
 
--- args: epoch, holder, ttl_ms, and the furthest timeline, epoch and commit_seq that the caller knows of. An expired
+-- args: epoch, holder, ttl_ms, and the furthest timeline, epoch, commit_seq and term that the caller knows of. An expired
 -- leadership that nobody took is good again.
 register('laps_renew', function(prefix, args)
   fence(prefix, tonumber(args[1]), args[2])

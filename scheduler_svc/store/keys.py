@@ -29,7 +29,8 @@ def leader(pool: str) -> str:
 
 
 def epochs(pool: str) -> str:
-    """Hash. Where each of the last epochs began: commit_seq by epoch. Read by: whoever would lead."""
+    """Hash. By epoch, of the last ones: the commit_seq at which it began and its term's random name.
+    Read by: whoever would lead."""
     return prefix(pool) + "epochs"
 
 

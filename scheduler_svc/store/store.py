@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -109,11 +110,12 @@ class Store:
 
     async def _warnings(self, info: dict[str, Any]) -> list[str]:
         warnings = []
-        if not info.get("aof_enabled"):
+        # While it reads its file at start a server says that it keeps none.
+        if not info.get("aof_enabled") and not info.get("loading"):
             warnings.append(
                 "appendonly is off: a crash of the store loses everything since its last snapshot"
             )
-        else:
+        elif info.get("aof_enabled"):
             try:
                 fsync = (await self._redis.config_get("appendfsync")).get("appendfsync")
             except exceptions.RedisError:
@@ -135,16 +137,21 @@ class Store:
             PoolStopped: it was stopped, and nobody may lead it.
         """
         asked_s = time.time()
-        reply = await self._terms.call("laps_lead", holder, address, int(ttl_s * 1e3), *astuple(self.seen))
-        taken, epoch, _expires_ms, commit_seq, timeline = reply
+        reply = await self._terms.call(
+            "laps_lead", holder, address, int(ttl_s * 1e3), *astuple(self.seen), self._new_term()
+        )
+        taken, epoch, _expires_ms, commit_seq, timeline, term = reply
         # A standby sees so how far the leader has come, and would notice a store that came back older.
-        self.seen = max(self.seen, HistoryPoint(timeline, epoch, commit_seq))
+        self.seen = max(self.seen, HistoryPoint(timeline, epoch, commit_seq, term.decode()))
         if not taken:
             return None
         self._holder = holder
         self._ttl_s = ttl_s
         self._packer = packing.CommitPacker(epoch, commit_seq)
         return Leadership(epoch, asked_s + ttl_s, commit_seq)
+
+    def _new_term(self) -> str:
+        return secrets.token_hex(8)
 
     async def renew(self) -> Leadership:
         """Leads for another `ttl_s`.
@@ -172,7 +179,10 @@ class Store:
             HistoryWentBack: the store has lost something.
             StoreUnavailable: the store cannot be asked. Nothing can be written to it either.
         """
-        same_term = (seen.timeline, seen.epoch) == (self.seen.timeline, self.seen.epoch)
+        same_term = (seen.timeline, seen.epoch) == (self.seen.timeline, self.seen.epoch) and seen.term in (
+            "",
+            self.seen.term,
+        )
         if seen.timeline == 0 or (same_term and seen <= self.seen):
             return
         try:

@@ -63,6 +63,7 @@ MUTANTS: dict[str, Parts] = {
     "no idempotent commit": replace(Parts(), store_checks=ALL_CHECKS - {"digest"}),
     "sends before it is stored": replace(Parts(), store=HastyStore),
     "no mark of an alarm": replace(Parts(), store_checks=ALL_CHECKS - {"stopped"}),
+    "no name of a term": replace(Parts(), store_checks=ALL_CHECKS - {"term"}),
     "no peer is asked what it has seen": replace(Parts(), store=DeafStore),
     "no orphan is cancelled": replace(Parts(), hub=ForgetfulHub),
     "no offset check in the gateway": replace(Parts(), feed=CarelessFeed),

@@ -16,7 +16,7 @@ from simulator.faults.store_commit import CommitCall, Entry, Keys, Refusal
 __all__ = ["ALL_CHECKS", "Entry", "Keys", "Refusal", "StoreModel", "unpack_body"]
 
 SCHEMA = "1"
-ALL_CHECKS = frozenset({"fence", "log", "digest", "stopped"})
+ALL_CHECKS = frozenset({"fence", "log", "digest", "stopped", "term"})
 """What can be switched off, to see that its absence is noticed."""
 
 
@@ -68,13 +68,21 @@ class StoreModel:
         meta, leader = self.keys.meta, self.keys.leader
         return int(meta.get("timeline", "1")), int(leader.get("epoch", "0")), int(meta.get("commit_seq", "0"))
 
+    def _term_of(self, epoch: int) -> tuple[int | None, str]:
+        began, _, term = self.keys.epochs.get(str(epoch), "").partition(" ")
+        return (int(began) if began else None), term
+
     def _check_history(self, args: list[str]) -> tuple[int, int, int]:
         timeline, epoch, commit_seq = self._history()
-        seen_timeline, seen_epoch, seen_seq = map(int, args)
+        seen_timeline, seen_epoch, seen_seq = map(int, args[:3])
+        seen_term = args[3]
         stored_seq = commit_seq
         if seen_epoch < epoch:
-            stored_seq = int(self.keys.epochs.get(str(seen_epoch + 1), commit_seq))
-        lost = timeline == seen_timeline and (epoch < seen_epoch or stored_seq < seen_seq)
+            began, _ = self._term_of(seen_epoch + 1)
+            stored_seq = commit_seq if began is None else began
+        _, term = self._term_of(seen_epoch)
+        another = bool(term and seen_term) and term != seen_term and "term" in self._checks
+        lost = timeline == seen_timeline and (epoch < seen_epoch or stored_seq < seen_seq or another)
         if timeline < seen_timeline or lost:
             raise Refusal(
                 f"HISTORY_WENT_BACK timeline {timeline}, epoch {epoch}, commit {commit_seq} are stored; "
@@ -89,12 +97,12 @@ class StoreModel:
             raise Refusal(f"SCHEMA the store has schema {keys.meta['schema']}, this version needs {SCHEMA}")
         if keys.stopped and "stopped" in self._checks:
             raise Refusal(f"STOPPED by {keys.stopped['by']}: {keys.stopped['reason']}")
-        timeline, epoch, commit_seq = self._check_history(args[3:6])
+        timeline, epoch, commit_seq = self._check_history(args[3:7])
         now = self._now_ms()
         expires = int(keys.leader.get("expires_ms", "0"))
         leads = keys.leader.get("holder", "")
         if leads not in ("", holder) and expires > now:
-            return [0, epoch, expires, commit_seq, timeline]
+            return [0, epoch, expires, commit_seq, timeline, self._term_of(epoch)[1].encode()]
         epoch, expires = epoch + 1, now + ttl_ms
         keys.leader = {
             "epoch": str(epoch),
@@ -105,13 +113,13 @@ class StoreModel:
         keys.meta.setdefault("schema", SCHEMA)
         keys.meta.setdefault("timeline", str(timeline))
         keys.meta.setdefault("commit_seq", "0")
-        keys.epochs[str(epoch)] = str(commit_seq)
+        keys.epochs[str(epoch)] = f"{commit_seq} {args[7]}"
         keys.leases.clear()
-        return [1, epoch, expires, commit_seq, timeline]
+        return [1, epoch, expires, commit_seq, timeline, args[7].encode()]
 
     def _renew(self, args: list[str], _: bytes) -> Any:
         self._fence(int(args[0]), args[1])
-        self._check_history(args[3:6])
+        self._check_history(args[3:7])
         expires = self._now_ms() + int(args[2])
         self.keys.leader["expires_ms"] = str(expires)
         return expires

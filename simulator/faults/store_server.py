@@ -35,6 +35,8 @@ class StoreServer:
         """Until then it refuses to write."""
         self.hangs = False
         """While down: no answer at all, rather than a refused connection."""
+        self.terms = 0
+        """Names them. Not a part of what is stored, so no older store gives one out again."""
         self.starts = 0
         """Counts them: what was under way to the server of before does not reach this one."""
         self.mean_latency_s = 0.001
@@ -190,7 +192,12 @@ class SimulatedStore(Store):
         self._holder = ""
         self._ttl_s = 0.0
         self._packer = None
+        self._server = server
         self.seen = HistoryPoint()
+
+    def _new_term(self) -> str:
+        self._server.terms += 1
+        return f"term-{self._server.terms}"
 
     async def connect(self) -> ServerInfo:
         await self.reader.ask("laps_load", "live", 0, 0, 0)

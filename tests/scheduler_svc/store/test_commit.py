@@ -181,7 +181,7 @@ async def test_submitted_run_and_ended_in_one_tick(leading, apply, make_request,
         FinishReason.STOP,
     )
     await apply(leading, forgotten=["req-1"])
-    assert set(dump(leading.pool)) == {"leader", "meta"}
+    assert set(dump(leading.pool)) == {"leader", "meta", "epochs"}
 
 
 async def test_a_request_moves_between_levels_and_out(leading, apply, make_request, dump):

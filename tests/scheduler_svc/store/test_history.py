@@ -74,6 +74,22 @@ async def test_a_leader_that_knows_nothing_is_told_by_its_peers(leading, other, 
         other.encode(Commit(learnt={"x": "6"}), NOW_S)
 
 
+async def test_an_epoch_given_out_twice_is_told_by_its_term(leading, other, rollback):
+    """The older store is from before the epoch: the next leader gets the same number, and is soon further."""
+    await learn(leading, "1")
+    await rollback.put_aside()
+    await leading.lead("holder-1", "here", 60.0)
+    await learn(leading, "2")
+    gateway_has_seen = leading.seen
+    await rollback.come_back_older()
+    await other.lead("holder-1", "here", 60.0)
+    for value in "345":
+        await learn(other, value)
+    assert (other.seen.epoch, other.seen > gateway_has_seen) == (gateway_has_seen.epoch, True)
+    with pytest.raises(HistoryWentBack):
+        await other.witness(gateway_has_seen)
+
+
 async def test_peers_of_earlier_terms_are_no_alarm(leading, other):
     await learn(leading, "1")
     seen = [leading.seen]

@@ -160,13 +160,15 @@ class Maker:
         self.seq = 0
         self.epoch = 0
         self.timeline = 1
+        self.term = ""
         self.holder = "a"
         self.last: tuple[Any, ...] | None = None
 
-    def seen(self) -> tuple[int, int, int]:
+    def seen(self) -> tuple[int, int, int, str]:
         """What its calls say that it has seen: mostly what it has."""
         epoch = self.mostly(self.epoch, self.epoch + 5)
-        return self.mostly(self.timeline, 0, 9), epoch, self.mostly(self.seq, self.seq + 5)
+        term = self.rng.choices((self.term, "", "another"), (94, 4, 2))[0]
+        return self.mostly(self.timeline, 0, 9), epoch, self.mostly(self.seq, self.seq + 5), term
 
     def look(self) -> None:
         """What it believes of the logs becomes what is stored."""
@@ -280,14 +282,15 @@ def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: red
         if maker.epoch == 0 or kind < 0.05:
             holder = holder_of(rng)
             ttl_ms = rng.choice((LONG_MS, PAST_MS))
-            answer = both.call("laps_lead", holder, "here", ttl_ms, *maker.seen())
+            answer = both.call("laps_lead", holder, "here", ttl_ms, *maker.seen(), f"term-{step}")
             if isinstance(answer, list) and answer[0] == 1:
                 maker.epoch, maker.holder, maker.seq = answer[1], holder, answer[3]
+                maker.term = f"term-{step}"
         elif kind < 0.10:
             both.call("laps_renew", maker.mostly(maker.epoch, 0, 99), maker.holder, LONG_MS, *maker.seen())
         elif kind < 0.12:
             both.call("laps_describe", maker.epoch, maker.holder, "fcfs", "[]")
-        elif kind < 0.14:
+        elif kind < 0.125:
             both.call("laps_stop", holder_of(rng), "HISTORY_WENT_BACK", *maker.seen())
         elif kind < 0.18:
             maker.timeline = both.call("laps_resume", "operator") or maker.timeline
@@ -312,7 +315,7 @@ def test_every_refusal_is_met(client: redis.Redis) -> None:
     for seed in range(100, 120):
         both = Both(client)
         maker = Maker(seed, both.model)
-        answer = both.call("laps_lead", "a", "here", LONG_MS, 0, 0, 0)
+        answer = both.call("laps_lead", "a", "here", LONG_MS, 0, 0, 0, "", "term")
         maker.epoch = answer[1]
         for _ in range(120):
             answer = both.call("laps_commit", *maker.commit())
