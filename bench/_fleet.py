@@ -36,12 +36,19 @@ class Process:
         self._env = env
         self._role = role
         self._process: subprocess.Popen[bytes] | None = None
+        self._crashes: list[int] = []
 
     @property
     def pid(self) -> int:
         """0: not running."""
         running = self._process is not None and self._process.poll() is None
         return self._process.pid if running and self._process is not None else 0
+
+    @property
+    def crashes(self) -> list[int]:
+        """Exit codes of those that ended before anybody killed them."""
+        code = self._process.poll() if self._process is not None else None
+        return self._crashes if code in (None, -signal.SIGKILL) else [*self._crashes, code]
 
     def start(self) -> None:
         launch = [sys.executable, "-I", "-S", str(launcher.__file__), str(os.getpid())]
@@ -57,6 +64,7 @@ class Process:
 
     def kill(self) -> None:
         if self._process is not None:
+            self._crashes = self.crashes
             self._process.kill()
             self._process.wait()
 

@@ -202,6 +202,10 @@ class Run:
         finally:
             self.over = True
         done, pending = await asyncio.wait(clients, timeout=DRAIN_S)
+        for process in self.fleet.processes.values():
+            # A fault of the loop must not hide one of ours.
+            if process.crashes:
+                raise SystemExit(f"{process.name} ended by itself with {process.crashes}; see its log")
         show.cancel()
         for task in pending:
             task.cancel()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from worker_svc.engine import EngineRequest, ModelPair, StoppingConfig
+from worker_svc.engine import EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine.cache import LayerShape, SlotCache
 from worker_svc.engine.slots import common_prefix
 
@@ -93,6 +93,22 @@ def test_a_finished_request_leaves_its_prefix(tools: Any, pair: ModelPair, refer
     assert usage.kept_tokens == usage.allocated_bytes == 0
     engine.add(_request(2))
     assert _until_emitted(tools, engine, outputs)[1] == {}
+
+
+def test_what_was_verified_beyond_the_end_is_not_kept(tools: Any, folders: Any, references: Any) -> None:
+    """A draft that is always right, and a stop in the middle of what a step accepts."""
+    sure = load_pair(folders.target, folders.target)
+    engine = tools.engine(sure, draft_tokens=4, prompt_lookup=False)
+    stop = references["0"][1]
+    ends = StoppingConfig(max_tokens=MAX_TOKENS, stop_token_ids=(stop,), ignore_eos=True)
+    tokens = tools.drain(engine, [EngineRequest("0", _prompt(0), stopping=ends)])["0"].tokens
+    assert tokens == references["0"][: references["0"].index(stop) + 1]
+    whole = [*_prompt(0), *tokens]
+    assert engine.step().kv.kept_tokens <= len(whole)
+    again = EngineRequest("1", [*whole, 9, 8, 7], stopping=STOPPING)
+    assert tools.drain(engine, [again])["1"].tokens == tools.greedy_reference(
+        sure, list(again.prompt_token_ids), MAX_TOKENS
+    )
 
 
 def test_what_a_resumed_request_reuses_is_not_called_cached(
