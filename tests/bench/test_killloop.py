@@ -25,7 +25,7 @@ REFERENCE: Any = SimpleNamespace(outputs=[OUTPUT])
 
 @pytest.mark.stack
 @pytest.mark.timeout(400)
-@pytest.mark.xdist_group("stack")
+@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(("store", "minutes"), [("valkey", 0.4), ("redis", 0.2)])
 def test_nothing_is_lost_doubled_or_different(store: str, minutes: float, tmp_path: Path) -> None:
     if store == "redis" and redis_binary() is None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.stack
 @pytest.mark.timeout(300)
-@pytest.mark.xdist_group("stack")
+@pytest.mark.xdist_group("faults")
 def test_overload(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "bench.overload", "--seconds", "5", "--json", str(out)]

@@ -13,7 +13,7 @@ from laps.client.retry import RetryPolicy
 from tests.stack import reference
 from tests.stack.conftest import StartStack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
 
 REQUESTS = 16
 MAX_TOKENS = 48

@@ -22,7 +22,7 @@ from laps.client.retry import NO_RETRY, RetryPolicy
 from laps.errors import LapsError, Reason
 from tests.stack import reference
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 
 PATIENT = RetryPolicy(connect_attempts=80, resume_attempts=80, max_backoff_s=1.0)
 LONG = 400

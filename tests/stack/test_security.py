@@ -24,7 +24,7 @@ from laps.stack import Stack
 from scheduler_svc.store.server import LocalServer, redis_binary
 from tests.certificates import GATEWAY, HERE, WORKER, Authority
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "development-only"

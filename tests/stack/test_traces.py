@@ -22,7 +22,7 @@ from laps.ports import free_ports
 from laps.stack import Stack
 from laps.v1 import inference_pb2, inference_pb2_grpc
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(180), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"
