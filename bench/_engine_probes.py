@@ -77,28 +77,28 @@ def stalls(
         first_token_s = []
         started = 0
         for _ in range(rounds):
-            arrived, ended = False, False
-            window_s: dict[str, list[float]] = {"without": [], "with": []}
+            arrival_s, ended = 0.0, False
+            emitted_s: dict[str, float] = {}
+            without = 0
             while not ended:
                 # Running requests that have ended make room for others of the same kind.
-                while len(engine.running) - (arrived and not ended) < batch:
+                while len(engine.running) - bool(arrival_s) < batch:
                     engine.add(_request(f"running {started}", every[started % len(every)], 256))
                     started += 1
-                    for _ in range(3):
-                        engine.step()
-                if not arrived and len(window_s["without"]) >= _STEPS_WITHOUT * batch:
+                if not arrival_s and without >= _STEPS_WITHOUT * batch:
                     engine.add(_request("long", prompt, 2))
-                    arrived, arrival_s = True, time.perf_counter()
-                began = time.perf_counter()
+                    arrival_s = time.perf_counter()
                 told = engine.step()
-                gap_s = time.perf_counter() - began
-                if "long" in told.request_ids:
-                    first_token_s.append(time.perf_counter() - arrival_s)
-                    ended = True
-                window_s["with" if arrived else "without"] += [gap_s] * batch
+                now_s = time.perf_counter()
+                for name in told.request_ids:
+                    if name == "long":
+                        first_token_s.append(now_s - arrival_s)
+                        ended = True
+                    elif name in emitted_s:
+                        gaps["with" if arrival_s else "without"].append(now_s - emitted_s[name])
+                        without += not arrival_s
+                    emitted_s[name] = now_s
             engine.drop("long")
-            for name, values in window_s.items():
-                gaps[name] += values
         for name in engine.running:
             engine.drop(name)
         p99 = {name: statistics.quantiles(values, n=100)[98] for name, values in gaps.items()}
