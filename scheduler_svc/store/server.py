@@ -136,31 +136,35 @@ class LocalServer:
                 start_new_session=True,
             )
         deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
+        while (state := self._state()) != "ready":
             ended = self._process.poll() is not None
-            if ended or time.monotonic() > deadline_s:
+            # However long it reads its data, that comes to an end.
+            if ended or (time.monotonic() > deadline_s and state != "loading"):
                 self.kill()
                 said = self.log_path.read_bytes()[log_start:].decode(errors="replace").strip()
                 what = "ended at once" if ended else f"did not answer in {START_TIMEOUT_S:.0f} s"
                 raise ServerFailed(f"{self._binary} on port {self.port} {what}:\n{said[-2000:]}")
             time.sleep(_POLL_S)
 
-    def _answers(self) -> bool:
+    def _state(self) -> Literal["", "loading", "ready"]:
+        """Empty: it does not answer. One that still reads its data answers INFO and little else."""
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1.0) as connection:
                 # The process id tells whether it is ours that answers.
-                connection.sendall(b"INFO server\r\n")
+                connection.sendall(b"INFO server persistence\r\n")
                 answer = b""
-                while b"process_id:" not in answer or not answer.endswith(b"\n"):
+                while b"\r\nloading:" not in answer or not answer.endswith(b"\n"):
                     part = connection.recv(4096)
                     answer += part
                     if answer.startswith(b"-NOAUTH"):
-                        return True
+                        return "ready"
                     if not part or answer.startswith(b"-"):
-                        return False
+                        return ""
         except OSError:
-            return False
-        return f"process_id:{self.pid}\r\n".encode() in answer
+            return ""
+        if f"process_id:{self.pid}\r\n".encode() not in answer:
+            return ""
+        return "ready" if b"\r\nloading:0" in answer else "loading"
 
     def stop(self) -> None:
         """Ends it in good order; what is on disk stays."""
