@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,22 @@ import torch
 from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StoppingConfig
 
 PADDING = 0
+
+
+def read_prompts(path: Path, pair: ModelPair, longest: int) -> dict[str, list[list[int]]]:
+    """By kind of prompt, token ids, of each at most the first `longest`."""
+    found: dict[str, list[list[int]]] = defaultdict(list)
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)
+        if "messages" in entry:
+            ids = pair.tokenizer.apply_chat_template(
+                entry["messages"], add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        else:
+            ids = pair.tokenizer(entry["text"]).input_ids
+        if ids:
+            found[entry["kind"]].append(list(ids)[:longest])
+    return dict(found)
 
 
 @dataclass

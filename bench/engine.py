@@ -22,31 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _contenders import Ours, contenders
+from _contenders import Ours, contenders, read_prompts
 from _engine_probes import leftovers, sharing, stalls, switching
 
-from worker_svc.engine import ModelPair, load_pair
+from worker_svc.engine import load_pair
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_ONLY = "engine, target only"
 ADAPTIVE = "engine, adaptive"
 RESULTS = ROOT / "bench/results/engine.json"
-
-
-def read_prompts(path: Path, pair: ModelPair, kinds: int, longest: int) -> dict[str, list[list[int]]]:
-    """Token ids by kind of prompt."""
-    found: dict[str, list[list[int]]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if "messages" in entry:
-            ids = pair.tokenizer.apply_chat_template(
-                entry["messages"], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
-            ids = pair.tokenizer(entry["text"]).input_ids
-        if ids:
-            found[entry["kind"]].append(list(ids)[:longest])
-    return dict(list(found.items())[:kinds])
 
 
 def race(
@@ -218,7 +202,8 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
     pair = load_pair(options.target, options.draft)
-    prompts = read_prompts(options.prompts, pair, options.kinds, pair.context_tokens - options.tokens - 16)
+    found = read_prompts(options.prompts, pair, pair.context_tokens - options.tokens - 16)
+    prompts = dict(list(found.items())[: options.kinds])
     found = contenders(pair, options.tokens, max(options.batches), options.draft_tokens)
     table = race(found, prompts, options.batches, options.rounds, options.tokens)
     report: dict[str, Any] = {

@@ -15,13 +15,12 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from _contenders import Ours
+from _contenders import Ours, read_prompts
 
 from worker_svc.engine import ModelPair, load_pair
 
@@ -123,18 +122,9 @@ class Engine:
         return None
 
 
-def read_prompts(path: Path, pair: ModelPair, longest: int) -> list[list[int]]:
+def mixed_prompts(path: Path, pair: ModelPair, longest: int) -> list[list[int]]:
     """All prompts as token ids, kinds taking turns, so that every batch is a mixture of them."""
-    kinds: dict[str, list[list[int]]] = defaultdict(list)
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if "messages" in entry:
-            ids = pair.tokenizer.apply_chat_template(
-                entry["messages"], add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        else:
-            ids = pair.tokenizer(entry["text"]).input_ids
-        kinds[entry["kind"]].append(list(ids)[:longest])
+    kinds = read_prompts(path, pair, longest)
     columns = max(map(len, kinds.values()))
     return [rows[place] for place in range(columns) for rows in kinds.values() if place < len(rows)]
 
@@ -237,7 +227,7 @@ def main() -> None:
         raise SystemExit(f"no vLLM at {options.vllm}; make peers sets it up")
     torch.set_num_threads(1)
     pair = load_pair(options.target, options.draft)
-    prompts = read_prompts(options.prompts, pair, 512)
+    prompts = mixed_prompts(options.prompts, pair, 512)
     eager = ["--eager"] if options.eager else []
     modes = {"vllm, target only": eager}
     for length in options.draft_lengths:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -76,8 +76,7 @@ def accounted(call: Call, metrics: Metrics) -> Iterator[Callable[[str], None]]:
     if tracing is not None:
         span = tracing.start(call.method, call.traceparent, state=call.tracestate, kind="server")
         call.traceparent = tracing.traceparent(span)
-    trace_id = telemetry.trace_id(call.traceparent)
-    with nullcontext() if trace_id is None else bind_context(trace_id=trace_id):
+    with bind_context(trace_id=telemetry.trace_id(call.traceparent)):
         try:
             yield outcome
         except asyncio.CancelledError:

@@ -10,21 +10,18 @@ from dataclasses import dataclass
 from google.protobuf.duration_pb2 import Duration
 
 from laps.errors import FieldViolation, InvalidArgument, NotFound, Reason
+from laps.limits import INT32_MAX, MAX_LOGPROBS, MAX_PRIORITY, MAX_REQUEST_ID_CHARS
 from laps.security.principal import TENANT_NAME, TENANT_SEPARATOR
 from laps.v1 import generation_pb2, inference_pb2
 
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
 MAX_MESSAGES = 1024
 MAX_ROLE_CHARS = 64
-MAX_PRIORITY = 100
-MAX_REQUEST_ID_CHARS = 128
 MAX_REQUEST_CLASS_CHARS = 64
-_INT32_MAX = (1 << 31) - 1
 
 _NAME_CHARS = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -108,7 +105,7 @@ def check_before_tokenizing(request: inference_pb2.GenerateRequest, bounds: Boun
         _check_name(violations, "request_class", request.request_class, MAX_REQUEST_CLASS_CHARS)
     violations.whole("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if request.HasField("predicted_output_tokens"):
-        violations.whole("predicted_output_tokens", request.predicted_output_tokens, 1, _INT32_MAX)
+        violations.whole("predicted_output_tokens", request.predicted_output_tokens, 1, INT32_MAX)
     if request.HasField("timeout"):
         _check_timeout(violations, request.timeout)
     _check_sampling(violations, request.sampling)
@@ -177,7 +174,7 @@ def _check_sampling(violations: _Violations, sampling: generation_pb2.SamplingPa
     if sampling.HasField("top_p"):
         violations.number("sampling.top_p", sampling.top_p, 0.0, 1.0, open_low=True)
     if sampling.HasField("top_k"):
-        violations.whole("sampling.top_k", sampling.top_k, 0, _INT32_MAX)
+        violations.whole("sampling.top_k", sampling.top_k, 0, INT32_MAX)
     if sampling.HasField("min_p"):
         violations.number("sampling.min_p", sampling.min_p, 0.0, 1.0)
     if sampling.HasField("repetition_penalty"):

@@ -122,5 +122,11 @@ def trace_id(traceparent: str) -> str | None:
     return traceparent[3:35] or None
 
 
+def trace_field(traceparent: str) -> dict[str, str]:
+    """For a line of the log; empty where there is no trace."""
+    known = trace_id(traceparent)
+    return {} if known is None else {"trace_id": known}
+
+
 def nanoseconds(at_s: float | None) -> int | None:
     return None if at_s is None else int(at_s * 1e9)

@@ -11,19 +11,20 @@ import math
 import re
 
 from laps.errors import InvalidArgument
+from laps.limits import INT32_MAX, MAX_LOGPROBS, MAX_PRIORITY, MAX_REQUEST_ID_CHARS
+from laps.security.principal import TENANT_NAME, TENANT_SEPARATOR
 from laps.v1 import scheduler_pb2, worker_pb2
 
 MAX_SLOTS = 4096
 MAX_TEXT_CHARS = 1024
 MAX_SECONDS = 1e6
 MAX_ERROR_CHARS = 512
-MAX_TOP_LOGPROBS = 20
-MAX_PRIORITY = 100
 MAX_TRACEPARENT_CHARS = 128
-_INT32_MAX = (1 << 31) - 1
 
 _ID = re.compile(r"[A-Za-z0-9._/-]{1,128}")
-_REQUEST_ID = re.compile(r"(?:[a-z0-9][a-z0-9-]{0,62}:)?[A-Za-z0-9._-]{1,128}")
+_REQUEST_ID = re.compile(
+    rf"(?:{TENANT_NAME.pattern}{TENANT_SEPARATOR})?[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARS}}}"
+)
 
 
 def check_hello(hello: worker_pb2.WorkerHello) -> None:
@@ -36,8 +37,8 @@ def check_hello(hello: worker_pb2.WorkerHello) -> None:
         if len(getattr(hello, name)) > MAX_TEXT_CHARS:
             raise InvalidArgument(f"hello.{name}", f"must have at most {MAX_TEXT_CHARS} characters")
     for name in ("vocabulary_size", "context_tokens"):
-        if getattr(hello, name) > _INT32_MAX:
-            raise InvalidArgument(f"hello.{name}", f"must be at most {_INT32_MAX}")
+        if getattr(hello, name) > INT32_MAX:
+            raise InvalidArgument(f"hello.{name}", f"must be at most {INT32_MAX}")
     _check_costs("hello.costs", hello.costs)
 
 
@@ -53,10 +54,8 @@ def check_report(report: worker_pb2.StepReport) -> None:
             raise InvalidArgument(
                 "report.logprobs", f"row {row} has {len(logprobs.logprobs)} for {emitted} tokens"
             )
-        if any(len(each.top) > MAX_TOP_LOGPROBS for each in logprobs.logprobs):
-            raise InvalidArgument(
-                "report.logprobs", f"at most {MAX_TOP_LOGPROBS} alternatives can be asked for"
-            )
+        if any(len(each.top) > MAX_LOGPROBS for each in logprobs.logprobs):
+            raise InvalidArgument("report.logprobs", f"at most {MAX_LOGPROBS} alternatives can be asked for")
     for finish in report.finishes:
         if len(finish.matched_stop) > MAX_TEXT_CHARS:
             raise InvalidArgument("report.finishes", f"a stop string has at most {MAX_TEXT_CHARS} characters")

@@ -19,7 +19,7 @@ from prometheus_client import Histogram
 from laps import telemetry
 from laps.v1 import worker_pb2
 from scheduler_svc import convert
-from scheduler_svc.core.records import Request, RequestSpec, Resident, StepReport, Tick, Worker
+from scheduler_svc.core.records import Request, Resident, StepReport, Tick, Worker
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.deliveries import DeliveryHub
 from scheduler_svc.store.errors import StoreUnavailable
@@ -265,7 +265,7 @@ class Leader:
                 finish_reason=request.finish_reason,
                 output_tokens=request.output_tokens,
                 preemptions=request.preemptions,
-                **trace_field(request.spec),
+                **telemetry.trace_field(request.spec.traceparent),
             )
         updates: dict[str, worker_pb2.LeaseUpdate] = {
             worker_id: worker_pb2.LeaseUpdate() for worker_id in acknowledged
@@ -293,12 +293,6 @@ class Leader:
 
     def _traceparent(self, request: Request) -> str:
         return request.spec.traceparent if self._traces is None else self._traces.traceparent(request)
-
-
-def trace_field(spec: RequestSpec) -> dict[str, str]:
-    """For a line of the log about a request."""
-    trace_id = telemetry.trace_id(spec.traceparent)
-    return {} if trace_id is None else {"trace_id": trace_id}
 
 
 def output_crc32(request: Request) -> int:

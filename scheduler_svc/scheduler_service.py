@@ -9,13 +9,13 @@ from typing import Any
 import grpc
 import structlog
 
-from laps import errors
+from laps import errors, telemetry
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import checks, convert
 from scheduler_svc.core.records import TOKEN_BYTES, Append, Refused, Request
 from scheduler_svc.deliveries import Follower
-from scheduler_svc.leader import Leader, trace_field
+from scheduler_svc.leader import Leader
 from scheduler_svc.metrics import kv_cache_utilization
 from scheduler_svc.store import inspector_proto
 from scheduler_svc.store.errors import RecordDamaged, StoreUnavailable
@@ -53,7 +53,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                 "accepted",
                 request_id=spec.request_id,
                 prompt_tokens=spec.prompt_tokens,
-                **trace_field(spec),
+                **telemetry.trace_field(spec.traceparent),
             )
         return scheduler_pb2.SubmitResponse(joined=joined, state=state, epoch=leader.epoch)
 

@@ -17,8 +17,7 @@ class LeaseTrace:
     __slots__ = ("_accepted", "_drafted", "_emitted", "_span", "_steps", "field")
 
     def __init__(self, grant: worker_pb2.LeaseGrant) -> None:
-        trace_id = telemetry.trace_id(grant.traceparent)
-        self.field = {} if trace_id is None else {"trace_id": trace_id}
+        self.field = telemetry.trace_field(grant.traceparent)
         self._span: Span | None = None
         self._steps = self._emitted = self._drafted = self._accepted = 0
         tracing = telemetry.tracing()

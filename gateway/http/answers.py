@@ -110,7 +110,7 @@ class EventAnswer(Answer):
             # Closing it would wait until everything that it holds has been read, and that may be never.
             asyncio.get_running_loop().call_later(LAST_WORDS_S, transport.abort)
         with contextlib.suppress(ConnectionError):
-            await self._response.write(_event(to_json(error_body(error, self._asked.param_of))))
+            await self._response.write(event(to_json(error_body(error, self._asked.param_of))))
             await self._response.write_eof()
         return self._response
 
@@ -128,7 +128,7 @@ class EventAnswer(Answer):
         """Waits while the client does not read."""
         try:
             async with asyncio.timeout(STALLED_S):
-                await self._response.write(_event(data))
+                await self._response.write(event(data))
         except TimeoutError:
             raise ResourceExhausted(
                 f"the client took nothing for {STALLED_S:g} s and lost its stream",
@@ -139,7 +139,8 @@ class EventAnswer(Answer):
             raise _left() from None
 
 
-def _event(data: bytes) -> bytes:
+def event(data: bytes) -> bytes:
+    """A server-sent event. The data are of one line, as JSON is."""
     return b"data: " + data + b"\n\n"
 
 

@@ -12,7 +12,6 @@ import click
 from laps.errors import LocalError
 
 EXIT_FAILED = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 # Name: (module:attribute, one line of help). The order is that of `laps --help`.

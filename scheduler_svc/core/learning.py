@@ -104,7 +104,7 @@ class ClassRecord:
     """Sum of products of the deviations of those two."""
     levels: dict[str, Moments] = field(default_factory=dict)
     """`log_error` by level of the prediction (powers of two)."""
-    spread: RateSpread = field(default_factory=lambda: RateSpread())
+    spread: RateSpread = field(default_factory=RateSpread)
 
     def add(
         self, level: str, tokens: int, steps: int, log_error: float, step_variance: float | None = None
@@ -134,10 +134,10 @@ class ClassRecord:
                 "tokens_per_step": round(self.tokens / self.steps, 4) if self.steps else None,
                 "tokens": self.tokens,
                 "steps": self.steps,
-                "log_error": _row(self.log_error),
-                "log_rate": _row(self.log_rate),
+                "log_error": asdict(self.log_error),
+                "log_rate": asdict(self.log_rate),
                 "covariation": self.covariation,
-                "levels": {level: _row(moments) for level, moments in sorted(self.levels.items())},
+                "levels": {level: asdict(moments) for level, moments in sorted(self.levels.items())},
                 "spread": asdict(self.spread),
             }
         )
@@ -161,10 +161,6 @@ class ClassRecord:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of a class: {error}") from error
         return record
-
-
-def _row(moments: Moments) -> dict[str, float]:
-    return {"count": moments.count, "mean": moments.mean, "squares": moments.squares}
 
 
 def _moments(row: Any) -> Moments:

@@ -100,7 +100,6 @@ class Bookkeeping:
     """The worker holds the KV cache of only a part of the output, so context must be sent."""
     overdue: bool = False
     """Past the starvation bound."""
-    granted_in_tick: int = -1
 
 
 @dataclass(slots=True, eq=False)

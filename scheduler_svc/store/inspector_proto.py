@@ -23,7 +23,6 @@ STATES = {
     RequestState.PREEMPTED: queue_pb2.REQUEST_STATE_PREEMPTED,
     RequestState.FINISHED: queue_pb2.REQUEST_STATE_FINISHED,
 }
-STATES_FROM_PROTO = {number: state for state, number in STATES.items()}
 REASONS = {
     None: generation_pb2.FINISH_REASON_UNSPECIFIED,
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,

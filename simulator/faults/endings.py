@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from simulator.faults.world import World
 
 READERS = 6
-QUIET_SLACK_S = 1.5
-"""Without faults: hearing of it, and a commit."""
 SLACK_S = 6.0
 """What hearing of a lost client and a commit may take besides the grace periods."""
 

@@ -122,12 +122,6 @@ class Exchange:
         self.over = True
         self.network.exchanges.pop(self, None)
 
-    def break_for_client(self, details: str) -> None:
-        self.down.finish(rpc_error(UNAVAILABLE, details))
-        self.up.cut = True
-        self.up._room()
-        self.close()
-
     def break_for_server(self) -> None:
         """The transport is gone: gRPC cancels the handler."""
         self.up.finish(asyncio.CancelledError())
@@ -170,7 +164,6 @@ class ClientCall:
 
     def __init__(self, exchange: Exchange, deadline_s: float | None) -> None:
         self._exchange = exchange
-        self._cancelled = False
         if deadline_s is not None:
             exchange.network.loop.at(exchange.client, deadline_s, self._expire)
 

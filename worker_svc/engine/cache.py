@@ -88,10 +88,6 @@ class SlotCache:
         tokens = sum(self.written) if self.lazy else self.slots * self.capacity_tokens
         return tokens * self.bytes_per_token
 
-    def bytes_needed(self, longest_tokens: int, slots: int) -> int:
-        """Bytes for `slots` slots in use, of which the longest holds so many tokens."""
-        return (slots if self.lazy else self.slots) * longest_tokens * self.bytes_per_token
-
     def reserve(self, tokens: int) -> None:
         """Makes sure that every slot can hold `tokens`; doubles the capacity, so that growth is rare."""
         if tokens <= self.capacity_tokens:

@@ -311,6 +311,8 @@ class Engine:
                 row.shared_tokens,
             )
             if reason is not None:
+                # Tokens that were verified after the one that ended the request are not part of it.
+                row.kv_tokens = [min(count, len(row.tokens)) for count in row.kv_tokens]
                 self._forget(row.request_id, keep=self.config.prefix_sharing)
         return columns
 

@@ -89,7 +89,6 @@ class BatchSampler:
         self._blocked_ids = {i: upload(list(rows[i].blocked_token_ids), device) for i in self._blocked}
         self._noise: Tensor | None = None
         self._offsets: list[int] = []
-        self.has_free_rows = self._free is not None
         self._plain = not sampled and not self._penalised and not self._blocked
 
     def _index(self, chosen: list[int]) -> Tensor | None:

@@ -82,10 +82,8 @@ class Residency:
         self._take_from_host(row)
         if row.slot >= 0:
             self._by_slot[row.slot] = None
-            # Tokens that were verified after the one that ended the request are not part of it.
-            kv_tokens = [min(count, len(row.tokens)) for count in row.kv_tokens]
-            if keep and kv_tokens[TARGET] >= _LEAST_SHARED_TOKENS:
-                self._kept[row.slot] = _Kept(row.tokens, kv_tokens)
+            if keep and row.kv_tokens[TARGET] >= _LEAST_SHARED_TOKENS:
+                self._kept[row.slot] = _Kept(row.tokens, list(row.kv_tokens))
             else:
                 self._release(row.slot)
             row.slot = -1

@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from laps.client.results import enum_word
 from laps.v1 import generation_pb2, queue_pb2
 
 WINDOW_S = 300.0
@@ -53,9 +54,7 @@ class Figures:
             if info.arrival_s >= self._began_s or info.request_id in self._seen:
                 self._count(self._bucket(now_s), info, counts=True)
             self._seen.pop(info.request_id, None)
-            reason = (
-                generation_pb2.FinishReason.Name(info.finish_reason).removeprefix("FINISH_REASON_").lower()
-            )
+            reason = enum_word(generation_pb2.FinishReason.DESCRIPTOR, info.finish_reason)
             self._finished.append((info.finished_s, latencies_s(info), reason))
 
     def summary(self, now_s: float) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 from google.protobuf.message import Message
 
 from laps.client.results import enum_word
-from laps.v1 import queue_pb2
+from laps.v1 import generation_pb2, queue_pb2
 
 _STATES = queue_pb2.RequestState.DESCRIPTOR
+_REASONS = generation_pb2.FinishReason.DESCRIPTOR
 
 ROW = (
     "request_id", "request_class", "priority", "arrival_s", "deadline_s", "prompt_tokens", "max_tokens",
@@ -32,9 +33,7 @@ Json = dict[str, Any]
 def request(info: queue_pb2.RequestInfo) -> Json:
     shown = _fields(info, ROW)
     shown["state"] = enum_word(_STATES, info.state)
-    shown["finish_reason"] = enum_word(
-        info.DESCRIPTOR.fields_by_name["finish_reason"].enum_type, info.finish_reason
-    )
+    shown["finish_reason"] = enum_word(_REASONS, info.finish_reason)
     return shown
 
 

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from aiohttp import web
 
 from gateway.admission import unpack
-from gateway.http.answers import STALLED_S, json_response
+from gateway.http.answers import STALLED_S, event, json_response
 from gateway.http.console.feed import WINDOW_ROWS, Feed, Viewer
 from gateway.http.errors import Refusal, invalid
 from gateway.scheduler_link import SchedulerLink
@@ -125,11 +125,11 @@ class Console:
             while True:
                 try:
                     async with asyncio.timeout(ALIVE_S):
-                        event = b"data: " + await viewer.take() + b"\n\n"
+                        said = event(await viewer.take())
                 except TimeoutError:
-                    event = b": alive\n\n"
+                    said = b": alive\n\n"
                 async with asyncio.timeout(STALLED_S):
-                    await response.write(event)
+                    await response.write(said)
         except (ConnectionError, TimeoutError):
             # Gone, or as good as gone.
             if http.transport is not None:
