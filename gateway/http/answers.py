@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -20,12 +21,17 @@ from laps.v1 import generation_pb2
 REQUEST_ID_HEADER = "X-Request-Id"
 STALLED_S = 60.0
 """A client that takes nothing for so long is gone: TCP alone would wait for a quarter of an hour."""
+ALIVE_S = 15.0
+"""A stream whose request waits has nothing to say, and says so often that it is alive: proxies cut what has
+been silent for about a minute."""
+ALIVE = b": alive\n\n"
+"""A comment, as server-sent events have them: clients skip it."""
 LAST_WORDS_S = 5.0
 """For telling a client that reads slowly why its stream ends."""
 
 
 class Answer(ABC):
-    """`begin`, any number of `add`, then `finish`; or `fail` at any time."""
+    """`begin`, any number of `add`, then `finish`; or `fail` at any time. `close` it in any case."""
 
     def __init__(self, asked: Asked, model_name: str, tokenizer: Tokenizer) -> None:
         self._asked = asked
@@ -48,6 +54,10 @@ class Answer(ABC):
 
     async def fail(self, error: LapsError) -> web.StreamResponse:
         return error_response(error, self._asked, self._headers)
+
+    def close(self) -> None:
+        """Nothing more will be said."""
+        return
 
     @abstractmethod
     async def _add(self, text: str, entries: list[Entry] | None) -> None: ...
@@ -79,6 +89,13 @@ class EventAnswer(Answer):
         super().__init__(asked, model_name, tokenizer)
         self._http = http
         self._response = web.StreamResponse()
+        self._said_s = 0.0
+        """When the last event or comment was sent."""
+        self._saying: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        if self._saying is not None:
+            self._saying.cancel()
 
     async def begin(self, request_id: str) -> None:
         await super().begin(request_id)
@@ -93,9 +110,12 @@ class EventAnswer(Answer):
             raise _left() from None
         for piece in self._shape.opening():
             await self._send(piece)
+        self._said_s = time.monotonic()
+        self._saying = asyncio.create_task(self._stay_alive(), name=f"alive {request_id}")
 
     async def finish(self, complete: generation_pb2.Complete) -> web.StreamResponse:
         check_finished(complete)
+        self.close()
         await self._send(self._shape.last_piece(complete))
         if self._asked.include_usage:
             await self._send_event(to_json(self._shape.usage_piece(complete)))
@@ -103,6 +123,7 @@ class EventAnswer(Answer):
         return self._response
 
     async def fail(self, error: LapsError) -> web.StreamResponse:
+        self.close()
         if not self._response.prepared:
             return await super().fail(error)
         self._response.force_close()
@@ -124,8 +145,18 @@ class EventAnswer(Answer):
             piece = piece | {"usage": None}
         await self._send_event(to_json(piece))
 
+    async def _stay_alive(self) -> None:
+        # Who has left, or takes nothing, is found out by others.
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await asyncio.sleep(self._said_s + ALIVE_S - time.monotonic())
+                if time.monotonic() >= self._said_s + ALIVE_S:
+                    self._said_s = time.monotonic()
+                    await self._response.write(ALIVE)
+
     async def _send_event(self, data: bytes) -> None:
         """Waits while the client does not read."""
+        self._said_s = time.monotonic()
         try:
             async with asyncio.timeout(STALLED_S):
                 await self._response.write(event(data))

@@ -185,20 +185,27 @@ class HttpServer:
     def _generation(self, endpoint: Endpoint) -> Handler:
         async def generate(http: web.Request) -> web.StreamResponse:
             call = HttpCall(endpoint, http.headers)
-            problem: LapsError
-            with accounted(call, self._metrics) as outcome:
-                try:
-                    asked = await self._read(http, endpoint)
-                    call.answer = self._answer(http, asked)
-                    await self._inference.generate(asked.request, call)
-                    return await call.answer.finish(call.complete)
-                except Exception as error:
-                    problem = as_laps_error(error, call)
-                    outcome(problem.status)
-            # Outside, because this may wait for a client that reads nothing.
-            return error_response(problem) if call.answer is None else await call.answer.fail(problem)
+            try:
+                return await self._generate(http, endpoint, call)
+            finally:
+                if call.answer is not None:
+                    call.answer.close()
 
         return generate
+
+    async def _generate(self, http: web.Request, endpoint: Endpoint, call: HttpCall) -> web.StreamResponse:
+        problem: LapsError
+        with accounted(call, self._metrics) as outcome:
+            try:
+                asked = await self._read(http, endpoint)
+                call.answer = self._answer(http, asked)
+                await self._inference.generate(asked.request, call)
+                return await call.answer.finish(call.complete)
+            except Exception as error:
+                problem = as_laps_error(error, call)
+                outcome(problem.status)
+        # Outside, because this may wait for a client that reads nothing.
+        return error_response(problem) if call.answer is None else await call.answer.fail(problem)
 
     def _answer(self, http: web.Request, asked: Asked) -> Answer:
         model_name = self._settings.model_name

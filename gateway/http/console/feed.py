@@ -78,6 +78,8 @@ class Feed:
         self._finished: deque[pictures.Json] = deque(maxlen=FINISHED_SHOWN)
         self._told: OrderedDict[str, float] = OrderedDict()
         """Finished requests that are counted already, with the instant of their end."""
+        self._picture_s = 0.0
+        """When the newest picture came."""
         self._answers: OrderedDict[_Key, tuple[float, asyncio.Task[bytes]]] = OrderedDict()
         """What was read last, with the instant of asking."""
 
@@ -125,10 +127,17 @@ class Feed:
         """A request's life as JSON, read once for all who ask within `FRESH_S`. Raises a LapsError."""
         return await self._shared(request_id, lambda: self._read_timeline(request_id))
 
+    def forget(self, request_id: str) -> None:
+        """What was read of a request no longer holds: somebody has just changed it."""
+        self._answers.pop(request_id, None)
+
     async def _shared(self, key: _Key, read: Callable[[], Coroutine[Any, Any, bytes]]) -> bytes:
         now_s = time.monotonic()
         known = self._answers.get(key)
-        if known is None or (known[1].done() and now_s - known[0] > FRESH_S):
+        # A page asks because it was shown a new picture. What was begun to be read before that picture came
+        # may be older than it, and where nothing more happens the page would never ask again.
+        older = known is not None and known[0] < self._picture_s
+        if known is None or older or (known[1].done() and now_s - known[0] > FRESH_S):
             self.reads += 1
             reading = asyncio.create_task(read())
             # Those who asked may all have left when it fails.
@@ -198,6 +207,7 @@ class Feed:
                 done, _ = await asyncio.wait({reading}, timeout=QUIET_S)
                 if done:
                     picture, came_s = reading.result(), time.monotonic()
+                    self._picture_s = came_s
                     if picture is grpc.aio.EOF:  # type: ignore[attr-defined]
                         return
                     reading = asyncio.ensure_future(stream.read())

@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from aiohttp import web
 
 from gateway.admission import unpack
-from gateway.http.answers import STALLED_S, event, json_response
+from gateway.http.answers import ALIVE, STALLED_S, event, json_response
 from gateway.http.console.feed import WINDOW_ROWS, Feed, Viewer
 from gateway.http.errors import Refusal, invalid
 from gateway.scheduler_link import SchedulerLink
@@ -127,7 +127,7 @@ class Console:
                     async with asyncio.timeout(ALIVE_S):
                         said = event(await viewer.take())
                 except TimeoutError:
-                    said = b": alive\n\n"
+                    said = ALIVE
                 async with asyncio.timeout(STALLED_S):
                     await response.write(said)
         except (ConnectionError, TimeoutError):
@@ -165,6 +165,7 @@ class Console:
         if not self.may_cancel():
             raise PermissionDenied("this console may not cancel: see console_allow_cancel")
         answer = await self._link.cancel(request_id)
+        self.feed.forget(request_id)
         log.info("cancelled", request_id=request_id, by=caller().name, peer=http.remote)
         state = enum_word(queue_pb2.RequestState.DESCRIPTOR, answer.state)
         return json_response({"request_id": request_id, "state": state}, headers=_PRIVATE)

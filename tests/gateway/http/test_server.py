@@ -57,6 +57,34 @@ async def test_events_come_as_tokens_are_stored(http: Any) -> None:
     writer.close()
 
 
+async def test_a_stream_that_waits_says_that_it_is_alive(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between events, never inside one, and OpenAI's own client skips it."""
+    monkeypatch.setattr(answers, "ALIVE_S", 0.02)
+    http.scheduler.auto_tokens = 0
+    stream = await http.client.completions.create(**TEXT, stream=True)
+    reading = asyncio.create_task(_texts(stream))
+    # No event yet: all that has come are comments.
+    await eventually(lambda: stream.response.num_bytes_downloaded >= 3 * len(answers.ALIVE))
+    request_id = http.stored().spec.request_id
+    http.scheduler.emit(request_id, 1 << 20)
+    assert len("".join(await asyncio.wait_for(reading, 20))) > 0
+
+    reader, writer = await http.send("POST", "/v1/completions", json.dumps(TEXT | {"stream": True}).encode())
+    await read_head(reader)
+    await reader.readuntil(answers.ALIVE)
+    await reader.readuntil(answers.ALIVE)
+    http.scheduler.auto_tokens = 5
+    rest = (await asyncio.wait_for(reader.read(), 20)).decode()
+    events = [line for line in rest.split("\r\n") if line.startswith(("data: ", ": "))]
+    assert events[-1] == "data: [DONE]\n\n"
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("alive ")]
+    writer.close()
+
+
+async def _texts(stream: Any) -> list[str]:
+    return [choice.text async for chunk in stream for choice in chunk.choices]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_leaving_cancels(http: Any, stream: bool) -> None:
     """At once, as nobody could come back to an id that the gateway made."""

@@ -284,5 +284,6 @@ async function readOne(name) {
   const [level, offset] = name.split("/").map(Number);
   const answer = await queueWindow(level, offset);
   windows.delete(name);
-  windows.set(name, { rows: answer.rows, seq: Math.max(answer.commit_seq, seq) });
+  // A newer picture may have come meanwhile: then these rows are old at once, and are asked for again.
+  windows.set(name, { rows: answer.rows, seq: answer.commit_seq });
 }
