@@ -178,6 +178,9 @@ class Settings(BaseSettings):
     )
     prefill_tokens: int = setting(512, "Prompt tokens computed in one step at most", _W, ge=1)
     draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=0, le=16)
+    lookup_tokens: int = setting(
+        16, "Tokens looked up in the request's own text in one step at most; 0: none", _W, ge=0, le=16
+    )
 
     # Scheduling.
     policy: str = setting("laps-sd", "Scheduling policy", _S)

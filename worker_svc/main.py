@@ -61,6 +61,8 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
             spare_slots=settings.spare_slots,
             context_tokens=settings.context_tokens or None,
             draft_tokens=settings.draft_tokens,
+            prompt_lookup=settings.lookup_tokens > 0,
+            lookup_tokens=settings.lookup_tokens,
             host_cache_bytes=settings.host_cache_bytes,
             kv_limit_bytes=settings.kv_limit_bytes or None,
             prefix_sharing=settings.prefix_sharing,

@@ -40,3 +40,19 @@ async def test_the_same_output_by_http_and_by_grpc(shared_stack: SharedStack) ->
     assert whole.model_extra is not None
     assert whole.model_extra["laps"]["speculation"]["num_draft_tokens"] > 0
     assert chat.choices[0].finish_reason in ("stop", "length")
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_known_beginning_is_told_by_both_faces(shared_stack: SharedStack) -> None:
+    """What the worker took from another prompt's KV cache, by way of the scheduler and its store."""
+    stack, client = shared_stack
+    system = [300 + place for place in range(40)]
+    first = await client.generate([*system, 7, 8, 9], max_tokens=2)
+    second = await client.generate([*system, 9, 8], max_tokens=2)
+    async with openai.AsyncOpenAI(base_url=stack.http_url, api_key="unused") as theirs:
+        third = await theirs.completions.create(model="tiny", prompt=[*system, 8, 9], max_tokens=2)
+    assert first.usage.cached_tokens == 0
+    assert second.usage.cached_tokens == len(system)
+    assert third.usage is not None
+    assert third.usage.prompt_tokens_details is not None
+    assert third.usage.prompt_tokens_details.cached_tokens == len(system)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from .errors import ModelError
 from .forward import attention_kinds
 from .parallel import Group
-from .weights import DEVICE_MAPS, Placement, read_model
+from .weights import DEVICE_MAPS, Checkpoint, Placement, check_room, read_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_BYTES = 1 << 16
@@ -80,11 +80,18 @@ def load_pair(
         _check_vocabulary(target_folder, draft_folder, vocabulary_size, draft_config, tokenizer)
         context_tokens = min(context_tokens, _context_tokens(draft_config))
     number_type = _DTYPES[dtype]
-    target_model = read_model("target", target_folder, target_config, number_type, placement)
+    checkpoints = [Checkpoint("target", target_folder, target_config)]
+    if draft_folder is not None:
+        checkpoints.append(Checkpoint("draft", draft_folder, draft_config))
+    if not placement.spread:
+        check_room(checkpoints, number_type, placement)
+    target_model = read_model(checkpoints[0], number_type, placement)
     where = target_model.device if placement.spread else placement.device
     draft_model = None
     if draft_folder is not None:
-        draft_model = read_model("draft", draft_folder, draft_config, number_type, Placement(where))
+        if placement.spread:
+            check_room(checkpoints[1:], number_type, Placement(where))
+        draft_model = read_model(checkpoints[1], number_type, Placement(where))
     return ModelPair(
         target=target_model,
         draft=draft_model,

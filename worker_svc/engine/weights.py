@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from .errors import ModelError
+from .memory import available_bytes
 
 DEVICE_MAPS = ("none", "auto")
 _SHOWN_MODULES = 3
@@ -38,10 +39,64 @@ class Placement:
     ranks: int = 1
 
 
-def read_model(role: str, folder: Path, config: Any, dtype: torch.dtype, placement: Placement) -> Any:
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model folder that is to be read. role: 'target' or 'draft'."""
+
+    role: str
+    folder: Path
+    config: Any
+
+
+def check_room(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, placement: Placement) -> None:
+    """Raises ModelError with the numbers where the weights of these together are more than the device has
+    free. Not for weights that are spread: accelerate places them, and `read_model` judges where they lie.
+    """
+    sizes = [weight_bytes(checkpoint, dtype) for checkpoint in checkpoints]
+    described = " and ".join(
+        f"{checkpoint.role} model in {str(checkpoint.folder)!r} has {size} bytes of weights"
+        for checkpoint, size in zip(checkpoints, sizes, strict=True)
+    )
+    on_gpu = placement.device.type == "cuda"
+    # Shards on GPUs lie on a GPU each; on CPUs they share the machine.
+    needed = sizes[0] // (placement.ranks if on_gpu else 1) + sum(sizes[1:])
+    free = available_bytes(placement.device)
+    if needed > free:
+        split = f" ({needed} for each of {placement.ranks} processes)" if placement.ranks > 1 else ""
+        raise ModelError(
+            f"{described}{split} in {str(dtype).removeprefix('torch.')}, but {placement.device} has {free} "
+            "bytes free; use a smaller dtype, a quantised checkpoint, or more devices"
+        )
+    if on_gpu and placement.ranks == 1 and max(sizes) > (host_free := available_bytes(torch.device("cpu"))):
+        raise ModelError(
+            f"{described}, which pass through the host's memory, but that has {host_free} bytes free"
+        )
+
+
+def weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of a checkpoint's weights when loaded: counted over the model without its numbers, or by the
+    files where weights are quantised or the model cannot be made without them.
+    """
+    if getattr(checkpoint.config, "quantization_config", None) is None:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype)  # type: ignore[no-untyped-call]
+            return _parameter_bytes(model)
+        except Exception:
+            # Some models compute with numbers while they are made; their files tell nearly as well.
+            pass
+    return sum(path.stat().st_size for path in checkpoint.folder.glob("*.safetensors"))
+
+
+def _parameter_bytes(model: Any) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+def read_model(checkpoint: Checkpoint, dtype: torch.dtype, placement: Placement) -> Any:
     """The model in evaluation mode. Raises ModelError with one line: what cannot be read, or what is missing
     for it.
     """
+    role, folder, config = checkpoint.role, checkpoint.folder, checkpoint.config
     method = _quantization_method(role, folder, config)
     options = _options(role, folder, config, method, placement)
     try:
@@ -68,7 +123,10 @@ def read_model(role: str, folder: Path, config: Any, dtype: torch.dtype, placeme
     if placement.spread:
         _check_spread(role, folder, model)
     if not options:
-        model = model.to(placement.device)
+        try:
+            model = model.to(placement.device)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(f"{role} model in {str(folder)!r} does not fit: {_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -118,7 +176,7 @@ def _check_spread(role: str, folder: Path, model: Any) -> None:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     outside = [name for name, place in places.items() if place == "disk" or (place == "cpu" and gpus)]
     if outside:
-        size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        size = _parameter_bytes(model)
         shown = ", ".join(outside[:_SHOWN_MODULES]) + (", ..." if len(outside) > _SHOWN_MODULES else "")
         raise ModelError(
             f"{role} model in {str(folder)!r} ({size} bytes of weights) does not fit the memory of "

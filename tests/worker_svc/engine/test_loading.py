@@ -41,7 +41,8 @@ def test_folders_without_a_model(folders: Any, tmp_path: Path) -> None:
     _refused("target model folder .* does not exist", tmp_path / "nowhere")
     _refused("draft model folder .* does not exist", folders.target, tmp_path / "nowhere")
     _refused("has no config.json", tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    small = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(small))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     _refused("no .*safetensors weights; other formats are not loaded", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")

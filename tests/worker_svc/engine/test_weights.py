@@ -21,10 +21,11 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from worker_svc.engine import EngineRequest, ModelError, StoppingConfig, load_pair
 from worker_svc.engine.cache import LayerShape, SlotCache, SlotWindow
+from worker_svc.engine.weights import Checkpoint, Placement, check_room, weight_bytes
 
 PROMPTS = [[5, 6, 7], list(range(2, 40)), [9]]
 MAX_TOKENS = 16
@@ -121,6 +122,66 @@ def test_weights_that_do_not_fit(folders: Any, monkeypatch: pytest.MonkeyPatch) 
         ModelError, match=r"\(\d+ bytes of weights\) does not fit the memory .* parts would lie"
     ):
         load_pair(folders.target, None, device_map="auto")
+
+
+def _held_bytes(model: Any) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_weights_are_counted_before_loading(make_folders: Any, family: str) -> None:
+    """Tied weights (gpt2's head is its embedding table) once, in the type in which they will be held."""
+    folder = make_folders(family).target
+    checkpoint = Checkpoint("target", folder, AutoConfig.from_pretrained(folder))
+    held = _held_bytes(load_pair(folder, None).target)
+    assert weight_bytes(checkpoint, torch.float32) == held
+    assert weight_bytes(checkpoint, torch.bfloat16) == held // 2
+    checkpoint.config.quantization_config = {"quant_method": "compressed-tensors"}
+    assert weight_bytes(checkpoint, torch.float32) == (folder / "model.safetensors").stat().st_size
+
+
+def test_a_model_too_large_is_refused_before_it_is_read(folders: Any, tmp_path: Path) -> None:
+    shutil.copytree(folders.target, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config |= {"hidden_size": 1 << 16, "intermediate_size": 1 << 18, "head_dim": 1 << 14}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    needed = 2 * (4 * (1 << 32) * 3 // 4 + 3 * (1 << 34) + (1 << 17)) + 2 * 64 * (1 << 16) + (1 << 16)
+    with pytest.raises(
+        ModelError,
+        match=rf"target .* has {4 * needed} bytes of weights in float32, but cpu has \d+ bytes free; use",
+    ):
+        load_pair(tmp_path / "model", None)
+    with pytest.raises(ModelError, match=rf"has {2 * needed} bytes of weights in bfloat16"):
+        load_pair(tmp_path / "model", None, dtype="bfloat16")
+
+
+def test_target_and_draft_need_room_together(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load_pair(folders.target, folders.draft)
+    sizes = _held_bytes(pair.target), _held_bytes(pair.draft)
+    monkeypatch.setattr("worker_svc.engine.weights.available_bytes", lambda device: sum(sizes) - 1)
+    with pytest.raises(
+        ModelError,
+        match=rf"target .* has {sizes[0]} bytes of weights and draft .* has {sizes[1]} bytes of weights in "
+        rf"float32, but cpu has {sum(sizes) - 1} bytes free",
+    ):
+        load_pair(folders.target, folders.draft)
+    assert load_pair(folders.target, None).draft is None
+
+
+def test_each_gpu_of_a_group_holds_its_share(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = [Checkpoint("target", folders.target, AutoConfig.from_pretrained(folders.target))]
+    needed = weight_bytes(checkpoints[0], torch.float32)
+    free = {"cuda": needed // 2, "cpu": needed}
+    monkeypatch.setattr("worker_svc.engine.weights.available_bytes", lambda device: free[device.type])
+    check_room(checkpoints, torch.float32, Placement(torch.device("cuda", 0), ranks=2))
+    with pytest.raises(ModelError, match=rf"but cuda:0 has {needed // 2} bytes free"):
+        check_room(checkpoints, torch.float32, Placement(torch.device("cuda", 0)))
+    free["cuda"] = needed // 2 - 1
+    with pytest.raises(ModelError, match=rf"\({needed // 2} for each of 2 processes\) in float32"):
+        check_room(checkpoints, torch.float32, Placement(torch.device("cuda", 0), ranks=2))
+    free |= {"cuda": needed, "cpu": needed - 1}
+    with pytest.raises(ModelError, match=rf"host's memory, but that has {needed - 1} bytes free"):
+        check_room(checkpoints, torch.float32, Placement(torch.device("cuda", 0)))
 
 
 def test_what_excludes_what(folders: Any) -> None:
