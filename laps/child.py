@@ -20,8 +20,6 @@ FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
 HEALTHY_AFTER_S = 10.0
 """A child that ran this long begins with the first backoff again."""
-MAX_LOG_BYTES = 16 << 20
-"""A larger log moves to NAME.log.1 when its child starts."""
 
 
 async def _always() -> bool:
@@ -92,15 +90,15 @@ class Child:
         """The end of what its present run has logged."""
         try:
             with self.log_path.open(errors="replace") as log:
-                log.seek(self._log_start_bytes)
+                # Behind its end: it has been emptied since, see log_files.
+                if self._log_start_bytes <= self.log_path.stat().st_size:
+                    log.seek(self._log_start_bytes)
                 return " | ".join(line.strip() for line in deque(log, lines) if line.strip())
         except OSError:
             return ""
 
     async def _spawn(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
-            self.log_path.replace(self.log_path.with_name(self.log_path.name + ".1"))
         launch = [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), *self.spec.argv]
         with self.log_path.open("ab") as log:
             self._log_start_bytes = log.tell()

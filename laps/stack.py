@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Protocol, Self
 
+from laps import log_files
 from laps.child import Child, ChildSpec
 from laps.errors import LocalError
 from laps.logs import get_logger
@@ -93,6 +94,7 @@ class Stack:
         self._command = command
         self._is_ready = is_ready
         self._lock: IO[str] | None = None
+        self._bounding: asyncio.Task[None] | None = None
         self._resources = AsyncExitStack()
         self.port = 0
         self.scheduler_port = 0
@@ -148,6 +150,7 @@ class Stack:
             await self._add(name, "gateway", _GATEWAY_METRICS + number if number else 0, self.port)
         for number, worker_port in enumerate(worker_ports):
             await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
+        self._bounding = asyncio.create_task(self._bound_logs(), name="log files")
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Returns when every service says that it is ready.
@@ -179,6 +182,8 @@ class Stack:
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Stops gateway, workers, scheduler, store, in this order, within about `drain_s` seconds."""
+        if self._bounding is not None:
+            self._bounding.cancel()
         whole_s = self.settings.drain_s if drain_s is None else drain_s
         deadline_s = time.monotonic() + whole_s
         for stage in ("gateway", "worker", "scheduler", "store"):
@@ -192,6 +197,17 @@ class Stack:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    async def _bound_logs(self) -> None:
+        while True:
+            for path in [child.log_path for child in self.children.values()]:
+                try:
+                    if log_files.bound(path):
+                        get_logger().info("log moved", log=str(path), older=str(log_files.older(path)))
+                except OSError as error:
+                    # A full disk, say. The services go on, and so does this.
+                    get_logger().warning("log cannot be bounded", log=str(path), error=str(error))
+            await asyncio.sleep(log_files.INTERVAL_S)
 
     async def _add(self, name: str, role: str, metrics_offset: int, port: int) -> None:
         settings = self.settings

@@ -17,7 +17,9 @@ import psutil
 import pytest
 
 from laps import child as child_module
+from laps import log_files
 from laps.child import Child, ChildSpec
+from laps.log_files import older
 from laps.ports import free_ports, is_free
 from laps.settings import Settings
 from laps.stack import Stack, StackError
@@ -42,6 +44,13 @@ print("up", flush=True)
 time.sleep(99)
 """
 
+CHATTY = """
+import time
+for number in range(10**9):
+    print(f"{number:09}", "." * 90, flush=True)
+    time.sleep(0.0002)
+"""
+
 
 async def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
     deadline_s = time.monotonic() + timeout_s
@@ -52,6 +61,16 @@ async def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -
 
 def idle(role: str) -> list[str]:
     return [sys.executable, "-c", IDLE, role]
+
+
+def chatty(role: str) -> list[str]:
+    return [sys.executable, "-c", CHATTY if role == "scheduler" else IDLE, role]
+
+
+def read_numbers(log: Path) -> list[int]:
+    """Of what CHATTY has written; a line that is cut is left out."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [int(line[:9]) for line in lines if len(line) == 100]
 
 
 async def always_ready(address: str) -> bool:
@@ -114,6 +133,29 @@ async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     await stubborn.stop(0.1)
     assert not psutil.pid_exists(pid)
     assert stubborn.exit_code == -signal.SIGKILL
+
+
+async def test_logs_are_bounded_while_their_writers_run(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_files, "MAX_LOG_BYTES", 20_000)
+    monkeypatch.setattr(log_files, "INTERVAL_S", 0.02)
+    async with Stack(settings, any_ports=True, command=chatty, is_ready=always_ready) as stack:
+        pids = [each.pid for each in stack.children.values()]
+        scheduler = stack.children["scheduler"]
+        log = scheduler.log_path
+        numbers: list[int] = []
+        for _ in range(3):
+            # All that it has written comes by in the older log, while the newest stays short.
+            last = numbers[-1] if numbers else -1
+            await eventually(lambda last=last: (found := read_numbers(older(log))) and found[-1] > last)
+            numbers = read_numbers(older(log))
+            assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+            assert older(log).stat().st_size < 10 * 20_000
+        await eventually(lambda: log.stat().st_size < 20_000)
+        assert [each.pid for each in stack.children.values()] == pids
+        assert isinstance(scheduler, Child)
+        await eventually(lambda: read_numbers(log) and scheduler.last_words())
 
 
 async def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
