@@ -84,7 +84,7 @@ def metrics_page() -> str:
         rows.append(f"| `{family.name}{suffix}` | {family.type} | {family.documentation} |")
     return page(
         "Metrics",
-        "`--metrics-port` serves them to Prometheus: the scheduler's carry the label `pool`.",
+        "`--metrics-port` serves them to Prometheus. Every `laps_*` carries the label `pool`.",
         "| name | type | what it is |\n| --- | --- | --- |",
         rows,
     )

@@ -105,7 +105,7 @@ async def serve(settings: Settings) -> Gateway:
     tokenizer = await asyncio.to_thread(load_tokenizer, settings.target)
     if not (settings.context_tokens or tokenizer.limits.context_tokens):
         raise TokenizerError("context_tokens: the model's configuration names no limit; set one")
-    metrics = Metrics()
+    metrics = Metrics(settings.pool)
     gateway: Gateway
 
     def on_change(connected: bool) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from laps.v1 import scheduler_pb2
 
+M = TypeVar("M", bound=Counter | Histogram)
+_BUCKETS_S = Histogram.DEFAULT_BUCKETS
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 POOL_LOAD = {
@@ -19,51 +22,56 @@ POOL_LOAD = {
 and know these names."""
 
 
-class Metrics:
-    """One gateway's own registry, so that several can live in one process."""
+class _OfPool(Generic[M]):
+    """A metric whose first label is known."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        self.calls = Counter(
-            "laps_gateway_calls_total", "Finished calls", ["method", "code"], registry=registry
+    def __init__(self, pool: str, metric: M) -> None:
+        self._pool = pool
+        self._metric: M = metric
+
+    def labels(self, *values: str) -> M:
+        return cast(M, self._metric.labels(self._pool, *values))
+
+
+class Metrics:
+    """One gateway's own registry, so that several can live in one process. Its own metrics carry the label
+    `pool`, as a scheduler's do."""
+
+    def __init__(self, pool: str = "default") -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"laps_gateway_{name}", text, ["pool", *labels], registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"laps_gateway_{name}", text, ["pool"], registry=registry)
+
+        def seconds(name: str, text: str, *labels: str, buckets: Sequence[float] = _BUCKETS_S) -> Histogram:
+            name = f"laps_gateway_{name}_seconds"
+            return Histogram(name, text, ["pool", *labels], buckets=buckets, registry=registry)
+
+        self.calls = _OfPool(pool, counter("calls_total", "Finished calls", "method", "code"))
+        self.call_seconds = _OfPool(pool, seconds("call", "Time from a call's arrival to its end", "method"))
+        self.streams = gauge("streams", "Client streams that are open").labels(pool)
+        self.streams_lost = counter("streams_lost_total", "Streams taken from slow clients").labels(pool)
+        self.requests = _OfPool(
+            pool, counter("requests_total", "Outputs delivered to their end", "finish_reason")
         )
-        self.call_seconds = Histogram(
-            "laps_gateway_call_seconds",
-            "Time from a call's arrival to its end",
-            ["method"],
-            registry=registry,
-        )
-        self.streams = Gauge("laps_gateway_streams", "Client streams that are open", registry=registry)
-        self.streams_lost = Counter(
-            "laps_gateway_streams_lost_total", "Streams taken from slow clients", registry=registry
-        )
-        self.requests = Counter(
-            "laps_gateway_requests_total",
-            "Outputs delivered to their end",
-            ["finish_reason"],
-            registry=registry,
-        )
-        self.prompt_tokens = Counter(
-            "laps_gateway_prompt_tokens_total", "Accepted prompt tokens", registry=registry
-        )
-        self.tokens = Counter("laps_gateway_tokens_total", "Output tokens sent to clients", registry=registry)
-        self.time_to_first_token = Histogram(
-            "laps_gateway_time_to_first_token_seconds",
+        self.prompt_tokens = counter("prompt_tokens_total", "Accepted prompt tokens").labels(pool)
+        self.tokens = counter("tokens_total", "Output tokens sent to clients").labels(pool)
+        self.time_to_first_token = seconds(
+            "time_to_first_token",
             "Time from a call's arrival to its first output token",
             buckets=_TTFT_BUCKETS_S,
-            registry=registry,
-        )
-        self.inter_token_latency = Histogram(
-            "laps_gateway_inter_token_latency_seconds",
+        ).labels(pool)
+        self.inter_token_latency = seconds(
+            "inter_token_latency",
             "Time between messages of a stream, per token of the later one",
             buckets=_ITL_BUCKETS_S,
-            registry=registry,
-        )
-        self.scheduler_connected = Gauge(
-            "laps_gateway_scheduler_connected", "1 while the scheduler can be reached", registry=registry
-        )
-
+        ).labels(pool)
+        self.scheduler_connected = gauge(
+            "scheduler_connected", "1 while the scheduler can be reached"
+        ).labels(pool)
         self.pool_load = tuple(
             Gauge(name, text, ["model_name"], registry=registry) for name, text in POOL_LOAD.items()
         )

@@ -41,34 +41,38 @@ def rate(metric: str, where: str = "", by: str = "") -> str:
 
 
 SERVING = (
-    Panel("Calls", "reqps", ((rate("laps_gateway_calls_total", by="code"), "{{code}}"),)),
-    Panel("Time to first token", "s", quantiles("laps_gateway_time_to_first_token_seconds", "")),
-    Panel("Time between tokens", "s", quantiles("laps_gateway_inter_token_latency_seconds", "")),
-    Panel("Duration of calls", "s", quantiles("laps_gateway_call_seconds", "")),
+    Panel("Calls", "reqps", ((rate("laps_gateway_calls_total", POOL, "code"), "{{code}}"),)),
+    Panel("Time to first token", "s", quantiles("laps_gateway_time_to_first_token_seconds", "", POOL)),
+    Panel("Time between tokens", "s", quantiles("laps_gateway_inter_token_latency_seconds", "", POOL)),
+    Panel("Duration of calls", "s", quantiles("laps_gateway_call_seconds", "", POOL)),
     Panel(
         "Tokens",
         "short",
         (
-            (rate("laps_gateway_tokens_total"), "output/s"),
-            (rate("laps_gateway_prompt_tokens_total"), "prompt/s"),
+            (rate("laps_gateway_tokens_total", POOL), "output/s"),
+            (rate("laps_gateway_prompt_tokens_total", POOL), "prompt/s"),
         ),
     ),
     Panel(
         "Outputs by how they ended",
         "reqps",
-        ((rate("laps_gateway_requests_total", by="finish_reason"), "{{finish_reason}}"),),
+        ((rate("laps_gateway_requests_total", POOL, "finish_reason"), "{{finish_reason}}"),),
     ),
-    Panel("Open streams", "short", (("sum by (instance) (laps_gateway_streams)", "{{instance}}"),)),
+    Panel(
+        "Open streams",
+        "short",
+        ((f"sum by (pool, instance) (laps_gateway_streams{POOL})", "{{pool}} {{instance}}"),),
+    ),
     Panel(
         "Streams lost to slow clients",
         "reqps",
-        ((rate("laps_gateway_streams_lost_total"), "lost/s"),),
+        ((rate("laps_gateway_streams_lost_total", POOL), "lost/s"),),
         "Their requests go on; the clients can resume.",
     ),
     Panel(
         "Gateways that reach their scheduler",
         "short",
-        (("laps_gateway_scheduler_connected", "{{instance}}"),),
+        ((f"laps_gateway_scheduler_connected{POOL}", "{{pool}} {{instance}}"),),
     ),
 )
 
@@ -156,22 +160,19 @@ DASHBOARDS = {"serving": SERVING, "scheduling": SCHEDULING, "store": STORE}
 
 def dashboard(name: str, panels: tuple[Panel, ...]) -> dict[str, Any]:
     variables: list[dict[str, Any]] = [
-        {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}
+        {"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"},
+        {
+            "name": "pool",
+            "label": "Pool",
+            "type": "query",
+            "datasource": SOURCE,
+            "query": "label_values(laps_scheduler_leads, pool)",
+            "refresh": 2,
+            "includeAll": True,
+            "multi": True,
+            "current": {"text": "All", "value": "$__all"},
+        },
     ]
-    if panels is not SERVING:
-        variables.append(
-            {
-                "name": "pool",
-                "label": "Pool",
-                "type": "query",
-                "datasource": SOURCE,
-                "query": "label_values(laps_scheduler_leads, pool)",
-                "refresh": 2,
-                "includeAll": True,
-                "multi": True,
-                "current": {"text": "All", "value": "$__all"},
-            }
-        )
     return {
         "uid": f"laps-{name}",
         "title": f"LAPS: {name}",

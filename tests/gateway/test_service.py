@@ -168,14 +168,15 @@ async def test_metrics(start_gateway: Any) -> None:
         return str(urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode())
 
     text = await asyncio.to_thread(read)
+    generate = 'method="InferenceService.Generate",pool="default"'
     for line in (
-        'laps_gateway_calls_total{code="OK",method="InferenceService.Generate"} 1.0',
-        'laps_gateway_calls_total{code="INVALID_ARGUMENT",method="InferenceService.Generate"} 1.0',
-        'laps_gateway_requests_total{finish_reason="LENGTH"} 1.0',
-        "laps_gateway_tokens_total 40.0",
-        "laps_gateway_time_to_first_token_seconds_count 1.0",
-        "laps_gateway_streams 0.0",
-        "laps_gateway_scheduler_connected 1.0",
+        f'laps_gateway_calls_total{{code="OK",{generate}}} 1.0',
+        f'laps_gateway_calls_total{{code="INVALID_ARGUMENT",{generate}}} 1.0',
+        'laps_gateway_requests_total{finish_reason="LENGTH",pool="default"} 1.0',
+        'laps_gateway_tokens_total{pool="default"} 40.0',
+        'laps_gateway_time_to_first_token_seconds_count{pool="default"} 1.0',
+        'laps_gateway_streams{pool="default"} 0.0',
+        'laps_gateway_scheduler_connected{pool="default"} 1.0',
     ):
         assert line in text
 

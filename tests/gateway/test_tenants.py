@@ -103,7 +103,7 @@ async def test_refused_calls_are_counted(start_gateway: Callable[..., Any], keys
     harness = await start_gateway(api_keys_file=keys_file, metrics_port=free_ports(1)[0])
     await failure(harness.inference.ListModels(inference_pb2.ListModelsRequest()))
     registry = harness.gateway.inference._metrics.registry
-    labels = {"method": "InferenceService.ListModels", "code": "UNAUTHENTICATED"}
+    labels = {"pool": "default", "method": "InferenceService.ListModels", "code": "UNAUTHENTICATED"}
     assert registry.get_sample_value("laps_gateway_calls_total", labels) == 1
 
 
