@@ -191,11 +191,11 @@ class Leader:
             self._close_lost_sessions()
             # Decided for these sessions: one that opens during the commit knows none of it.
             sessions = dict(self._sessions)
-            acknowledged = {}
-            for session in sessions.values():
-                if session.unacknowledged:
-                    session.unacknowledged = False
-                    acknowledged[session.worker_id] = session.last_step
+            # Reports that come during the commit are not part of it.
+            steps = {session.worker_id: session.last_step for session in sessions.values()}
+            reported = [session.worker_id for session in sessions.values() if session.unacknowledged]
+            for worker_id in reported:
+                sessions[worker_id].unacknowledged = False
             try:
                 if tick.commit:
                     # Packed now: the records go on changing while the store is being asked.
@@ -204,7 +204,7 @@ class Leader:
                 for waiter in waiters:
                     waiter.cancel()
                 raise
-            self._publish(tick, sessions, acknowledged, now_s)
+            self._publish(tick, sessions, steps, reported, now_s)
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -250,7 +250,12 @@ class Leader:
         self.commit_times.labels(self.core.pool).observe(time.perf_counter() - started_s)
 
     def _publish(
-        self, tick: Tick, sessions: dict[str, WorkerSession], acknowledged: dict[str, int], now_s: float
+        self,
+        tick: Tick,
+        sessions: dict[str, WorkerSession],
+        steps: dict[str, int],
+        reported: list[str],
+        now_s: float,
     ) -> None:
         self.hub.published(tick.commit.appended)
         self.hub.finished(tick.commit.finished)
@@ -268,7 +273,7 @@ class Leader:
                 **telemetry.trace_field(request.spec.traceparent),
             )
         updates: dict[str, worker_pb2.LeaseUpdate] = {
-            worker_id: worker_pb2.LeaseUpdate() for worker_id in acknowledged
+            worker_id: worker_pb2.LeaseUpdate() for worker_id in reported
         }
         for revoke in tick.revokes:
             updates.setdefault(revoke.worker_id, worker_pb2.LeaseUpdate()).revokes.append(
@@ -286,7 +291,7 @@ class Leader:
                 continue
             update.epoch = self.epoch
             update.history.CopyFrom(history)
-            update.acknowledged_step = acknowledged.get(worker_id, session.last_step)
+            update.acknowledged_step = steps[worker_id]
             update.step_credit = settings.step_credit
             update.lease_duration_s = settings.lease_duration_s
             session.outbox.put_nowait(worker_pb2.SessionResponse(leases=update))

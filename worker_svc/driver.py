@@ -81,6 +81,9 @@ class EngineDriver:
     _released: list[int] = field(default_factory=list)
     _missing: list[int] = field(default_factory=list)
     _errors: list[tuple[int, str]] = field(default_factory=list)
+    _finished: dict[str, int] = field(default_factory=dict)
+    """Requests whose end is reported and not acknowledged yet, with the step that reported it. Their KV
+    stays: a leader that dies before it has stored the end is followed by one that grants them again."""
     _resident: dict[str, tuple[int, int]] = field(default_factory=dict)
     _detached: threading.Event = field(default_factory=threading.Event)
     _idle: threading.Event = field(default_factory=threading.Event)
@@ -177,6 +180,8 @@ class EngineDriver:
                 for request_id in list(self._leases):
                     self._leave_slot(request_id)
                 self._released, self._missing, self._errors = [], [], []
+                # Whether their end is stored the next leader knows: it grants them, or says that they ended.
+                self._finished = {}
                 self._resident = dict(self._find_resident())
                 self._detached.set()
             case SessionOpened(epoch=epoch, send=send):
@@ -191,6 +196,8 @@ class EngineDriver:
             return  # of a session that is over
         self._last_step_allowed = update.acknowledged_step + update.step_credit
         self._leases_end_s = time.monotonic() + update.lease_duration_s
+        for request_id in [n for n, step in self._finished.items() if step <= update.acknowledged_step]:
+            self._forget(request_id)
         for revoke in update.revokes:
             lease = self._leases.get(revoke.request_id)
             if lease is not None and revoke.lease_id in (0, lease.lease_id):
@@ -214,7 +221,8 @@ class EngineDriver:
             self._missing.append(grant.lease_id)
             return
         known = self._known[request_id]
-        # This engine may be ahead of what was stored: the stored part is what counts.
+        # This engine may be ahead of what was stored, beyond the end even: the stored part is what counts.
+        self._finished.pop(request_id, None)
         del known.output[grant.output_tokens :]
         try:
             order = convert.run_order(grant.run_order)
@@ -251,6 +259,7 @@ class EngineDriver:
     def _forget(self, request_id: str) -> None:
         self.engine.drop(request_id)
         self._known.pop(request_id, None)
+        self._finished.pop(request_id, None)
 
     def _find_resident(self) -> Iterable[tuple[str, tuple[int, int]]]:
         for request_id, known in self._known.items():
@@ -274,7 +283,7 @@ class EngineDriver:
                 trace = self._leases.pop(request_id).trace
                 log.info("lease ends", request_id=request_id, because=finish.value, **trace.field)
                 trace.end(finish.value)
-                del self._known[request_id]
+                self._finished[request_id] = self._step + 1
         if result.switched:
             measured_s = result.switch_s / result.switched
             self._switch_s += SWITCH_SMOOTHING * (measured_s - self._switch_s)
@@ -308,5 +317,5 @@ class EngineDriver:
             if request_id not in self._leases and not self.engine.holds(request_id)
         ]
         for request_id in evicted:
-            del self._known[request_id]
+            self._forget(request_id)
         return evicted

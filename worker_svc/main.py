@@ -66,6 +66,7 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
             host_cache_bytes=settings.host_cache_bytes,
             kv_limit_bytes=settings.kv_limit_bytes or None,
             prefix_sharing=settings.prefix_sharing,
+            hold_finished=True,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
         ),

@@ -147,7 +147,8 @@ class FakeEngine:
             wanted = row.request.sampling.logprobs is not None
             logprobs.append(tuple(TokenLogprob(t, logprob_of(t)) for t in tokens) if wanted else None)
             if reason is not None:
-                self.drop(request_id)
+                # Its KV stays, as with `hold_finished`.
+                self.preempt(request_id)
         kv = KvUsage(tokens=sum(row.kv_tokens for row in self._rows.values()))
         if not rows:
             return StepResult(step_s=VERIFY_S, kv=kv)

@@ -121,6 +121,27 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
         assert acknowledged.leases.acknowledged_step == 1
 
 
+async def test_a_report_that_comes_during_a_commit_is_acknowledged_by_the_next() -> None:
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        session = WorkerSession("w")
+        leader.open_session(session, Worker("w", 2, StepCosts(0.001, 0.01)), [])
+        submit(leader)
+        await asyncio.wait_for(leader.settled(), 5)
+        first = session.outbox.get_nowait()
+        assert first is not None
+        store.allowed.clear()
+        store.asked.clear()
+        leader.core.submit(RequestSpec("b", TOKEN, 10), leader.now_s())
+        leader.wake()
+        await asyncio.wait_for(store.asked.wait(), 5)
+        report = StepReport("w", [first.leases.grants[0].lease_id], [0], [1], [0], [0], TOKEN)
+        leader.report(session, 1, report)
+        store.allowed.set()
+        updates = [await asyncio.wait_for(session.outbox.get(), 5) for _ in range(2)]
+        assert [update.leases.acknowledged_step for update in updates if update] == [0, 1]
+
+
 async def test_an_unknown_outcome_is_asked_again_with_the_same_bytes() -> None:
     store = FakeStore()
     store.failures = [StoreUnavailable("timeout"), StoreUnavailable("timeout")]

@@ -72,7 +72,7 @@ class FakeEngine:
         )
         for name, reason in zip(names, finish, strict=True):
             if reason is not None:
-                self.drop(name)
+                self.running.remove(name)  # as with `hold_finished`
         return StepResult(
             request_ids=names,
             offsets=offsets,
@@ -202,6 +202,54 @@ def test_it_goes_back_to_what_is_stored(house: House) -> None:
     assert list(report.offsets) == [2]
     assert report.epoch == 2
     assert report.step == 1
+
+
+def test_a_finished_request_is_kept_until_its_end_is_acknowledged(house: House) -> None:
+    house.open()
+    house.update(credit=9, grants=[full(7, "a", [], 2), full(8, "b", [], 4)])
+    for _ in range(4):
+        house.next()
+    house.update(acknowledged=3, grants=[full(9, "c", [], 1)])
+    assert list(house.next().lease_ids) == [9]
+    assert house.engine.held.keys() == {"b", "c"}
+    house.update(acknowledged=5, grants=[full(10, "d", [], 1)])
+    report = house.next()
+    assert list(report.lease_ids) == [10]
+    assert list(report.evicted_request_ids) == []
+    assert house.engine.held.keys() == {"d"}
+
+
+def test_an_end_that_no_leader_has_stored_costs_no_kv(house: House) -> None:
+    """The leader dies with the last reports unread; the next one has stored less."""
+    house.open()
+    house.update(credit=9, grants=[full(7, "a", [], 4), full(8, "b", [], 3)])
+    for _ in range(4):
+        house.next()
+    house.driver.post(SessionLost())
+    assert house.driver.wait_detached(TIMEOUT_S)
+    assert {r.request_id: r.output_tokens for r in house.driver.resident()} == {"a": 4, "b": 3}
+    house.open(epoch=2)
+    # The end of the other one is stored.
+    revoke = worker_pb2.LeaseRevoke(request_id="b", reason=worker_pb2.REVOKE_REASON_ENDED)
+    house.update(epoch=2, credit=9, revokes=[revoke], grants=[grant(9, "a", [100, 101], 4)])
+    reports = [house.next(), house.next()]
+    assert [list(r.missing_lease_ids) for r in reports] == [[], []]
+    assert [list(r.offsets) for r in reports] == [[2], [3]]
+    assert len(reports[1].finishes) == 1
+    assert house.engine.held.keys() == {"a"}
+
+
+def test_a_finished_request_that_the_engine_has_given_up_is_not_offered(house: House) -> None:
+    house.open()
+    house.update(credit=9, grants=[full(7, "a", [], 1)])
+    house.next()
+    assert house.driver.wait_idle(TIMEOUT_S)
+    house.engine.held.clear()
+    house.update(credit=9, grants=[full(8, "b", [], 1)])
+    assert list(house.next().evicted_request_ids) == ["a"]
+    house.driver.post(SessionLost())
+    assert house.driver.wait_detached(TIMEOUT_S)
+    assert [r.request_id for r in house.driver.resident()] == ["b"]
 
 
 @pytest.mark.parametrize("output", [[100, 999], [100, 101, 102]])

@@ -34,6 +34,8 @@ class EngineConfig:
     - kv_block_tokens: on a GPU the cache grows in blocks of so many positions, doubling.
     - prefix_sharing: take the KV of a prompt's beginning from another request that has it, finished ones
       included as long as their slots are not needed.
+    - hold_finished: a request that has finished keeps its KV as a preempted one does until it is dropped: for
+      a caller who may have to take its end back.
     - prefill_tokens: prompt tokens computed in one step at most, so that long prompts do not stall running
       requests.
     - threads: torch threads of this process. With more than one set OMP_WAIT_POLICY=PASSIVE, or waiting
@@ -55,6 +57,7 @@ class EngineConfig:
     kv_limit_bytes: int | None = None
     kv_block_tokens: int = 256
     prefix_sharing: bool = True
+    hold_finished: bool = False
     prefill_tokens: int = 512
     threads: int = 1
     adaptive: bool = True

@@ -142,6 +142,7 @@ class Engine:
                 held.lookup = row.lookup
             held.request, held.tokens, held.stopper = request, tokens, row.stopper
             held.sampling, held.draft_limit_tokens = row.sampling, row.draft_limit_tokens
+            held.finished = False
             held.kv_tokens = [min(count, common, len(tokens) - 1) for count in held.kv_tokens]
             row = held
         row.run_order = request.run_order
@@ -167,8 +168,11 @@ class Engine:
 
     @torch.inference_mode()
     def drop(self, request_id: str) -> None:
-        """Forgets a request in any state and frees its KV; unknown ids are ignored."""
-        self._forget(request_id, keep=False)
+        """Forgets a request in any state and frees its KV; of one that has finished it may stay for others to
+        share. Unknown ids are ignored.
+        """
+        row = self._rows.get(request_id)
+        self._forget(request_id, keep=self.config.prefix_sharing and row is not None and row.finished)
 
     def forget_kept(self) -> None:
         """Frees the KV that finished requests have left for others to share."""
@@ -313,7 +317,12 @@ class Engine:
             if reason is not None:
                 # Tokens that were verified after the one that ended the request are not part of it.
                 row.kv_tokens = [min(count, len(row.tokens)) for count in row.kv_tokens]
-                self._forget(row.request_id, keep=self.config.prefix_sharing)
+                row.finished = True
+                if self.config.hold_finished:
+                    # Of all that wait it is the last that will run again.
+                    self.preempt(row.request_id, (math.inf,))
+                else:
+                    self.drop(row.request_id)
         return columns
 
     def _share(self, row: Row) -> int:

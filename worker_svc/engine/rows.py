@@ -27,7 +27,8 @@ class Place(enum.StrEnum):
 class Row:
     """tokens: prompt and output. kv_tokens: leading tokens whose KV is held, by model (TARGET, DRAFT).
     acceptance: of the draft model's tokens. lookup: None where prompt lookup is off. run_order: requests with
-    lower ones run earlier. shared_tokens: of the prompt, whose KV another request had already.
+    lower ones run earlier. shared_tokens: of the prompt, whose KV another request had already. finished:
+    its end is reported, and its KV held until it is dropped.
 
     Invariant between steps: kv_tokens[TARGET] <= len(tokens) - 1, for the last token is fed by the next
     verification.
@@ -46,6 +47,7 @@ class Row:
     entered: bool = True
     run_order: tuple[float, ...] = ()
     shared_tokens: int = 0
+    finished: bool = False
 
     @property
     def request_id(self) -> str:

@@ -72,10 +72,14 @@ def test_a_burst_shares_what_its_first_computes(tools: Any, pair: ModelPair, ref
     assert sorted(result.cached_tokens.values()) == [40, 40, 40]
 
 
-def test_a_finished_request_leaves_its_prefix(tools: Any, pair: ModelPair, references: Any) -> None:
+@pytest.mark.parametrize("hold_finished", [False, True])
+def test_a_finished_request_leaves_its_prefix(
+    tools: Any, pair: ModelPair, references: Any, hold_finished: bool
+) -> None:
     """Until others need the place, or it is asked to go."""
-    engine = tools.engine(pair, slots=2, spare_slots=1)
+    engine = tools.engine(pair, slots=2, spare_slots=1, hold_finished=hold_finished)
     assert tools.drain(engine, [_request(0)])["0"].tokens == references["0"]
+    engine.drop("0")
     kept = engine.step().kv
     assert kept.tokens == kept.bytes == 0
     assert kept.kept_tokens >= len(_prompt(0)) + MAX_TOKENS - 1

@@ -81,6 +81,35 @@ def test_longer_held_sequence_is_cut_back(tools: Any, pair: ModelPair) -> None:
     assert outputs["a"].tokens[:shared] == reference[:shared]
 
 
+def test_an_end_can_be_taken_back(tools: Any, pair: ModelPair) -> None:
+    """A finished request that is held goes on from the log of a caller who has not stored its end."""
+    engine = tools.engine(pair, slots=1, spare_slots=1, hold_finished=True)
+    reference = tools.drain(engine, [_request("a")])["a"].tokens
+    assert len(reference) == 40
+    assert engine.holds("a") >= 20 + 40 - 1
+    assert engine.free_slots == 1
+    outputs = {"a": tools.Output(reference[:30])}
+    engine.add(_request("a", reference[:30]))
+    assert _prefilled(tools, engine, outputs) == 0
+    while engine.running:
+        tools.collect(outputs, engine.step())
+    assert outputs["a"].tokens == reference
+    # Others who need the place push it out of its slot first.
+    engine.add(_request("b"))
+    _run_steps(tools, engine, outputs, 2)
+    engine.preempt("b", (0.0,))
+    engine.add(_request("c"))
+    assert {name: place for name, (_, place) in engine.resident().items()} == {
+        "a": "host",
+        "b": "slot",
+        "c": "running",
+    }
+    for name in "abc":
+        engine.drop(name)
+    assert engine.resident() == {}
+    assert engine.step().kv.host_bytes == 0
+
+
 def test_shorter_held_sequence_is_extended(tools: Any, pair: ModelPair) -> None:
     """A request that went on elsewhere needs only the new tokens' prefill here."""
     reference = tools.drain(tools.engine(pair), [_request("a")])["a"].tokens
