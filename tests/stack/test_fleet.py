@@ -32,8 +32,8 @@ DRAIN_S = 3.0
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    # With much credit the worker ends the request while its leader is away, and keeps nothing of it.
-    fleet = Fleet(tmp_path / "fleet", workers=1, slots=2, step_credit=4)
+    # With so much credit the worker ends the request while its leader is away, which must cost no KV either.
+    fleet = Fleet(tmp_path / "fleet", workers=1, slots=2, step_credit=256)
     try:
         await fleet.start()
         async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
