@@ -22,12 +22,19 @@ class Process:
     """A process whose output goes to a file, or that answers commands on its standard streams."""
 
     def __init__(
-        self, argv: list[str], log: IO[bytes], *, env: Mapping[str, str] | None = None, talks: bool = False
+        self,
+        argv: list[str],
+        log: IO[bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        talks: bool = False,
     ) -> None:
         pipe = subprocess.PIPE if talks else None
         self.process = subprocess.Popen(
             [sys.executable, *argv],
             env={**os.environ, **(env or {})},
+            cwd=cwd,
             stdin=pipe or subprocess.DEVNULL,
             stdout=pipe or log,
             stderr=log,

@@ -2,6 +2,8 @@
 
     python bench/gateway.py [--seconds 10] [--streams 2000] [--processes 2] [--json OUT]
 
+Beside it, in turns, the bare limit: grpc.aio streams on which nothing is done but to send
+(`_bare_streams.py`).
 The delay of a token is counted from the delivery's making in the scheduler to the client's reading, so it
 holds both hops and the client's own time. `--tree` runs the gateway of another working tree.
 """
@@ -74,10 +76,32 @@ def bed(folder: Path, tree: Path, processes: int) -> Iterator[tuple[list[Process
             env = settings.to_env() | {"PYTHONPATH": str(tree)}
             if processes > 1:
                 env["LAPS_SHARE_PORT"] = "true"
-            gateways.append(start(f"gateway-{number}", ["-m", "laps.cli", "gateway"], env=env))
+            # The working folder too: `-m` looks there first.
+            gateways.append(start(f"gateway-{number}", ["-m", "laps.cli", "gateway"], env=env, cwd=tree))
             wait_for(folder / f"gateway-{number}.log", LISTENING, gateways[-1])
         clients = start("clients", [str(BENCH / "_clients.py"), str(port), alphabet], talks=True)
         yield gateways, scheduler, clients
+    finally:
+        for process in started:
+            process.kill()
+
+
+@contextmanager
+def bare_bed(folder: Path) -> Iterator[tuple[Process, Process]]:
+    """The bare limit and its clients."""
+    folder.mkdir()
+    (port,) = free_ports(1, "127.0.0.1")
+    alphabet = json.dumps(plain_tokens())
+    log = folder / "bare.log"
+    started: list[Process] = []
+    try:
+        bare = Process([str(BENCH / "_bare_streams.py"), str(port), alphabet], log.open("ab"), talks=True)
+        started.append(bare)
+        # It sends nothing yet: that it answers says that it listens.
+        bare.ask("run", seconds=0.0, rows_per_s=0.0)
+        clients = Process([str(BENCH / "_clients.py"), str(port), alphabet], log.open("ab"), talks=True)
+        started.append(clients)
+        yield bare, clients
     finally:
         for process in started:
             process.kill()
@@ -101,15 +125,27 @@ def measure(
 
 def run(folder: Path, tree: Path, streams: int, seconds: float, processes: int) -> dict[str, Any]:
     result: dict[str, Any] = {"streams": streams}
-    with bed(folder / "one", tree, 1) as (gateways, scheduler, clients):
-        clients.ask("open", streams=streams)
+    with (
+        bed(folder / "one", tree, 1) as (gateways, scheduler, clients),
+        bare_bed(folder / "bare") as (bare, bare_clients),
+    ):
+        for each in (clients, bare_clients):
+            each.ask("open", streams=streams)
         measure(gateways, scheduler, clients, STEP_RATE / 2, 2.0)
+        measure([bare], bare, bare_clients, STEP_RATE / 2, 2.0)
         result["half"] = measure(gateways, scheduler, clients, STEP_RATE / 2, seconds)
+        result["half_bare"] = measure([bare], bare, bare_clients, STEP_RATE / 2, seconds)
+        result["most"] = measure(gateways, scheduler, clients, OVERLOAD, seconds)
+        result["most_bare"] = measure([bare], bare, bare_clients, OVERLOAD, seconds)
+        # What was late has gone out before the next part begins.
+        measure(gateways, scheduler, clients, STEP_RATE / 2, 2.0)
         # They read nothing at all. What the others get must not change.
         clients.ask("open", streams=DEAF_STREAMS, deaf=True)
         share = (streams + DEAF_STREAMS) / streams
         result["half_beside_deaf"] = measure(gateways, scheduler, clients, STEP_RATE / 2 * share, seconds)
-        result["most"] = measure(gateways, scheduler, clients, OVERLOAD, seconds)
+    for part in ("half", "most"):
+        ours, bare_limit = (result[name]["gateway_us_per_message"] for name in (part, f"{part}_bare"))
+        result[part]["times_bare_cpu"] = round(ours / bare_limit, 2)
     if processes > 1:
         with bed(folder / "several", tree, processes) as (gateways, scheduler, clients):
             clients.ask("open", streams=streams)

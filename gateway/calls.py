@@ -38,6 +38,8 @@ class Call(ABC):
         self.began_s = time.monotonic()
         self.caller: Principal = caller()
         self.fields: dict[str, Any] = {}
+        self.output_tokens = 0
+        """Sent so far."""
         if self.caller.tenant:
             self.fields["tenant"] = self.caller.tenant
 
@@ -47,7 +49,8 @@ class Call(ABC):
 
     @abstractmethod
     async def write(self, message: Message) -> None:
-        """Sends one message of a stream; waits while the client does not read."""
+        """Sends one message of a stream; waits while the client does not read. The message is the caller's
+        again, to be changed, when this returns."""
 
     @abstractmethod
     def time_left_s(self) -> float | None:
@@ -84,6 +87,8 @@ def accounted(call: Call, metrics: Metrics) -> Iterator[Callable[[str], None]]:
             raise
         finally:
             took_s = time.monotonic() - call.began_s
+            if call.output_tokens:
+                call.fields["output_tokens"] = call.output_tokens
             metrics.calls.labels(call.method, code).inc()
             metrics.call_seconds.labels(call.method).observe(took_s)
             log.info("call", method=call.method, code=code, duration_ms=round(took_s * 1e3, 1), **call.fields)

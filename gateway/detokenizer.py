@@ -57,8 +57,15 @@ class Detokenizer:
         self._drop_held(len(self._held_ends))
         self._at_resume_point = True
 
-    def push(self, token_ids: Iterable[int]) -> Release:
+    def push(self, token_ids: Sequence[int]) -> Release:
         """Adds output tokens."""
+        if self._holds_nothing and self._end_token_ids.isdisjoint(token_ids):
+            # The common case, and cheap: whole characters, none of which can be part of an end.
+            text = self._decoder.push_whole(token_ids)
+            if text is not None:
+                self._length += len(text)
+                self._at_resume_point = self._at_resume_point and not token_ids
+                return Release(len(token_ids), text)
         for token_id in token_ids:
             self._at_resume_point = False
             if self._end_token is not None:
@@ -91,6 +98,10 @@ class Detokenizer:
         self._held, self._end_token = "", None
         self._held_ends.clear()
         return Release(tokens, text)
+
+    @property
+    def _holds_nothing(self) -> bool:
+        return self._matcher is None and not self._held_ends and self._end_token is None
 
     @property
     def _held_start(self) -> int:

@@ -223,6 +223,10 @@ class InferenceService:
         """Sends the output from `offset` on until it ends."""
         feed, sent, to_skip = reader.feed, offset, offset
         request_id = call.caller.shown_id(feed.request_id)
+        # One message for the whole stream: to make a new one costs several times what filling it does.
+        message = response(request_id=request_id)
+        chunk = message.chunk
+        chunk.SetInParent()
         last_s = 0.0
         while True:
             tokens, completion = await reader.take()
@@ -236,12 +240,14 @@ class InferenceService:
                 rest = _finish(detokenizer, completion)
                 count, text = count + rest.tokens, text + rest.text
             if count or text:
-                chunk = generation_pb2.Chunk(
-                    token_ids=feed.tokens[sent : sent + count],
-                    text=text,
-                    logprobs=feed.logprobs[sent : sent + count],
-                )
-                await call.write(response(request_id=request_id, offset=sent, chunk=chunk))
+                message.offset = sent
+                del chunk.token_ids[:]
+                chunk.token_ids.extend(feed.tokens[sent : sent + count])
+                chunk.text = text
+                if feed.logprobs:
+                    del chunk.logprobs[:]
+                    chunk.logprobs.extend(feed.logprobs[sent : sent + count])
+                await call.write(message)
                 sent += count
                 last_s = self._sent(call, count, last_s)
             if completion is not None:
@@ -257,14 +263,14 @@ class InferenceService:
         """Counts a chunk that was written; returns when that was."""
         now_s = time.monotonic()
         if tokens:
-            self._metrics.tokens.inc(tokens)
-            call.fields["output_tokens"] = call.fields.get("output_tokens", 0) + tokens
+            call.output_tokens += tokens
             if last_s == 0.0:
+                self._metrics.flow.first(tokens)
                 call.fields["ttft_ms"] = round((now_s - call.began_s) * 1e3, 1)
                 if "offset" not in call.fields:
                     self._metrics.time_to_first_token.observe(now_s - call.began_s)
             else:
-                self._metrics.inter_token_latency.observe((now_s - last_s) / tokens)
+                self._metrics.flow.further(tokens, now_s - last_s)
         return now_s
 
     def _detokenizer(self, stops: Stops) -> Detokenizer:

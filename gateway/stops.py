@@ -19,6 +19,8 @@ class StopMatcher:
         found: list[tuple[str, int]] = []
         for index, (stop, failure) in enumerate(self._stops):
             matched = self._matched[index]
+            if not matched and stop[0] not in text:
+                continue
             for i, char in enumerate(text):
                 while matched and stop[matched] != char:
                     matched = failure[matched]

@@ -30,6 +30,10 @@ class TextDecoder(Protocol):
     def push(self, token_id: int) -> str:
         """The characters that this token completes."""
 
+    def push_whole(self, token_ids: Sequence[int]) -> str | None:
+        """The text of several tokens at once, where nothing is pending before, between or after their
+        characters. None, and nothing is taken: push them one at a time."""
+
     def flush(self) -> str:
         """What stands for an incomplete character at the end of the output."""
 
@@ -51,6 +55,14 @@ class ByteLevelDecoder:
         text = self._decode.decode(raw)
         self.pending = bool(self._decode.getstate()[0])
         return text
+
+    def push_whole(self, token_ids: Sequence[int]) -> str | None:
+        if self.pending:
+            return None
+        try:
+            return b"".join(map(self._token_bytes.__getitem__, token_ids)).decode()
+        except UnicodeDecodeError:
+            return None
 
     def flush(self) -> str:
         self.pending = False
@@ -113,6 +125,9 @@ class WindowDecoder:
         if text.endswith(REPLACEMENT) and unread < _MAX_PENDING_TOKENS:
             return ""
         return self._advance(text)
+
+    def push_whole(self, token_ids: Sequence[int]) -> str | None:
+        return None  # the text of a token depends on those before it
 
     def flush(self) -> str:
         return self._advance(self._decode(self._ids)) if self.pending else ""

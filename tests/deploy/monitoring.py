@@ -82,7 +82,8 @@ def exported() -> dict[str, set[str]]:
     """Every sample that gateways and schedulers can export, with its labels."""
     samples: dict[str, set[str]] = {}
     # Families without a series yet do not tell their labels.
-    declared = {each._name: each._labelnames for each in Metrics().registry._collector_to_names}
+    collectors = Metrics().registry._collector_to_names
+    declared = {each._name: each._labelnames for each in collectors if hasattr(each, "_name")}
     for family in docs_module().metric_families():
         labels = set(declared.get(family.name, getattr(family, "_labelnames", ()))) or {
             label for sample in family.samples for label in sample.labels
