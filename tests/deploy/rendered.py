@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([kubectl(), "kustomize", str(folder)], capture_output=True, text=True, check=False)
 
 
-def render_with(component: str, folder: Path, overlay: str = "gpu") -> list[Object]:
-    """An overlay with a component that it does not have. `folder`: an empty one to write to."""
+def render_with(components: str | Sequence[str], folder: Path, overlay: str = "gpu") -> list[Object]:
+    """An overlay with components that it does not have. `folder`: an empty one to write to."""
     # kustomize takes relative paths alone.
     root = Path(*[".."] * (len(folder.resolve().parts) - 1)) / K8S.relative_to("/")
+    wanted = [components] if isinstance(components, str) else components
+    paths = ", ".join(f"{root}/components/{each}" for each in wanted)
     (folder / "kustomization.yaml").write_text(
-        f"resources: [{root}/overlays/{overlay}]\ncomponents: [{root}/components/{component}]\n"
+        f"resources: [{root}/overlays/{overlay}]\ncomponents: [{paths}]\n"
     )
     built = build(folder)
     assert built.returncode == 0, built.stderr

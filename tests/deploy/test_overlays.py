@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import rendered
 from rendered import K8S, OVERLAYS, Object, container, name, of_kind, pod_labels, pod_spec, selects
 
 MINORS = ("1.35", "1.36", "1.37")
+OPERATORS = ("cert-manager.io", "keda.sh", "monitoring.coreos.com")
+OPTIONAL = ("keda", "mutual-tls", "prometheus-operator", "redis-tls")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -22,12 +25,12 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
     assert {path.name for path in (K8S / "overlays").iterdir()} == set(OVERLAYS)
     used = "".join(path.read_text() for path in (K8S / "overlays").rglob("kustomization.yaml"))
     unused = {path.name for path in (K8S / "components").iterdir() if f"components/{path.name}" not in used}
-    # They need custom resources; see test_custom_resources and test_mutual_tls.
-    assert unused == {"keda", "mutual-tls", "prometheus-operator"}
+    # They need custom resources; see test_custom_resources, test_mutual_tls and test_redis_tls.
+    assert unused == set(OPTIONAL)
 
 
 @pytest.mark.parametrize("minor", MINORS)
-def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     schemas = pytest.importorskip(
         "kubernetes_validate.utils", reason="`pip install kubernetes-validate` brings the schemas"
     )
@@ -35,6 +38,10 @@ def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(schemas, "schema_contents", functools.cache(schemas.schema_contents))
     for overlay in OVERLAYS:
         for each in rendered.render(overlay):
+            schemas.validate(each, minor, strict=True)
+    for each in rendered.render_with(OPTIONAL, tmp_path):
+        # What operators' own resources are nobody here knows.
+        if each["apiVersion"].split("/")[0] not in OPERATORS:
             schemas.validate(each, minor, strict=True)
 
 

@@ -3,7 +3,7 @@
 #
 #     sh make-secret.sh | kubectl apply --namespace laps --filename -
 #
-# An argument is taken for both passwords. Redis gets only their hashes.
+# An argument is taken for both passwords. Redis gets only their hashes. SCHEME=rediss where components/redis-tls is.
 set -eu
 new_password() { od -An -N24 -tx1 /dev/urandom | tr -d ' \n'; }
 hash() { printf %s "$1" | sha256sum | cut -d' ' -f1; }
@@ -16,7 +16,7 @@ metadata:
   name: laps-redis
 type: Opaque
 stringData:
-  LAPS_REDIS_URL: redis://laps:$laps@redis:6379/0
+  LAPS_REDIS_URL: ${SCHEME:-redis}://laps:$laps@redis:6379/0
   operator-password: $operator
   # laps: what a scheduler calls, on the keys of pools alone; it cannot empty the server or its functions.
   # operator: a person who looks. probe: may ask whether the server answers.
