@@ -1,4 +1,4 @@
-"""The component redis-tls: its very command line and probes on a real Redis, with certificates of the tests."""
+"""The component redis-tls: its very command line and probes, on a real Redis and with real certificates."""
 
 from __future__ import annotations
 
