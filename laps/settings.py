@@ -176,6 +176,7 @@ class Settings(BaseSettings):
         "Prompts that begin alike share the KV cache of their beginning (tenants can tell by its speed)",
         _W,
     )
+    cuda_graphs: bool = setting(True, "On a single GPU, replay recorded passes of small batches", _W)
     prefill_tokens: int = setting(512, "Prompt tokens computed in one step at most", _W, ge=1)
     draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=0, le=16)
     lookup_tokens: int = setting(

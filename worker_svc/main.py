@@ -69,6 +69,7 @@ def make_engine(settings: Settings, pair: ModelPair) -> Engine:
             hold_finished=True,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
+            cuda_graphs=settings.cuda_graphs,
         ),
     )
 

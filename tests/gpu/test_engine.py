@@ -10,6 +10,7 @@ import torch
 
 from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine import decoding as decoding_module
+from worker_svc.engine.graphs import GraphRunner
 
 PROMPTS = [[random.Random(n).randrange(2, 256) for _ in range(n)] for n in (1, 7, 40, 90, 150, 33)]
 MAX_TOKENS = 24
@@ -62,6 +63,22 @@ def test_float32_equals_generate(save: Any, family: str, preempting: bool) -> No
     assert _run(_engine(pair), preempting) == _reference(pair)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_recorded_passes(save: Any, family: str) -> None:
+    """They are used, they say what generate says, and a cache that grows takes them along."""
+    folder = save(family)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pair = load_pair(folder, folder, dtype="float32", device="cuda")
+    engine = _engine(pair, fast_path=False)
+    assert _run(engine, preempting=True) == _reference(pair)
+    for runner in engine._runners:
+        assert isinstance(runner, GraphRunner)
+        # Nothing made the engine give up recording, and what was recorded last was replayed.
+        assert runner._recorder is not None
+        assert any(graph.uses > 2 for graph in runner._graphs.values())
+    assert _run(_engine(pair, cuda_graphs=False), preempting=True) == _reference(pair)
+
+
 def test_bfloat16_runs(save: Any) -> None:
     folder = save("llama")
     outputs = _run(_engine(load_pair(folder, folder, dtype="bfloat16", device="cuda")), preempting=True)
@@ -71,7 +88,9 @@ def test_bfloat16_runs(save: Any) -> None:
 def test_one_wait_a_step(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA itself tells: any other synchronisation than the one copy at the end is an error."""
     folder = save("qwen3")
-    engine = _engine(load_pair(folder, folder, dtype="bfloat16", device="cuda"), slots=6, prompt_lookup=False)
+    pair = load_pair(folder, folder, dtype="bfloat16", device="cuda")
+    # Passes that are being recorded are checked, which waits.
+    engine = _engine(pair, slots=6, prompt_lookup=False, cuda_graphs=False)
     for index in range(len(PROMPTS)):
         engine.add(_request(str(index), []))
     for _ in range(3):

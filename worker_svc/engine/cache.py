@@ -222,12 +222,39 @@ class SlotWindow:
         """Boolean mask [rows, 1, queries, reach]: causal by position, within a sliding window if one is
         given.
         """
-        columns = torch.arange(self.reach, device=self.positions.device)
-        rows = self.positions[:, None, :, None]
+        return self._attends(self.positions, sliding_tokens)
+
+    def _attends(self, positions: Tensor, sliding_tokens: int | None) -> Tensor:
+        columns = torch.arange(self.reach, device=positions.device)
+        rows = positions[:, None, :, None]
         mask = columns <= rows
         if sliding_tokens is not None:
             mask &= columns > rows - sliding_tokens
         return mask
+
+
+class StaticWindow(SlotWindow):
+    """A window from slot 0 on whose begins lie on the device, so that no number of the host enters a pass.
+
+    begins: int64 [rows], where each row writes. reach: positions read, at least up to the end of every row
+    that counts. The caller reserves and accounts.
+    """
+
+    def __init__(self, cache: SlotCache, begins: Tensor, queries: int, reach: int) -> None:
+        self.first = 0
+        self.rows = begins.shape[0]
+        self.queries = queries
+        # Not known here; nothing that runs may ask for them.
+        self.starts = [0] * self.rows
+        self.reach = reach
+        self._index_on = {}
+        self.positions = begins[:, None] + torch.arange(queries, device=begins.device)
+        slots = torch.arange(self.rows, device=begins.device)
+        self.index = (slots[:, None] * cache.capacity_tokens + self.positions).view(-1)
+
+    def attends(self, sliding_tokens: int | None) -> Tensor:
+        # Padding beyond the reach must see something: the NaN of an empty row would stay in the cache.
+        return self._attends(self.positions.clamp(max=self.reach - 1), sliding_tokens)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -44,6 +44,8 @@ class EngineConfig:
       would not pay, each request by the drafter that promises more; and prefill no more in a step than about
       doubles it while others decode.
     - fast_path: run small Llama-shaped models through the lean forward; False forces the general path.
+    - cuda_graphs: on a single GPU, replay recorded passes of decoding steps instead of starting their kernels
+      one by one.
     - seed: seeds the engine's free choices (for tests); None draws from the operating system.
     """
 
@@ -62,6 +64,7 @@ class EngineConfig:
     threads: int = 1
     adaptive: bool = True
     fast_path: bool = True
+    cuda_graphs: bool = True
     seed: int | None = None
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from .costs import StepCosts
 from .decoding import Decoded, Decoder
 from .errors import EngineError, InvalidRequestError, NoFreeSlotError, UnknownRequestError
 from .forward import Runner, layer_shapes
+from .graphs import GraphRunner, recorder_for
 from .loading import ModelPair
 from .lookup import shared_priors
 from .parallel import LeadRunner, follow
@@ -349,7 +350,10 @@ class Engine:
             self.pair.dtype,
             self.pair.device,
         )
-        return make_runner(model, cache, self.pair.vocabulary_size, self.config.fast_path)
+        runner = make_runner(model, cache, self.pair.vocabulary_size, self.config.fast_path)
+        alone = self.pair.group is None and all(shape.device is None for shape in layers)
+        recorder = recorder_for(self.pair.device) if self.config.cuda_graphs and alone else None
+        return GraphRunner(runner, self.pair.vocabulary_size, recorder) if recorder is not None else runner
 
     def _forget_dropped(self) -> None:
         for row in self._residency.dropped:

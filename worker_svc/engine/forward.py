@@ -39,6 +39,14 @@ class Runner(Protocol):
         ...
 
 
+class WindowRunner(Runner, Protocol):
+    """A runner whose pass can be given its window."""
+
+    def run(self, tokens: Tensor, window: SlotWindow, logits: int, pick: Tensor | None = None) -> Tensor:
+        """`forward` over a window that is reserved and accounted."""
+        ...
+
+
 def attention_kinds(config: Any) -> tuple[str, ...]:
     """Kinds of attention layers in a configuration, of which each needs a mask of its own."""
     config = config.get_text_config(decoder=True)
@@ -76,7 +84,9 @@ class GeneralRunner:
     def forward(
         self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
     ) -> Tensor:
-        window = SlotWindow(self.cache, first, starts, tokens.shape[1])
+        return self.run(tokens, SlotWindow(self.cache, first, starts, tokens.shape[1]), logits, pick)
+
+    def run(self, tokens: Tensor, window: SlotWindow, logits: int, pick: Tensor | None = None) -> Tensor:
         self._view.bind(window)
         masks = {kind: self._mask(window, kind) for kind in self._kinds}
         output = self._model(
@@ -104,6 +114,11 @@ class GeneralRunner:
 def picked(values: Tensor, pick: Tensor) -> Tensor:
     """Entry pick[i] of row i of values [rows, queries, width], as [rows, 1, width]."""
     return values[torch.arange(values.shape[0], device=values.device), pick][:, None]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """By how much of the largest logit two ways to compute the same logits may differ."""
+    return _TOLERANCE.get(dtype, _TOLERANCE_HALF)
 
 
 def _position_limit(config: Any) -> int:
@@ -156,11 +171,11 @@ def check_runner(model: Any, runner: Runner, vocabulary_size: int) -> None:
         right[row, : length - held[row]] = tokens[row, held[row] :]
     got = runner.forward(right, 0, held, queries).float()
     scale = float(plain.abs().max().clamp_min(1e-6))
-    tolerance = _TOLERANCE.get(runner.cache.dtype, _TOLERANCE_HALF)
+    allowed = tolerance(runner.cache.dtype)
     for row in range(rows):
         error = float((got[row, length - held[row] - 1] - plain[row]).abs().max()) / scale
-        if not error <= tolerance:
+        if not error <= allowed:
             raise ModelError(
                 f"{model.config.model_type} does not give the same logits with a cache by slots "
-                f"(relative difference {error:.2g}, at most {tolerance:g} allowed); it cannot be served"
+                f"(relative difference {error:.2g}, at most {allowed:g} allowed); it cannot be served"
             )

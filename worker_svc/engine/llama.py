@@ -83,8 +83,10 @@ class LlamaRunner:
     def forward(
         self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
     ) -> Tensor:
+        return self.run(tokens, SlotWindow(self.cache, first, starts, tokens.shape[1]), logits, pick)
+
+    def run(self, tokens: Tensor, window: SlotWindow, logits: int, pick: Tensor | None = None) -> Tensor:
         rows, queries = tokens.shape
-        window = SlotWindow(self.cache, first, starts, queries)
         rotation, bias = self._rotation_of(window), self._bias_of(window)
         heads, group, dim = self._heads, self._group, self._dim
         hidden = functional.embedding(tokens.view(-1), self._embedding)
@@ -128,7 +130,7 @@ class LlamaRunner:
 
     def _rotation_of(self, window: SlotWindow) -> Tensor:
         """Rotations of a window's positions, complex [rows, queries, 1, group + 2, dim / 2]."""
-        if window.rows == 1:
+        if window.index is None:
             start = window.starts[0]
             return torch.view_as_complex(self._rotation[None, start : start + window.queries])
         flat = functional.embedding(window.positions, self._rotation.flatten(1))
@@ -136,7 +138,7 @@ class LlamaRunner:
 
     def _bias_of(self, window: SlotWindow) -> Tensor | None:
         """Causal mask to be added, broadcastable to [rows, key heads, queries * group, reach]."""
-        if window.rows > 1:
+        if window.index is not None:
             hidden = ~window.attends(None)
             bias = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=self.cache.device)
             bias.masked_fill_(hidden, _LOW)

@@ -9,10 +9,10 @@ import torch
 from . import llama
 from .cache import SlotCache
 from .errors import ModelError
-from .forward import GeneralRunner, Runner, check_runner
+from .forward import GeneralRunner, WindowRunner, check_runner
 
 
-def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: bool) -> Runner:
+def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: bool) -> WindowRunner:
     """The leanest runner that gives this model's logits; ModelError if even the general one does not."""
     if fast_path and _plain(model, cache) and llama.suits(model, cache.dtype):
         lean = llama.LlamaRunner(model, cache)
