@@ -103,9 +103,17 @@ def measured_cpu(processes: Mapping[str, Usage]) -> Iterator[dict[str, float]]:
 
 
 def wait_for(log: Path, words: str, process: Process, *, times: int = 1) -> None:
-    """Until the log has a line with these words."""
+    """Until the log has lines with these words, so many."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while log.read_text(errors="replace").count(words) < times:
-        if process.process.poll() is not None or time.monotonic() > deadline_s:
-            raise RuntimeError(f"no {words!r} in {log}:\n{log.read_text(errors='replace')[-2000:]}")
-        time.sleep(0.005)
+    found, rest = 0, ""
+    with log.open(errors="replace") as lines:
+        # Only what is new is read: of a log of many megabytes a look at all of it would take a core away from
+        # the very process that is waited for.
+        while True:
+            *whole, rest = (rest + lines.read()).split("\n")
+            found += sum(words in line for line in whole)
+            if found >= times:
+                return
+            if process.process.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError(f"no {words!r} in {log}:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.005)

@@ -49,6 +49,7 @@ class Bed:
         self._settings = settings
         self._port, self._echo_port = free_ports(2, "127.0.0.1")
         self._logs: list[Any] = []
+        self._starts = 0
         self.log = folder / "scheduler.log"
 
     def start(self) -> None:
@@ -70,11 +71,11 @@ class Bed:
             log_level="info",
             **self._settings,
         )
-        before = self.log.read_text().count(LEADING) if self.log.exists() else 0
+        self._starts += 1
         began_s = time.monotonic()
         env = settings.to_env() | {"PYTHONPATH": str(self._tree)}
         self.scheduler = Process(["-m", "laps.cli", "scheduler"], self._log("scheduler.log"), env=env)
-        wait_for(self.log, LEADING, self.scheduler, times=before + 1)
+        wait_for(self.log, LEADING, self.scheduler, times=self._starts)
         return time.monotonic() - began_s
 
     def leading(self) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from laps.v1 import scheduler_pb2
 from scheduler_svc import convert
 from scheduler_svc.core.records import TOKEN_BYTES, Append, Request
 
+ABANDONED_AT_ONCE = 500
+"""Requests that are given up at once because nobody follows them. A gateway may have thousands, and after a
+crash of the scheduler none is followed yet."""
 MAX_PENDING_BYTES = 8 << 20
 """Undelivered token bytes of one gateway. A gateway that reads nothing loses its stream
 (and follows again from its offsets); the scheduler's memory does not grow for it."""
@@ -163,9 +166,9 @@ class DeliveryHub:
         return self._orphans[0][0] if self._orphans else None
 
     def take_abandoned(self, now_s: float) -> list[str]:
-        """Requests whose grace is over and that nobody follows."""
-        abandoned = []
-        while self._orphans and self._orphans[0][0] <= now_s:
+        """Requests whose grace is over and that nobody follows, at most `ABANDONED_AT_ONCE`."""
+        abandoned: list[str] = []
+        while self._orphans and self._orphans[0][0] <= now_s and len(abandoned) < ABANDONED_AT_ONCE:
             due_s, request_id = heapq.heappop(self._orphans)
             if self._orphan_due_s.get(request_id) == due_s:
                 del self._orphan_due_s[request_id]

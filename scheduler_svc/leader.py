@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import structlog
 from prometheus_client import Histogram
@@ -27,6 +29,8 @@ from scheduler_svc.store.store import Store
 from scheduler_svc.tracing import RequestTraces
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 RETRY_FIRST_S = 0.02
 RETRY_LAST_S = 1.0
@@ -152,16 +156,9 @@ class Leader:
             StaleLeader: another scheduler leads the pool now.
             HistoryWentBack, LogConflict: the store is not the one that this term wrote.
         """
-        renewal = asyncio.create_task(self._renew())
-        ticking = asyncio.create_task(self._tick_forever())
         try:
-            done, _ = await asyncio.wait({renewal, ticking}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await while_leading(self._tick_forever(), self._store, self._leader_ttl_s, self._told_of_renewal)
         finally:
-            for task in (renewal, ticking):
-                task.cancel()
-            await asyncio.gather(renewal, ticking, return_exceptions=True)
             for waiter in self._waiters:
                 waiter.cancel()
             for session in self._sessions.values():
@@ -169,16 +166,8 @@ class Leader:
             if self._traces is not None:
                 self._traces.close(self.now_s())
 
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(self._leader_ttl_s / 3)
-            try:
-                await self._store.renew()
-                self._renewed = True
-            except StoreUnavailable as error:
-                self._renewed = False
-                # Not the end of the term: commits check the epoch in any case.
-                log.warning("leadership not renewed", error=str(error))
+    def _told_of_renewal(self, renewed: bool) -> None:
+        self._renewed = renewed
 
     async def _tick_forever(self) -> None:
         while True:
@@ -298,6 +287,41 @@ class Leader:
 
     def _traceparent(self, request: Request) -> str:
         return request.spec.traceparent if self._traces is None else self._traces.traceparent(request)
+
+
+async def while_leading(
+    work: Coroutine[Any, Any, T],
+    store: Store,
+    leader_ttl_s: float,
+    told: Callable[[bool], None] = lambda renewed: None,
+) -> T:
+    """Does the work and renews the leadership until it is done. `told`: whether a renewal was stored.
+
+    Raises:
+        StaleLeader, Alarm: the leadership cannot be renewed. The work is cancelled then.
+    """
+
+    async def renew() -> None:
+        while True:
+            await asyncio.sleep(leader_ttl_s / 3)
+            try:
+                await store.renew()
+                told(True)
+            except StoreUnavailable as error:
+                told(False)
+                # Not the end of the term: commits check the epoch in any case.
+                log.warning("leadership not renewed", error=str(error))
+
+    renewal, working = asyncio.create_task(renew()), asyncio.create_task(work)
+    try:
+        done, _ = await asyncio.wait({renewal, working}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        return working.result()
+    finally:
+        for task in (renewal, working):
+            task.cancel()
+        await asyncio.gather(renewal, working, return_exceptions=True)
 
 
 def output_crc32(request: Request) -> int:

@@ -15,7 +15,7 @@ from laps.history import HistoryPoint
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
-from scheduler_svc.leader import Leader
+from scheduler_svc.leader import Leader, while_leading
 from scheduler_svc.store.errors import Alarm, PoolStopped, StaleLeader, StoreUnavailable
 from scheduler_svc.store.store import Leadership, Store
 
@@ -212,9 +212,9 @@ class Terms:
 
     async def _serve_term(self, leadership: Leadership) -> None:
         started_s = time.monotonic()
-        recovered = await self.store.recover()
-        core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, leadership.epoch)
-        core.restore(recovered, time.time())
+        # A long queue takes longer than a leadership lasts: unless it is renewed a standby takes it over,
+        # begins to recover, and loses it to this process in the same way, for ever.
+        core = await while_leading(self._recover(leadership.epoch), self.store, self._leader_ttl_s)
         await self.store.describe(core.policy.name, core.policy.level_thresholds_s)
         leader = Leader(
             core,
@@ -229,7 +229,7 @@ class Terms:
             pool=self.pool,
             epoch=leadership.epoch,
             policy=core.policy.name,
-            recovered_requests=len(recovered.requests),
+            recovered_requests=len(core.requests),
             recovery_s=round(time.monotonic() - started_s, 3),
         )
         self.leader = leader
@@ -240,3 +240,10 @@ class Terms:
             self.leader, self._stands_by = None, False
             self._on_change(False)
             leader.ended.set()
+
+    async def _recover(self, epoch: int) -> Scheduler:
+        recovered = await self.store.recover()
+        core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, epoch)
+        for _ in core.restoring(recovered, time.time()):
+            await asyncio.sleep(0)
+        return core

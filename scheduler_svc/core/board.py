@@ -63,15 +63,14 @@ class Board:
 
     def wait(self, request: Request) -> None:
         """Puts a request without lease among the waiting ones."""
-        request.state = RequestState.QUEUED if request.first_scheduled_s is None else RequestState.PREEMPTED
-        self.waiting_prompt_tokens += request.spec.prompt_tokens
+        self._queue(request)
         self.order(request)
 
     def wait_again(self, request: Request) -> None:
         """A recovered request waits. The store knows it at an earlier place, and is told the new one later,
         by `tell`: with a long queue all of them would make one very long commit."""
-        self.wait(request)
-        self.ledger.not_moved(request)
+        self._queue(request)
+        self._place(request)
 
     def tell(self, request: Request) -> None:
         """Has a recovered request's record and place written, if it still waits."""
@@ -81,13 +80,20 @@ class Board:
 
     def order(self, request: Request) -> None:
         """Gives a waiting request the place that its priority, level and rank ask for."""
+        if self._place(request):
+            self.ledger.moved(request)
+
+    def _queue(self, request: Request) -> None:
+        request.state = RequestState.QUEUED if request.first_scheduled_s is None else RequestState.PREEMPTED
+        self.waiting_prompt_tokens += request.spec.prompt_tokens
+
+    def _place(self, request: Request) -> bool:
+        """Whether it has another place than before."""
         if request.book.overdue:
             request.level = 0
             request.rank = OVERDUE_RANK + request.arrival_seq
         key = (-request.spec.priority, request.level, request.rank, request.arrival_seq)
-        if self.waiting.key(request.request_id) != key:
-            self.waiting.put(request.request_id, key)
-            self.ledger.moved(request)
+        return self.waiting.put(request.request_id, key)
 
     def first_waiting(self) -> Request | None:
         entry = self.waiting.first()

@@ -27,16 +27,18 @@ class KeyedHeap(Generic[Name]):
     def __contains__(self, name: Name) -> bool:
         return name in self._keys
 
-    def put(self, name: Name, key: Any) -> None:
-        """Adds the name, or gives it another key. Keys of different names must differ."""
+    def put(self, name: Name, key: Any) -> bool:
+        """Adds the name, or gives it another key. Keys of different names must differ. False: it had that
+        key already."""
         if self._keys.get(name) == key:
-            return
+            return False
         self._keys[name] = key
         if len(self._heap) > 2 * len(self._keys) + _SLACK:
             self._heap = [(key, name) for name, key in self._keys.items()]
             heapify(self._heap)
         else:
             heappush(self._heap, (key, name))
+        return True
 
     def remove(self, name: Name) -> bool:
         """Whether the name was there."""

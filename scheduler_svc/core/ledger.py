@@ -75,9 +75,6 @@ class Ledger:
         """It waits, at its present level and rank."""
         self._moves[request.request_id] = QueueMove(request.request_id, request.level, request.rank)
 
-    def not_moved(self, request: Request) -> None:
-        self._moves.pop(request.request_id, None)
-
     def left_queue(self, request: Request) -> None:
         self._moves[request.request_id] = QueueMove(request.request_id, None)
 

@@ -6,6 +6,9 @@ from collections import deque
 
 from scheduler_svc.core.records import Retained
 
+_FORGOTTEN_AT_ONCE = 500
+"""By one call: a long pause must not end in one very long commit."""
+
 
 class Retention:
     """Bounded in time and in number; the oldest go first."""
@@ -25,9 +28,13 @@ class Retention:
 
     def forget(self, now_s: float) -> list[str]:
         """Drops those that are past their time or over the number."""
-        forgotten = []
+        forgotten: list[str] = []
         order = self._order
-        while order and (len(order) > self._max_retained or order[0].finished_s + self._retention_s <= now_s):
+        while (
+            order
+            and len(forgotten) < _FORGOTTEN_AT_ONCE
+            and (len(order) > self._max_retained or order[0].finished_s + self._retention_s <= now_s)
+        ):
             request_id = order.popleft().request_id
             del self._by_id[request_id]
             forgotten.append(request_id)

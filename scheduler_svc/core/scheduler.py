@@ -8,7 +8,7 @@ events, same decisions. Not thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from scheduler_svc.core.board import Board
 from scheduler_svc.core.fleet import Fleet
@@ -41,6 +41,10 @@ from scheduler_svc.core.steps import Counters, apply_report
 from scheduler_svc.core.tenants import Tenants
 
 _DEADLINE, _OVERDUE = "deadline", "overdue"
+_RESTORED_AT_ONCE = 500
+"""Recovered requests that are taken over before the driver may do something else: some 10 ms."""
+_EXPIRED_AT_ONCE = 500
+"""Timers that one tick lets go off: many requests can have the same deadline."""
 _TOLD_AT_ONCE = 500
 """Recovered requests whose records one tick writes anew."""
 _RETRY_SHARE = 0.1
@@ -124,11 +128,17 @@ class Scheduler:
         """Takes over what an earlier leader has stored; for a scheduler that has seen nothing yet. All
         live requests wait again. They keep `worker_id` as a hint, and their KV cache counts as gone
         until its worker comes back and says that it holds it."""
+        for _ in self.restoring(recovered, now_s):
+            pass
+
+    def restoring(self, recovered: Recovered, now_s: float) -> Iterator[None]:
+        """`restore` in small steps: with a long queue all of it would stop a driver for seconds."""
         self.view.now_s = now_s
         self.policy.restore_learnt(recovered.learnt)
         for retained in sorted(recovered.retained, key=lambda entry: entry.finished_s):
             self._retention.keep(retained)
-        for request in sorted(recovered.requests, key=lambda entry: (entry.arrival_seq, entry.arrival_s)):
+        requests = sorted(recovered.requests, key=lambda entry: (entry.arrival_seq, entry.arrival_s))
+        for number, request in enumerate(requests, 1):
             self._arrivals = max(self._arrivals, request.arrival_seq)
             request.kv_resident = False
             request.lease_id = 0
@@ -139,7 +149,9 @@ class Scheduler:
             self._untold.append(request)
             if request.output_tokens >= request.spec.max_tokens:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
-        self._ledger.event("recovered", detail=f"{len(recovered.requests)} live requests, epoch {self.epoch}")
+            if number % _RESTORED_AT_ONCE == 0:
+                yield
+        self._ledger.event("recovered", detail=f"{len(requests)} live requests, epoch {self.epoch}")
 
     def submit(
         self, spec: RequestSpec, now_s: float, quota: TenantQuota | None = None
@@ -320,7 +332,10 @@ class Scheduler:
                 # When it lets go it must not keep the KV cache: nobody would tell it of the request's end.
                 self._ledger.revoke(Revoke(silent.worker_id, lease_id, silent.request_id, RevokeReason.ENDED))
                 board.take_back(silent, "its worker never confirmed that it let go", keep_kv=False)
-        while (entry := self._timers.first()) is not None and entry[0][0] <= now_s:
+        for _ in range(_EXPIRED_AT_ONCE):
+            entry = self._timers.first()
+            if entry is None or entry[0][0] > now_s:
+                break
             kind, request_id = entry[1]
             self._timers.remove(entry[1])
             request = board.live.get(request_id)

@@ -14,6 +14,8 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -165,7 +167,10 @@ SPEC_FIELDS = (
     _bool("cancel_on_disconnect", "whether a lost stream cancels it"),
     _float("disconnect_grace_s", "how long after the loss"),
     _text("digest", "digest of the client's request; the same id with another one is refused"),
-    _text("traceparent", "W3C trace context that its spans belong to; empty: none"),
+    # Written since 0.2: a request that is older has none.
+    dataclasses.replace(
+        _text("traceparent", "W3C trace context that its spans belong to; empty: none"), absent=""
+    ),
 )
 """Written once."""
 
@@ -255,6 +260,8 @@ def tokens_to_text(packed: bytes) -> str:
 
 
 def tokens_from_text(text: str | bytes) -> bytes:
+    if not text:
+        return b""
     # Five times as fast as int() for each of them: recovery reads every prompt.
     return np.fromstring(text, dtype="<u4", sep=" ").tobytes()
 
@@ -355,27 +362,44 @@ def decode_fields(fields: Sequence[Field], stored: Mapping[str, str]) -> dict[st
     return {f.name: f.decode(stored[f.name]) for f in fields if f.name in stored}
 
 
+DAMAGE = (ValueError, KeyError, TypeError, OverflowError)
+"""What decoding raises where something else is stored than was written."""
+
+
+def damaged(request_id: str, error: Exception) -> RecordDamaged:
+    # Not the error's words: they may hold a part of the prompt.
+    what = f"no {error.args[0]}" if isinstance(error, KeyError) else type(error).__name__
+    return RecordDamaged(f"the record of request {request_id} cannot be read: {what}")
+
+
 @contextmanager
 def damage(request_id: str) -> Iterator[None]:
     """Raises RecordDamaged for what cannot be decoded inside the block."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        # Not the error's words: they may hold a part of the prompt.
-        what = f"no {error.args[0]}" if isinstance(error, KeyError) else type(error).__name__
-        raise RecordDamaged(f"the record of request {request_id} cannot be read: {what}") from error
+    except DAMAGE as error:
+        raise damaged(request_id, error) from error
 
 
+@lru_cache(maxsize=256)
 def params_from_text(text: str) -> str:
-    """The parameters, as they were stored. Raises ValueError for what is no JSON object."""
+    """The parameters, as they were stored. Raises ValueError for what is no JSON object.
+
+    Most requests of a pool have the same few: of those that have, one text is kept.
+    """
     if not isinstance(json.loads(text), dict):
         raise ValueError("its parameters are no JSON object")
     return text
 
 
 _NEW = Request(RequestSpec("", b"", 1), 0.0)
-_CHANGING = tuple((f.name, f.decode, f.encode(getattr(_NEW, f.name))) for f in CHANGING_FIELDS)
-"""Name, decoder, and the text of what a new `Request` has anyway."""
+_PLACES = {name: place for place, name in enumerate(REQUEST_NAMES)}
+_CHANGING = tuple(
+    (_PLACES[f.name], f.name, f.encode(getattr(_NEW, f.name)), f.decode) for f in CHANGING_FIELDS
+)
+"""Place in `REQUEST_FIELDS`, name, the text of what a new `Request` has anyway, and decoder."""
+_written_once = itemgetter(*(_PLACES[f.name] for f in SPEC_FIELDS))
+_progress = itemgetter(*(_PLACES[name] for name in ("log_entries", "priority", "arrival_seq")))
 
 
 def request_from_fields(
@@ -387,30 +411,50 @@ def request_from_fields(
     output: bytes = b"",
 ) -> Request:
     """The request as it was stored. Without `prompt` its spec has none. Raises what `damage` translates."""
-    spec = decode_fields(SPEC_FIELDS, stored)
+    values = [stored[name] if name in stored else ABSENT[name] for name in REQUEST_NAMES]
+    return request_from_values(request_id, values, prompt, params_json, output)
+
+
+def request_from_values(
+    request_id: str, values: Sequence[str], prompt: bytes, params_json: str, output: bytes
+) -> Request:
+    """The same of the values of all `REQUEST_FIELDS`, in their order. Spelt out, because a new leader does it
+    for every request that waits."""
+    (
+        arrival_s,
+        request_class,
+        _prompt_tokens,
+        max_tokens,
+        predicted_output_tokens,
+        deadline_s,
+        cancel_on_disconnect,
+        disconnect_grace_s,
+        digest,
+        traceparent,
+    ) = _written_once(values)
+    log_entries, priority, arrival_seq = _progress(values)
     request = Request(
-        spec=RequestSpec(
-            request_id=request_id,
-            prompt=prompt,
-            max_tokens=spec["max_tokens"],
-            params_json=params_json,
-            request_class=spec["request_class"],
-            priority=int(stored["priority"]),
-            predicted_output_tokens=spec["client_predicted_output_tokens"],
-            deadline_s=spec["deadline_s"],
-            cancel_on_disconnect=spec["cancel_on_disconnect"],
-            disconnect_grace_s=spec["disconnect_grace_s"],
-            digest=spec["digest"],
-            # Written since 0.2: a request that is older has none.
-            traceparent=spec.get("traceparent", ""),
+        RequestSpec(
+            request_id,
+            prompt,
+            int(max_tokens),
+            params_json,
+            request_class,
+            int(priority),
+            _readable(predicted_output_tokens) if predicted_output_tokens else None,
+            _readable(deadline_s) if deadline_s else None,
+            cancel_on_disconnect == "1",
+            _readable(disconnect_grace_s),
+            digest,
+            traceparent,
         ),
-        arrival_s=spec["arrival_s"],
-        arrival_seq=int(stored["arrival_seq"]),
+        _readable(arrival_s),
+        int(arrival_seq),
         output=bytearray(output),
-        log_entries=int(stored["log_entries"]),
+        log_entries=int(log_entries),
     )
-    for name, decode, usual in _CHANGING:
-        text = stored[name] if name in stored else ABSENT[name]
+    for place, name, usual, decode in _CHANGING:
+        text = values[place]
         if text != usual:
             setattr(request, name, decode(text))
     return request

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
 from scheduler_svc.core.records import Append, FinishReason, Request, RequestSpec
-from scheduler_svc.deliveries import MAX_PENDING_BYTES, DeliveryHub, Follower
+from scheduler_svc.deliveries import ABANDONED_AT_ONCE, MAX_PENDING_BYTES, DeliveryHub, Follower
 
 GATEWAY_GRACE_S = 5.0
 
@@ -150,6 +150,15 @@ def test_after_a_crash_nobody_follows_and_everybody_gets_time() -> None:
     hub.restored([request], now_s=0.0)
     assert hub.stored_tokens("a") == 3
     assert hub.take_abandoned(GATEWAY_GRACE_S) == ["a"]
+
+
+def test_many_who_were_left_alone_are_given_up_a_few_at_a_time() -> None:
+    hub = DeliveryHub(GATEWAY_GRACE_S)
+    hub.restored([make_request(f"r{number}") for number in range(2 * ABANDONED_AT_ONCE)], 0.0)
+    rounds = []
+    while (due_s := hub.next_orphan_s()) is not None and due_s <= GATEWAY_GRACE_S:
+        rounds.append(len(hub.take_abandoned(GATEWAY_GRACE_S)))
+    assert rounds == [ABANDONED_AT_ONCE, ABANDONED_AT_ONCE]
 
 
 def test_a_gateway_that_reads_nothing_is_noticed() -> None:

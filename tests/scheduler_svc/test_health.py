@@ -12,7 +12,9 @@ from laps import channels, runtime
 from laps.settings import Settings
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import main
+from scheduler_svc.core.records import Recovered
 from scheduler_svc.store.server import LocalServer
+from scheduler_svc.store.store import Store
 
 TERM_S = 0.5
 
@@ -91,3 +93,25 @@ async def test_calls_find_the_one_that_leads(store: LocalServer) -> None:
 
                 await until(answered)
                 assert len(epochs) == 2, "the standby, by the same channel"
+
+
+async def test_a_recovery_may_take_longer_than_a_leadership_lasts(
+    store: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recover = Store.recover
+
+    async def long_queue(self: Store) -> Recovered:
+        await asyncio.sleep(3 * TERM_S)
+        return await recover(self)
+
+    async def led() -> bool:
+        return first.terms.leader is not None or second.terms.leader is not None
+
+    monkeypatch.setattr(Store, "recover", long_queue)
+    with store:
+        async with scheduler(store.url, "one") as first, scheduler(store.url, "two") as second:
+            await until(led)
+            leader = first.terms.leader or second.terms.leader
+            # The other one has waited all the time.
+            assert leader is not None
+            assert leader.epoch == 1

@@ -80,3 +80,31 @@ def test_a_rank_that_only_a_move_has_written_is_not_taken_for_the_stored_one() -
     assert "r0" not in packer._written
     core.cancel("r0", 0.3, FinishReason.CANCELLED)
     packer.pack(core.tick(0.3).commit, 0.3)
+
+
+def test_a_recovered_queue_is_taken_over_in_small_steps() -> None:
+    core, _ = filled(2)
+    stored = Recovered(requests=list(core.requests.values()))
+    again = Scheduler("p", make_policy("laps-sd"), SchedulerSettings(), epoch=2)
+    taken_over = []
+    for _ in again.restoring(stored, 1.0):
+        taken_over.append(len(again.requests) - sum(taken_over))
+    assert max(taken_over) <= 500
+    assert len(again.requests) == len(stored.requests)
+    assert again.waiting_requests == len(stored.requests)
+    again.check_invariants()
+
+
+def test_many_deadlines_at_one_instant_end_in_several_ticks_and_so_are_forgotten() -> None:
+    core = Scheduler("p", make_policy("fcfs"), SchedulerSettings(retention_s=10.0))
+    for number in range(QUEUED):
+        core.submit(spec(f"r{number}", deadline_s=5.0), 0.0)
+    core.tick(0.0)
+    ended, forgotten = [], []
+    for now_s in (5.0, 15.0):
+        while (due_s := core.next_timer_s()) is not None and due_s <= now_s:
+            commit = core.tick(now_s).commit
+            ended.append(len(commit.finished))
+            forgotten.append(len(commit.forgotten))
+    assert max(ended + forgotten) <= 500
+    assert sum(ended) == sum(forgotten) == QUEUED
