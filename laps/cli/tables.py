@@ -10,6 +10,8 @@ from rich.text import Text
 
 from laps.client.results import Model, PoolQueues, Request, RequestDetail, Snapshot, Worker
 
+BAR_COLUMNS = 100
+"""A terminal so wide has room for bars beside numbers."""
 _OVERDUE = -1e14
 """Ranks below it belong to requests past the starvation bound."""
 
@@ -110,23 +112,29 @@ def workers(found: Sequence[Worker], now_s: float) -> Table:
     return table
 
 
-def slots(found: Sequence[Worker], running: Sequence[Request], now_s: float) -> Table:
-    """One row a slot: what runs there, since when, and how well it speculates."""
+def slots(
+    found: Sequence[Worker], running: Sequence[Request], now_s: float, width: int = BAR_COLUMNS
+) -> Table:
+    """One row a slot: what runs there, since when, and how well it speculates. Bars only where the terminal,
+    `width` columns, has room for them."""
     by_id = {item.request_id: item for item in running}
-    table = _table("worker", "slot", "request", "tokens", "", "acceptance", "per step", "still needs",
+    bars = width >= BAR_COLUMNS
+    table = _table("worker", "slot", "request", "tokens", *[""] * bars, "accept.", "per step", "needs",
                    "held for")  # fmt: skip
+    # Ids are the longest: they are cut first.
+    table.columns[2].no_wrap = False
     for worker in found:
         for slot in worker.slots:
             item = by_id.get(slot.request_id)
             if item is None:
-                table.add_row(worker.worker_id, str(slot.slot), Text(slot.request_id or "free", style="dim"),
-                              *[""] * 6)  # fmt: skip
+                table.add_row(worker.worker_id, str(slot.slot), _cut(slot.request_id or "free", "dim"))
                 continue
             share = min(item.output_tokens / item.max_tokens, 1.0) if item.max_tokens else 0.0
             per_step = f"{1 + item.num_accepted_tokens / item.num_steps:.2f}" if item.num_steps else "-"
             table.add_row(
-                worker.worker_id, str(slot.slot), item.request_id, f"{item.output_tokens}/{item.max_tokens}",
-                Text("█" * round(12 * share), style="green"), acceptance(item), per_step,
+                worker.worker_id, str(slot.slot), _cut(item.request_id),
+                f"{item.output_tokens}/{item.max_tokens}",
+                *[Text("█" * round(12 * share), style="green")] * bars, acceptance(item), per_step,
                 f"{item.perceived_service_s:.2f} s",
                 f"{max(now_s - item.leased_s, 0.0):.1f} s" if item.leased_s else "-",
             )  # fmt: skip
@@ -145,7 +153,7 @@ def upcoming(pool: PoolQueues, limit: int) -> Table:
             item.request_id, str(item.level), "overdue" if item.rank < _OVERDUE else f"{item.rank:.4g}",
             f"{item.output_tokens}/{item.max_tokens}", acceptance(item),
             f"{item.perceived_service_s:.2f} s" + ("" if item.perceptible else " ?"),
-            Text(item.preempted_because, no_wrap=True, overflow="ellipsis"),
+            _cut(item.preempted_because),
         )  # fmt: skip
     return table
 
@@ -160,12 +168,13 @@ def models(found: Sequence[Model]) -> Table:
     return table
 
 
-def picture(snapshot: Snapshot, waiting_limit: int = 0) -> Group:
-    """The live view: queue levels, slots, acceptance of each running request, the next of the waiting."""
+def picture(snapshot: Snapshot, waiting_limit: int = 0, width: int = BAR_COLUMNS) -> Group:
+    """The live view: queue levels, slots, acceptance of each running request, the next of the waiting.
+    `width`: columns of the terminal."""
     parts: list[RenderableType] = []
     for pool in snapshot.pools:
         parts += [pool_header(pool), levels(pool)]
-    parts.append(slots(snapshot.workers, snapshot.running, snapshot.time_s))
+    parts.append(slots(snapshot.workers, snapshot.running, snapshot.time_s, width))
     if waiting_limit:
         parts += [upcoming(pool, waiting_limit) for pool in snapshot.pools if pool.waiting]
     return Group(*parts)
@@ -183,6 +192,11 @@ def age(instant_s: float, now_s: float) -> str:
         return "-"
     passed_s = now_s - instant_s
     return f"{passed_s:.1f} s ago" if passed_s >= 0 else f"in {-passed_s:.1f} s"
+
+
+def _cut(text: str, style: str = "") -> Text:
+    """Ends with dots where there is no room, and takes one line."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _table(*columns: str) -> Table:

@@ -45,4 +45,4 @@ def top(
         return
     with Live(console=console, screen=count is None, auto_refresh=False) as live:
         for snapshot in snapshots:
-            live.update(tables.picture(snapshot, waiting_limit), refresh=True)
+            live.update(tables.picture(snapshot, waiting_limit, console.width), refresh=True)

@@ -134,10 +134,10 @@ async def _show(burst: Burst, console: Console) -> None:
     if not console.is_terminal:
         await _show_lines(burst, console)
         return
-    with Live(_picture(burst), console=console, auto_refresh=False, transient=True) as live:
+    with Live(_picture(burst, console.width), console=console, auto_refresh=False, transient=True) as live:
         while not burst.finished:
             await asyncio.sleep(PICTURE_INTERVAL_S / 2)
-            live.update(_picture(burst), refresh=True)
+            live.update(_picture(burst, console.width), refresh=True)
 
 
 async def _show_lines(burst: Burst, console: Console) -> None:
@@ -157,13 +157,13 @@ async def _show_lines(burst: Burst, console: Console) -> None:
             printed = len(burst.streamed)
 
 
-def _picture(burst: Burst) -> Group:
-    return Group(*_parts(burst))
+def _picture(burst: Burst, width: int) -> Group:
+    return Group(*_parts(burst, width))
 
 
-def _parts(burst: Burst) -> Iterator[RenderableType]:
+def _parts(burst: Burst, width: int) -> Iterator[RenderableType]:
     if burst.snapshot is not None:
-        yield tables.picture(burst.snapshot)
+        yield tables.picture(burst.snapshot, width=width)
     progress = Progress(TextColumn("served"), BarColumn(), MofNCompleteColumn())
     progress.add_task("", total=len(burst.items), completed=len(burst.served))
     yield progress

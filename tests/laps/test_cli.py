@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from laps.cli import main, tables
 from laps.client import queries
@@ -215,6 +217,26 @@ def test_top_tells_who_is_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row[0] for row in rows] == ["first", "second", "third"]
     assert rows[0][2] == "overdue"
     assert "why first waits" in " ".join(rows[0])
+
+
+@pytest.mark.parametrize(("width", "bars"), [(80, False), (120, True)])
+def test_top_fits_the_terminal(width: int, bars: bool) -> None:
+    """Numbers are never cut; of the ids, which may be long, only the end."""
+    running = queue_pb2.RequestInfo(
+        request_id="f" * 32, output_tokens=1234, max_tokens=4096, num_steps=400, num_draft_tokens=1600,
+        num_accepted_tokens=834, perceived_service_s=12.34, leased_s=1.0,
+    )  # fmt: skip
+    slot = queue_pb2.SlotInfo(slot=15, request_id=running.request_id)
+    worker = queue_pb2.WorkerInfo(worker_id="worker-0", slots=[slot, queue_pb2.SlotInfo(slot=16)])
+    picture = queue_pb2.WatchResponse(time_s=124.4, workers=[worker], running=[running])
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    console.print(tables.picture(queries.snapshot(picture), width=console.width))
+    _, taken, free = out.getvalue().splitlines()
+    for text in ("worker-0", "15", "ffffffff", "1234/4096", "52%", "3.08", "12.34 s", "123.4 s"):
+        assert text in taken
+    assert ("█" in taken) == bars
+    assert "free" in free
 
 
 def test_config_shows_values_and_origins(
