@@ -20,7 +20,7 @@ from scheduler_svc.core.policies import make_policy, policies
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.leader import Leader
-from scheduler_svc.metrics import SchedulerCollector
+from scheduler_svc.metrics import Refusals, SchedulerCollector
 from scheduler_svc.store.store import Store
 
 DOCS = Path(__file__).parent
@@ -73,7 +73,7 @@ def metric_families() -> list[Metric]:
     )
     # As after a first commit.
     leader.commit_times.labels(core.pool)
-    collector = SchedulerCollector("default", lambda: leader)
+    collector = SchedulerCollector("default", lambda: leader, Refusals("default"))
     return [*collector.collect(), *GatewayMetrics().registry.collect()]
 
 

@@ -105,9 +105,10 @@ async def serve(settings: Settings) -> SchedulerServer:
     tls = TlsFiles.of_service(settings)
     check_exposure(settings, checks_callers=tls is not None, with_what="tls_cert, tls_key and tls_ca")
     authenticate = by_certificate(settings.tls_trust_domain) if tls else by_nothing
+    refusals = metrics.Refusals(settings.pool)
     server = channels.new_server(
         max_message_bytes=settings.max_message_bytes,
-        interceptors=[AccessInterceptor(authenticate)],
+        interceptors=[AccessInterceptor(authenticate, refusals)],
     )
     port = channels.bind(server, settings.host, settings.scheduler_port, tls)
     readiness = await runtime.add_readiness(server, *SERVICES)
@@ -131,9 +132,9 @@ async def serve(settings: Settings) -> SchedulerServer:
         gateway_grace_s=settings.session_timeout_s,
         on_change=on_change,
     )
-    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerService(terms), server)
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerService(terms, refusals), server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
-        WorkerService(terms, settings.heartbeat_interval_s), server
+        WorkerService(terms, settings.heartbeat_interval_s, refusals), server
     )
     queue_pb2_grpc.add_QueueServiceServicer_to_server(
         QueueService(Inspector(store.reader, settings.pool)), server
@@ -142,7 +143,7 @@ async def serve(settings: Settings) -> SchedulerServer:
     close_metrics: Callable[[], None] = lambda: None  # noqa: E731
     if settings.metrics_port:
         close_metrics = metrics.listen(
-            settings.host, settings.metrics_port, settings.pool, lambda: terms.leader
+            settings.host, settings.metrics_port, settings.pool, lambda: terms.leader, refusals
         )
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")

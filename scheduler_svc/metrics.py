@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Counter, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -30,6 +30,26 @@ COUNTERS = {
 """The core's counters by name: metric (without laps_ and _total) and help. They begin with the term."""
 
 
+class Refusals:
+    """Calls and sessions that this process has refused for what they say or for who says it. Submissions that
+    find the pool full are not among them: `laps_requests_refused_total` counts those.
+    """
+
+    def __init__(self, pool: str) -> None:
+        self._pool = pool
+        self.counter = Counter(
+            "laps_scheduler_refused_calls",
+            "Calls and workers' sessions that were not allowed, or said what cannot be",
+            ["pool", "method", "status"],
+            registry=None,
+        )
+
+    def __call__(self, method: str, status: str) -> None:
+        """`method` is the call's path, `status` the name of a gRPC status."""
+        name = method.removeprefix("/laps.v1.").replace("/", ".")
+        self.counter.labels(self._pool, name, status).inc()
+
+
 def kv_cache_utilization(core: Scheduler) -> float:
     """Share of the workers' KV cache in use, 0 to 1."""
     workers = list(core.workers.values())
@@ -41,11 +61,13 @@ def kv_cache_utilization(core: Scheduler) -> float:
 class SchedulerCollector(Collector):
     """Scrapes come in another thread: it copies what it iterates over and changes nothing."""
 
-    def __init__(self, pool: str, leader: Callable[[], Leader | None]) -> None:
+    def __init__(self, pool: str, leader: Callable[[], Leader | None], refusals: Refusals) -> None:
         self._pool = pool
         self._leader = leader
+        self._refusals = refusals
 
     def collect(self) -> Iterator[Metric]:
+        yield from self._refusals.counter.collect()
         leader = self._leader()
         yield self._gauge(
             "scheduler_leads", "1 while this scheduler leads the pool", float(leader is not None)
@@ -98,10 +120,12 @@ class SchedulerCollector(Collector):
         return family
 
 
-def listen(host: str, port: int, pool: str, leader: Callable[[], Leader | None]) -> Callable[[], None]:
+def listen(
+    host: str, port: int, pool: str, leader: Callable[[], Leader | None], refusals: Refusals
+) -> Callable[[], None]:
     """Serves the metrics over HTTP; returns what ends that. Raises OSError when the port is taken."""
     registry = CollectorRegistry()
-    registry.register(SchedulerCollector(pool, leader))
+    registry.register(SchedulerCollector(pool, leader, refusals))
     server, thread = start_http_server(port, addr=host, registry=registry)
 
     def close() -> None:

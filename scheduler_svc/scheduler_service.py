@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -25,8 +25,11 @@ log = structlog.get_logger()
 
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
-    def __init__(self, terms: Terms) -> None:
+    def __init__(
+        self, terms: Terms, on_refused: Callable[[str, str], None] = lambda method, status: None
+    ) -> None:
         self._terms = terms
+        self._on_refused = on_refused
 
     async def Submit(
         self, request: scheduler_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -35,6 +38,8 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         try:
             checks.check_spec(request.spec)
         except errors.InvalidArgument as error:
+            self._on_refused("/laps.v1.SchedulerService/Submit", error.status)
+            log.warning("request refused", because=str(error))
             await errors.abort(context, error)
         spec = convert.request_spec(request.spec)
         known = leader.core.get(spec.request_id) or leader.core.retained(spec.request_id)

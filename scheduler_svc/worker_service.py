@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NoReturn
 
 import grpc
 import structlog
@@ -20,8 +20,14 @@ log = structlog.get_logger()
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, terms: Terms, heartbeat_interval_s: float) -> None:
+    def __init__(
+        self,
+        terms: Terms,
+        heartbeat_interval_s: float,
+        on_refused: Callable[[str, str], None] = lambda method, status: None,
+    ) -> None:
         self._terms = terms
+        self._on_refused = on_refused
         self._heartbeat_interval_s = heartbeat_interval_s
 
     async def Session(
@@ -50,7 +56,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             while (message := await session.outbox.get()) is not None:
                 yield message
             if reading.done() and isinstance(refusal := reading.exception(), errors.InvalidArgument):
-                await errors.abort(context, refusal)
+                await self._refuse(context, refusal)
             await errors.abort(context, self._terms.not_leading())
         finally:
             reading.cancel()
@@ -65,23 +71,29 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.WorkerHello:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("message") != "hello":
-            await errors.abort(context, errors.InvalidArgument("message", "a session begins with hello"))
+            await self._refuse(context, errors.InvalidArgument("message", "a session begins with hello"))
         assert first is not None
         hello = first.hello
         if hello.pool != self._terms.pool:
             message = f"this scheduler leads pool {self._terms.pool!r}, not {hello.pool!r}"
-            await errors.abort(context, errors.InvalidArgument("hello.pool", message))
+            await self._refuse(context, errors.InvalidArgument("hello.pool", message))
         try:
             checks.check_hello(hello)
         except errors.InvalidArgument as error:
-            log.warning("worker refused", because=str(error))
-            await errors.abort(context, error)
+            await self._refuse(context, error)
         for other in leader.core.workers.values():
             if other.worker_id != hello.worker_id and other.model_fingerprint != hello.model_fingerprint:
                 # Two models in one pool would make a request's output depend on where it runs.
                 message = f"worker {other.worker_id} of this pool serves another model pair"
-                await errors.abort(context, errors.FailedPrecondition(message))
+                await self._refuse(context, errors.FailedPrecondition(message))
         return hello
+
+    async def _refuse(
+        self, context: grpc.aio.ServicerContext[Any, Any], refusal: errors.LapsError
+    ) -> NoReturn:
+        self._on_refused("/laps.v1.WorkerService/Session", refusal.status)
+        log.warning("worker refused", because=str(refusal))
+        await errors.abort(context, refusal)
 
     @staticmethod
     async def _read(

@@ -55,7 +55,7 @@ def apply_report(board: Board, worker: Worker, report: StepReport, counters: Cou
     worker.steps += 1
     if len(report.lease_ids):
         if _columns_fit(report):
-            outside = _rows_outside(report, worker.vocabulary_size)
+            outside = rows_outside(report, worker.vocabulary_size)
             _apply_rows(board, worker, report, counters, now_s, outside)
         else:
             counters.reports_refused += 1
@@ -105,7 +105,7 @@ def _columns_fit(report: StepReport) -> bool:
     )
 
 
-def _rows_outside(report: StepReport, vocabulary_size: int) -> frozenset[int]:
+def rows_outside(report: StepReport, vocabulary_size: int) -> frozenset[int]:
     """Rows with a token that the model does not have. `vocabulary_size` 0: not known."""
     tokens = memoryview(report.token_ids).cast("I")
     if not vocabulary_size or not tokens or max(tokens) < vocabulary_size:

@@ -6,10 +6,12 @@ client or a gateway is shown. It knows what each request's output must be, so it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler_svc.core.steps import MAX_REFUSED_ROWS
 from simulator.faults.model import output_of
 from simulator.faults.store_model import Keys, unpack_body
 
@@ -57,6 +59,9 @@ class Counts:
     alarms: int = 0
     preemptions: int = 0
     stale_writes_refused: int = 0
+    rows_refused: int = 0
+    """Of workers that lied."""
+    lies: dict[str, int] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)
 
@@ -72,6 +77,9 @@ class Counts:
     def fault(self, kind: str) -> None:
         self.faults[kind] = self.faults.get(kind, 0) + 1
 
+    def lie(self, kind: str) -> None:
+        self.lies[kind] = self.lies.get(kind, 0) + 1
+
 
 class History:
     def __init__(self, now_s: Callable[[], float], trace: Callable[[str, str], None]) -> None:
@@ -84,6 +92,8 @@ class History:
         """The store has lost something: from here on only an alarm is right."""
         self.lost: dict[str, Life] = {}
         """Requests that the store has forgotten about."""
+        self.lied_about: Counter[str] = Counter()
+        """Reports of lying workers by the request that they were about."""
         self.damaged: set[str] = set()
         """Requests of whose stored log something was lost."""
         self.violation = ""
@@ -144,7 +154,12 @@ class History:
             self._finished(ending[0], ending[2])
         for request_id in fields[9]:
             self.lives[request_id].forgotten = True
-        self.counts.preemptions += sum(event[1] == "preempted" for event in fields[12])
+        for event in fields[12]:
+            self.counts.preemptions += event[1] == "preempted"
+            if event[1] == "row_refused":
+                self.counts.rows_refused += 1
+                request_id = event[3]
+                self.require(self.lied_about[request_id] > 0, f"a row of {request_id} was refused: {event}")
         self._trace(
             "store",
             f"commit {epoch}/{seq}: +{len(fields[1])} requests, {len(appended) // 7} entries, "
@@ -206,7 +221,9 @@ class History:
             )
             stopped = len(life.expected) < life.max_tokens or life.expected[-1] == 0
             self.require((reason == "stop") == stopped, f"{request_id} ended as {reason}")
-        self.require(reason != "error", f"{request_id} failed: {values.get('error')}")
+        # So many refused rows end a request; one that nobody lied about must not fail.
+        failed_by_lies = self.lied_about[request_id] >= MAX_REFUSED_ROWS
+        self.require(reason != "error" or failed_by_lies, f"{request_id} failed: {values.get('error')}")
 
     # --- What others see -----------------------------------------------------------------------
 

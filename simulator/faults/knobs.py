@@ -48,6 +48,8 @@ class Knobs:
     """`rollback` or `damage`: how the store loses something in the end, which only an alarm can answer."""
     at_once: str
     """What happens in the same moment: `` nothing, or `leader` or `schedulers` (all of them) crash."""
+    liars: int
+    """Workers that sometimes report what is not so."""
     kinds: tuple[str, ...] = field(default=())
     """Faults that this seed has."""
 
@@ -129,5 +131,6 @@ def knobs_of(seed: int) -> Knobs:
         at_once=random.Random(f"{seed} at once").choice(("", "leader", "leader", "schedulers"))
         if ending == "rollback"
         else "",
+        liars=int(bool(kinds) and random.Random(f"{seed} liars").random() < 0.2),
         kinds=tuple(kinds),
     )

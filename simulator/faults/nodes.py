@@ -25,9 +25,10 @@ from scheduler_svc.term import Terms
 from scheduler_svc.worker_service import WorkerService
 from simulator.faults.clock import Process
 from simulator.faults.handlers import Serve, streaming, unary, writing
+from simulator.faults.liar import Liar
 from simulator.faults.model import CONTEXT_TOKENS, END_TOKEN, VOCABULARY, FakeEngine
 from worker_svc.driver import Command, EngineDriver, SessionLost
-from worker_svc.session import WorkerLink
+from worker_svc.session import RefusedByScheduler, WorkerLink
 
 if TYPE_CHECKING:
     from simulator.faults.world import World
@@ -132,6 +133,7 @@ class TurnedDriver(EngineDriver):
         self._posted = asyncio.Event()
         self._detaching: asyncio.Future[bool] | None = None
         self._emptying: list[asyncio.Future[bool]] = []
+        self.liar: Liar | None = None
 
     def emptied(self) -> asyncio.Future[bool]:
         """In place of `wait_idle`, which blocks a thread."""
@@ -169,6 +171,12 @@ class TurnedDriver(EngineDriver):
                 except TimeoutError:
                     pass
 
+    def _report(self, report: worker_pb2.StepReport) -> None:
+        send = self._send
+        super()._report(report)
+        if self.liar is not None and send is not None and (false := self.liar.lie(report)) is not None:
+            send(false)
+
     def _take_posted(self) -> None:
         while True:
             try:
@@ -188,14 +196,30 @@ class TurnedDriver(EngineDriver):
 class WorkerNode(Node):
     kind = "worker"
 
+    def __init__(self, world: World, number: int) -> None:
+        super().__init__(world, f"worker-{number}")
+        self.number = number
+
     def _begin(self) -> None:
         knobs = self.world.knobs
         self.engine = FakeEngine(knobs.slots, knobs.spare_slots, knobs.host_rows, f"{knobs.seed} {self.name}")
         self.driver = TurnedDriver(self.engine, self._broken)  # type: ignore[arg-type]
         self.driver.prepare()
+        if self.number < knobs.liars:
+            self.driver.liar = Liar(self.world, self.name)
         self.link = WorkerLink(SCHEDULER, self.driver, self._hello)
         self.run(self.driver.turn_forever(), "engine")
-        self.run(self.link.run(), "session")
+        self.run(self._linked(), "session")
+
+    async def _linked(self) -> None:
+        try:
+            await self.link.run()
+        except RefusedByScheduler:
+            if self.driver.liar is None:
+                raise
+            # The process ends, and is started again.
+            self.world.loop.at(None, self.world.loop.now_s + 0.001, self.world.crash, self)
+            self.world.loop.at(None, self.world.loop.now_s + 0.5, self.world.restart, self)
 
     async def stop(self) -> None:
         self.link.drain()

@@ -14,6 +14,8 @@ from typing import Any
 from gateway.admission import unpack
 from gateway.streams import Feed
 from laps.history import HistoryPoint
+from scheduler_svc.core.records import StepReport
+from scheduler_svc.core.steps import rows_outside
 from scheduler_svc.deliveries import DeliveryHub
 from simulator.faults.store_model import ALL_CHECKS
 from simulator.faults.store_server import SimulatedStore
@@ -25,6 +27,7 @@ class Parts:
     store_checks: frozenset[str] = ALL_CHECKS
     hub: type[DeliveryHub] = DeliveryHub
     feed: type[Feed] = Feed
+    rows_outside: Callable[[StepReport, int], frozenset[int]] = rows_outside
 
 
 class HastyStore(SimulatedStore):
@@ -57,6 +60,11 @@ class CarelessFeed(Feed):
         super().extend(len(self.tokens), unpack(packed).tobytes(), logprobs)
 
 
+def believed(report: StepReport, vocabulary_size: int) -> frozenset[int]:
+    """Takes whatever tokens a worker reports."""
+    return frozenset()
+
+
 MUTANTS: dict[str, Parts] = {
     "no epoch fence": replace(Parts(), store_checks=ALL_CHECKS - {"fence"}),
     "no log gap check": replace(Parts(), store_checks=ALL_CHECKS - {"log"}),
@@ -67,4 +75,5 @@ MUTANTS: dict[str, Parts] = {
     "no peer is asked what it has seen": replace(Parts(), store=DeafStore),
     "no orphan is cancelled": replace(Parts(), hub=ForgetfulHub),
     "no offset check in the gateway": replace(Parts(), feed=CarelessFeed),
+    "no vocabulary check": replace(Parts(), rows_outside=believed),
 }

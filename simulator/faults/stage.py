@@ -15,6 +15,7 @@ import structlog
 
 import gateway.deliveries
 import laps.channels
+import scheduler_svc.core.steps
 import scheduler_svc.deliveries
 import scheduler_svc.leader
 from simulator.faults.clock import VirtualTime, current_process
@@ -68,6 +69,7 @@ def installed(world: World) -> Iterator[None]:
         (scheduler_svc.leader, "DeliveryHub", world.parts.hub),
         (scheduler_svc.deliveries, "MAX_PENDING_BYTES", world.knobs.pending_bytes),
         (gateway.deliveries, "Feed", world.parts.feed),
+        (scheduler_svc.core.steps, "rows_outside", world.parts.rows_outside),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     logs = structlog.get_config()

@@ -65,7 +65,7 @@ class World:
         self.server.fails_after_share = knobs.store_fails_after_share
         self.server.late_share = knobs.store_late_share
         self.schedulers = [SchedulerNode(self, f"scheduler-{n}") for n in range(knobs.schedulers)]
-        self.workers = [WorkerNode(self, f"worker-{n}") for n in range(knobs.workers)]
+        self.workers = [WorkerNode(self, n) for n in range(knobs.workers)]
         self.gateways = [GatewayNode(self, f"gateway-{n}") for n in range(knobs.gateways)]
         self.clients = [
             Client(self, n, random.Random(f"{knobs.seed} client {n}")) for n in range(knobs.clients)

@@ -10,7 +10,7 @@ import rendered
 from prometheus_client import Histogram
 from rendered import Object, container, name, of_kind, pod_labels, selects
 
-from scheduler_svc.metrics import SchedulerCollector
+from scheduler_svc.metrics import Refusals, SchedulerCollector
 
 
 def test_pod_monitors_find_what_has_metrics(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def leaders_metrics() -> set[str]:
         def now_s(self) -> float:
             return 0.0
 
-    collector = SchedulerCollector("default", Leading)  # type: ignore[arg-type]
+    collector = SchedulerCollector("default", Leading, Refusals("default"))  # type: ignore[arg-type]
     return {family.name for family in collector.collect()}
 
 

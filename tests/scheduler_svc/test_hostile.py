@@ -19,6 +19,8 @@ from laps.errors import InvalidArgument, from_rpc_error
 from laps.v1 import generation_pb2, scheduler_pb2, worker_pb2, worker_pb2_grpc
 from scheduler_svc import checks, convert
 from scheduler_svc.core.records import FinishReason, RequestState
+from scheduler_svc.metrics import Refusals
+from scheduler_svc.scheduler_service import SchedulerService
 from scheduler_svc.worker_service import WorkerService
 from tests.fuzz.seeds import LEASE, SEEDS, report
 from tests.fuzz.targets import TARGETS, VOCABULARY, after_any_report, pool
@@ -218,6 +220,7 @@ class Terms:
             seen = HistoryPoint()
 
         self.store: Any = Nothing()
+        self.refusals = Refusals("p")
         core, self.neighbour = pool()
         self.leader = Leader(
             core, self.store, epoch=1, tick_interval_s=0.0, gateway_grace_s=1.0, leader_ttl_s=3.0
@@ -237,7 +240,7 @@ class Terms:
 async def session() -> AsyncIterator[tuple[Terms, Any]]:
     terms = Terms()
     server = channels.new_server()
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(terms, 1.0), server)  # type: ignore[arg-type]
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(terms, 1.0, terms.refusals), server)  # type: ignore[arg-type]
     port = channels.bind(server, "127.0.0.1", 0)
     await server.start()
     async with channels.open_channel(f"127.0.0.1:{port}") as channel:
@@ -274,11 +277,58 @@ async def test_a_session_that_says_what_cannot_be_is_ended(lie: worker_pb2.Sessi
         assert isinstance(from_rpc_error(caught.value), InvalidArgument)
         core = terms.leader.core
         assert core.counters.reports_refused == 1
+        assert refused(terms) == {("WorkerService.Session", "INVALID_ARGUMENT"): 1.0}
         async with asyncio.timeout(10):
             while "bad" in core.workers:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert core.get("honest") is terms.neighbour
         assert "other" in core.workers
+
+
+def refused(terms: Terms) -> dict[tuple[str, str], float]:
+    """What the scheduler tells Prometheus of refused calls."""
+    samples = [sample for family in terms.refusals.counter.collect() for sample in family.samples]
+    return {
+        (sample.labels["method"], sample.labels["status"]): sample.value
+        for sample in samples
+        if sample.name == "laps_scheduler_refused_calls_total"
+    }
+
+
+@pytest.mark.parametrize(
+    ("first", "status"),
+    [
+        (worker_pb2.SessionRequest(heartbeat=worker_pb2.Heartbeat()), "INVALID_ARGUMENT"),
+        (worker_pb2.SessionRequest(hello=_hello(pool="another")), "INVALID_ARGUMENT"),
+        (worker_pb2.SessionRequest(hello=_hello(slots=0)), "INVALID_ARGUMENT"),
+        (worker_pb2.SessionRequest(hello=_hello(model_fingerprint="another")), "FAILED_PRECONDITION"),
+    ],
+    ids=["no hello", "another pool", "no slots", "another model"],
+)
+async def test_a_worker_that_is_not_taken_is_counted(first: worker_pb2.SessionRequest, status: str) -> None:
+    async with session() as (terms, channel):
+        before = set(terms.leader.core.workers)
+        call = worker_pb2_grpc.WorkerServiceStub(channel).Session()  # type: ignore[call-arg]
+        await call.write(first)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+        assert refused(terms) == {("WorkerService.Session", status): 1.0}
+        assert set(terms.leader.core.workers) == before
+
+
+async def test_a_request_that_is_not_taken_is_counted() -> None:
+    terms = Terms()
+    service = SchedulerService(terms, terms.refusals)  # type: ignore[arg-type]
+
+    class Context:
+        async def abort(self, *_: Any) -> None:
+            raise ConnectionAbortedError
+
+    request = scheduler_pb2.SubmitRequest(spec=_spec(priority=101))
+    with pytest.raises(ConnectionAbortedError):
+        await service.Submit(request, Context())  # type: ignore[arg-type]
+    assert refused(terms) == {("SchedulerService.Submit", "INVALID_ARGUMENT"): 1.0}
+    assert terms.leader.core.counters.submitted == 2, "those of the pool"
 
 
 async def test_bytes_that_are_no_message_end_their_own_call_alone() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
+from simulator.faults.knobs import knobs_of
 from simulator.faults.world import play
 
 SEEDS = 200
@@ -28,3 +31,11 @@ def test_faults_really_happen() -> None:
     assert sum(each.resumed for each in counts) > 10
     assert sum(each.stale_writes_refused for each in counts) > 0
     assert sum(each.commits_repeated for each in counts) > 0
+
+
+def test_workers_really_lie() -> None:
+    liars = itertools.islice((seed for seed in itertools.count() if knobs_of(seed).liars), 8)
+    counts = [play(seed).counts for seed in liars]
+    assert len({kind for each in counts for kind in each.lies}) >= 5
+    assert sum(each.rows_refused for each in counts) > 3
+    assert sum(each.ends.get("stop", 0) for each in counts) > 10
