@@ -13,6 +13,11 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
+    @property
+    def waits(self) -> bool:
+        """Whether `seconds` may have to wait for the device."""
+        return self._cuda
+
     def mark(self) -> float | torch.cuda.Event:
         if not self._cuda:
             return time.perf_counter()

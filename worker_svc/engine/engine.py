@@ -215,6 +215,7 @@ class Engine:
         ready = [row for row in admitted if row.prefill_tokens == 0]
         switch_s, self._switch_s = self._switch_s, 0.0
         if not ready:
+            prefill.settle()
             return StepResult(
                 prefill_tokens=prefill.tokens,
                 prefill_s=prefill.seconds,
@@ -228,12 +229,15 @@ class Engine:
         arranged_s = time.perf_counter() - arranging if moved or switched else 0.0
         switch_s += arranged_s
         plans, caught_up = self._planner.plan(batch, limit_s - prefill.seconds)
-        prefill_s = prefill.seconds + caught_up.seconds
+        expected_s = prefill.seconds + caught_up.seconds + arranged_s
         drafted = max(plan.length for plan in plans)
         modelled = max(plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans)
         reach_tokens = max(len(row.tokens) for row in batch)
-        expected_s = self.costs.step_s(len(batch), drafted, modelled, reach_tokens) + prefill_s + arranged_s
+        expected_s += self.costs.step_s(len(batch), drafted, modelled, reach_tokens)
         decoded = self._decoder.decode(batch, plans)
+        prefill.settle()
+        caught_up.settle()
+        prefill_s = prefill.seconds + caught_up.seconds
         columns = self._take(batch, plans, decoded)
         step_s = time.perf_counter() - began
         other_s = step_s - decoded.draft_s - decoded.verify_s - prefill_s - arranged_s

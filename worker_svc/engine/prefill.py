@@ -20,10 +20,20 @@ DRAFT_LAG_TOKENS = 8
 _LEAST_TOKENS = 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prefilled:
+    """What was prefilled. seconds: measured on a CPU; on a GPU, where only a wait could tell, expected until
+    `settle`.
+    """
+
     tokens: int = 0
     seconds: float = 0.0
+    measure: Callable[[], float] | None = None
+
+    def settle(self) -> None:
+        """Measures what is not measured yet. Where the step has waited for the device anyway, no wait."""
+        if self.measure is not None:
+            self.seconds, self.measure = self.measure(), None
 
 
 class Prefiller:
@@ -82,9 +92,16 @@ class Prefiller:
             expected_s += cost.seconds(count, start)
         if not chunks:
             return Prefilled()
-        seconds = sum(self._clock.seconds(began, ended) for began, ended in marks)
-        cost.observe(chunks, seconds)
-        return Prefilled(total, seconds)
+
+        def measure() -> float:
+            seconds = sum(self._clock.seconds(began, ended) for began, ended in marks)
+            cost.observe(chunks, seconds)
+            return seconds
+
+        prefilled = Prefilled(total, expected_s, measure)
+        if not self._clock.waits:
+            prefilled.settle()
+        return prefilled
 
 
 def draft_lags(row: Row) -> bool:

@@ -62,14 +62,14 @@ class BatchSampler:
         self._sampled = self._index(sampled)
         self._temperature = self._column([configs[i].temperature for i in sampled])
         self._seeded = self._index([i for i in sampled if configs[i].seed is not None])
-        self._seeds = torch.tensor(
+        self._seeds = upload(
             [
                 seed_to_int64(config.seed)
                 for config in configs
                 if config.seed is not None and not config.greedy
             ],
-            dtype=torch.int64,
-            device=device,
+            device,
+            torch.int64,
         )
         free = [i for i in sampled if configs[i].seed is None]
         self._free = self._index(free)
@@ -92,10 +92,10 @@ class BatchSampler:
         self._plain = not sampled and not self._penalised and not self._blocked
 
     def _index(self, chosen: list[int]) -> Tensor | None:
-        return torch.tensor(chosen, device=self._device) if chosen else None
+        return upload(chosen, self._device) if chosen else None
 
     def _column(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None, None]
+        return upload(values, self._device, torch.float32)[:, None, None]
 
     def begin(self, offsets: Sequence[int], queries: int) -> None:
         """Starts a step: offsets are the output tokens of each row so far; `queries` positions will be

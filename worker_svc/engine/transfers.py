@@ -14,7 +14,7 @@ from torch import Tensor
 
 def upload(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of nested lists of numbers, on the device. The host does not wait for the copy."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not values:
         return torch.tensor(values, dtype=dtype, device=device)
     # The allocator of pinned memory keeps the block until the stream has passed the copy.
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

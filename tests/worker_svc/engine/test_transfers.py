@@ -8,20 +8,31 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from worker_svc.engine import EngineRequest, SamplingConfig, StoppingConfig
-from worker_svc.engine import decoding as decoding_module
+from worker_svc.engine import (
+    EngineRequest,
+    SamplingConfig,
+    StoppingConfig,
+    cache,
+    decoding,
+    prefill,
+    sampling,
+)
+from worker_svc.engine import engine as engine_module
+from worker_svc.engine.transfers import upload
 
 
-class _Reads(TorchDispatchMode):
-    """Counts reads of single values, which on a GPU would each wait for it."""
+class _Transfers(TorchDispatchMode):
+    """Counts reads of single values, which on a GPU would each wait for it, and tensors made from lists."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.reads = 0
+        self.made = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.count += 1
+        self.reads += func is torch.ops.aten._local_scalar_dense.default
+        # Single numbers (`x[...] = True`) travel as arguments of the kernel.
+        self.made += func is torch.ops.aten.lift_fresh.default and args[0].dim() > 0
         return func(*args, **(kwargs or {}))
 
 
@@ -29,27 +40,43 @@ class _Reads(TorchDispatchMode):
 def test_one_wait_a_step_for_any_batch(
     tools: Any, pair: Any, monkeypatch: pytest.MonkeyPatch, fast_path: bool
 ) -> None:
-    """All kinds of rows together: greedy, seeded, free, filtered, with log-probabilities."""
+    """All kinds of rows together: greedy, seeded, free, filtered, with log-probabilities. Then one more
+    comes, so that the step prefills too and the batch's rules are sent up anew.
+    """
     waits: list[int] = []
-    fetch = decoding_module.fetch
-    monkeypatch.setattr(decoding_module, "fetch", lambda *given: waits.append(1) or fetch(*given))
+    fetch = decoding.fetch
+    monkeypatch.setattr(decoding, "fetch", lambda *given: waits.append(1) or fetch(*given))
+    uploads: list[int] = []
+    for module in (cache, decoding, engine_module, prefill, sampling):
+        monkeypatch.setattr(module, "upload", lambda *given: uploads.append(1) or upload(*given))
     kinds = [
         SamplingConfig(logprobs=3),
         SamplingConfig(temperature=0.8, seed=4, top_k=20),
         SamplingConfig(temperature=0.8, top_p=0.9, min_p=0.01),
         SamplingConfig(temperature=1.0, logprobs=0),
     ]
-    engine = tools.engine(pair, draft_tokens=3, fast_path=fast_path)
-    for index, sampling in enumerate(kinds):
+    engine = tools.engine(pair, slots=5, draft_tokens=3, fast_path=fast_path)
+
+    def add(index: int, sampling: SamplingConfig) -> None:
         stopping = StoppingConfig(max_tokens=30, min_tokens=20)
         engine.add(
             EngineRequest(str(index), [5, 6, 7, 5, 6, 7 + index], sampling=sampling, stopping=stopping)
         )
+
+    for index, sampling_config in enumerate(kinds):
+        add(index, sampling_config)
     engine.step()
-    waits.clear()
-    with _Reads() as reads:
-        told = engine.step()
-    assert len(told.request_ids) == len(kinds)
-    assert sum(told.drafted_counts) > 0
-    assert len(waits) == 1
-    assert reads.count == 0
+    for count in (4, 5):
+        if count == 5:
+            add(4, SamplingConfig(temperature=0.5, seed=5, min_p=0.02))
+        waits.clear()
+        uploads.clear()
+        with _Transfers() as transfers:
+            told = engine.step()
+        assert len(told.request_ids) == count
+        assert sum(told.drafted_counts) > 0
+        assert (told.prefill_tokens > 0) == (count == 5)
+        assert len(waits) == 1
+        assert transfers.reads == 0
+        # What goes up goes from pinned memory.
+        assert transfers.made == len(uploads) > 0
