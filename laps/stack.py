@@ -111,6 +111,13 @@ class Stack:
         return f"{scheme}://{_reachable(self.settings.host)}:{self.http_port}/v1" if self.http_port else ""
 
     @property
+    def console_url(self) -> str:
+        """Where a browser finds the web console; empty: it is not served."""
+        return (
+            f"{self.http_url.removesuffix('/v1')}/console" if self.http_url and self.settings.console else ""
+        )
+
+    @property
     def scheduler_address(self) -> str:
         return f"{_reachable(self.settings.host)}:{self.scheduler_port}"
 

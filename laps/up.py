@@ -24,7 +24,7 @@ def run(settings: Settings) -> int:
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         stack = Stack(settings)
         try:
-            print(f"Starting with {settings.workers} workers ...", flush=True)
+            print(f"Starting with {count(settings.workers, 'worker')} ...", flush=True)
             await stack.start()
             await stack.wait_ready()
         except BaseException:
@@ -47,16 +47,21 @@ def welcome(stack: Stack) -> str:
     server = (
         "" if stack.gateway_address == Settings().gateway_address else f" --server {stack.gateway_address}"
     )
-    openai = f"\n  OpenAI     {stack.http_url}" if stack.http_url else ""
+    http = f"\n  OpenAI     {stack.http_url}" if stack.http_url else ""
+    http += f"\n  console    {stack.console_url}" if stack.console_url else ""
     return f"""
 LAPS is up.
-  gateway    {stack.gateway_address}{openai}
+  gateway    {stack.gateway_address}{http}
   scheduler  {stack.scheduler_address}
   store      {mask_url(stack.redis_url)}
-  workers    {settings.workers} with {settings.slots} slots each
+  workers    {settings.workers} with {count(settings.slots, "slot")} each
   logs       {stack.log_dir}
 
 Try, in another terminal:
   laps generate "def fibonacci(n):" --max-tokens 64{server}
   laps top{server}
 Ctrl-C ends it."""
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

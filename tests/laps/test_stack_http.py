@@ -35,6 +35,10 @@ def test_the_usual_port_or_any_free_one(tmp_path: Path, usual: socket.socket) ->
     stack = chosen(tmp_path)
     assert stack.http_port == port
     assert f"http://127.0.0.1:{port}/v1" in welcome(stack)
+    assert f"http://127.0.0.1:{port}/console" in welcome(stack)
+    without = chosen(tmp_path, console=False)
+    assert "/v1" in welcome(without)
+    assert "console" not in welcome(without)
     assert chosen(tmp_path, any_ports=True).http_port not in (0, port)
 
 
@@ -49,3 +53,4 @@ def test_zero_is_off(tmp_path: Path) -> None:
     stack = chosen(tmp_path, http_port=0)
     assert stack.http_url == ""
     assert "OpenAI" not in welcome(stack)
+    assert "console" not in welcome(stack)
