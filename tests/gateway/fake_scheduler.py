@@ -61,6 +61,8 @@ class FakeScheduler:
     def __init__(self, vocabulary_size: int, ends: Ends) -> None:
         self.requests: dict[str, Stored] = {}
         self.submits = 0
+        self.gateways: set[str] = set()
+        """Gateways that have submitted."""
         self.follows: list[tuple[str, int]] = []
         self.unfollows: list[tuple[str, bool]] = []
         self.refuse: errors.LapsError | None = None
@@ -212,6 +214,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         fake, spec = self._fake, request.spec
         fake.submits += 1
         assert request.gateway_id
+        fake.gateways.add(request.gateway_id)
         if fake.refuse is not None:
             await errors.abort(context, fake.refuse)
         known = fake.requests.get(spec.request_id)

@@ -31,7 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from laps import logs
 from laps.errors import Reason
-from laps.v1 import inference_pb2, queue_pb2
+from laps.v1 import inference_pb2, inference_pb2_grpc, queue_pb2
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -244,6 +244,52 @@ async def test_the_process(scheduler: Any, model_folder: Path) -> None:
             await process.wait()
     assert process.returncode == 0
     assert [line["event"] for line in events] == ["listening", "scheduler connected", "stopping"]
+
+
+CONNECTIONS = 24
+"""The kernel spreads them by a hash: that all come to one of two has a chance of 2 ** -23."""
+
+
+async def generate_on_new_connections(port: int, prefix: str) -> dict[str, list[int]]:
+    """The tokens of one request per connection, by request."""
+
+    async def one(request_id: str) -> list[int]:
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=own) as channel:
+            stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+            return (await collect(stub.Generate(generate_request(request_id=request_id)))).tokens
+
+    names = [f"{prefix}-{number}" for number in range(CONNECTIONS)]
+    return dict(zip(names, await asyncio.gather(*map(one, names)), strict=True))
+
+
+@pytest.mark.stack
+async def test_several_processes_on_one_port(scheduler: Any, model_folder: Path) -> None:
+    """Connections are spread over them; when one ends, the others have all new ones."""
+    port = free_port()
+    where = {"target": str(model_folder), "port": port, "scheduler_address": f"127.0.0.1:{scheduler.port}"}
+    starting = [start_process(gateway_id=name, share_port=True, **where) for name in ("one", "two")]
+    processes = await asyncio.gather(*starting)
+    scheduler.auto_tokens = 5
+    try:
+        await scheduler.until(lambda: len(scheduler.streams) == 2)
+        for prefix, gateways in (("both", {"one", "two"}), ("left", {"two"})):
+            scheduler.gateways.clear()
+            made = await generate_on_new_connections(port, prefix)
+            assert made == {name: scheduler.requests[name].planned for name in made}
+            assert scheduler.gateways == gateways
+            if processes[0].returncode is None:
+                processes[0].send_signal(signal.SIGTERM)
+                await events_until_end(processes[0])
+        # Who was not told to share finds the port taken.
+        alone = await start_process(**where)
+        (refused,) = await events_until_end(alone)
+        assert (alone.returncode, "cannot listen" in refused["error"]) == (1, True)
+    finally:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
 
 @pytest.mark.stack
