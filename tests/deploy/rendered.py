@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
 K8S = DEPLOY / "k8s"
 OVERLAYS = ("dev", "gpu", "ha")
+OPTIONAL = ("keda", "mutual-tls", "prometheus-operator", "redis-tls")
+"""Components that no overlay has, because they need operators."""
 LEAST_KUSTOMIZE = (5, 0)
 """Components within components, and `labels` with templates."""
 

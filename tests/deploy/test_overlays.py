@@ -11,7 +11,6 @@ from rendered import K8S, OVERLAYS, Object, container, name, of_kind, pod_labels
 
 MINORS = ("1.35", "1.36", "1.37")
 OPERATORS = ("cert-manager.io", "keda.sh", "monitoring.coreos.com")
-OPTIONAL = ("keda", "mutual-tls", "prometheus-operator", "redis-tls")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -26,7 +25,7 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
     used = "".join(path.read_text() for path in (K8S / "overlays").rglob("kustomization.yaml"))
     unused = {path.name for path in (K8S / "components").iterdir() if f"components/{path.name}" not in used}
     # They need custom resources; see test_custom_resources, test_mutual_tls and test_redis_tls.
-    assert unused == set(OPTIONAL)
+    assert unused == set(rendered.OPTIONAL)
 
 
 @pytest.mark.parametrize("minor", MINORS)
@@ -39,7 +38,7 @@ def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     for overlay in OVERLAYS:
         for each in rendered.render(overlay):
             schemas.validate(each, minor, strict=True)
-    for each in rendered.render_with(OPTIONAL, tmp_path):
+    for each in rendered.render_with(rendered.OPTIONAL, tmp_path):
         # What operators' own resources are nobody here knows.
         if each["apiVersion"].split("/")[0] not in OPERATORS:
             schemas.validate(each, minor, strict=True)

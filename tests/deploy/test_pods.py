@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import rendered
@@ -66,6 +67,17 @@ def test_resources(workloads: list[Object]) -> None:
         for kind in ("requests", "limits"):
             assert {"cpu", "memory", "ephemeral-storage"} <= set(resources[kind]), name(workload)
         assert _bytes(resources["requests"]["memory"]) <= _bytes(resources["limits"]["memory"])
+
+
+def test_optional_components_take_nothing_away(tmp_path: Path) -> None:
+    objects = rendered.render_with(rendered.OPTIONAL, tmp_path)
+    workloads = of_kind(objects, *rendered.WORKLOADS)
+    assert len(workloads) == 4
+    test_restricted_profile(workloads)
+    test_no_token_and_no_service_variables(objects, workloads)
+    test_resources(workloads)
+    for workload in workloads:
+        assert all(container(workload)[f"{kind}Probe"] for kind in ("startup", "readiness", "liveness"))
 
 
 def test_redis_fits_its_container(objects: list[Object]) -> None:

@@ -151,7 +151,6 @@ async def test_logs_are_bounded_while_their_writers_run(
             await eventually(lambda last=last: (found := read_numbers(older(log))) and found[-1] > last)
             numbers = read_numbers(older(log))
             assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-            assert older(log).stat().st_size < 10 * 20_000
         await eventually(lambda: log.stat().st_size < 20_000)
         assert [each.pid for each in stack.children.values()] == pids
         assert isinstance(scheduler, Child)
