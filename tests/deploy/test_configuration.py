@@ -190,6 +190,7 @@ def test_compose() -> None:
 
 def test_compose_with_monitoring() -> None:
     services = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert all(each["logging"] == {"driver": "local"} for each in services.values()), "logs are bounded"
     extra = {role: each for role, each in services.items() if "profiles" in each}
     assert set(extra) == {"prometheus", "grafana"}
     for service in extra.values():
