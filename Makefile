@@ -40,10 +40,10 @@ test: setup ## Runs the tests
 	@$(BIN)/python -m pytest -n auto --dist loadgroup
 
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
-	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc))
+	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc)) --json bench/results/chaos.json
 
-killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5, then checks what everybody saw
-	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) --json bench/results/killloop.json
+killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5 with each of STORES="valkey redis"
+	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) $(addprefix --store=,$(or $(STORES),valkey)) --json bench/results/killloop.json
 
 overload: setup ## Offers five times what the stack can carry for 60 s
 	@$(BIN)/python -m bench.overload --json bench/results/overload.json

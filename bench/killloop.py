@@ -1,9 +1,10 @@
 """Kills, freezes and cuts off real processes while clients run, then checks what everybody saw.
 
-    python -m bench.killloop [--minutes 5] [--seed 0] [--store valkey|redis] [--json OUT]
+    python -m bench.killloop [--minutes 5] [--seed 0] [--store valkey] [--store redis] [--json OUT]
 
-Two gateways, two schedulers, two workers with the built-in models and a store of its own. Ends with exit code
-1 if anything was lost, told twice, or different from the target's own output.
+Two gateways, two schedulers, two workers with the built-in models and a store of its own. Several stores are
+tried one after the other, each for so many minutes. Ends with exit code 1 if anything was lost, told twice,
+or different from the target's own output.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ class Run:
     async def do_faults(self, until_s: float) -> None:
         striking: set[asyncio.Task[None]] = set()
         while time.monotonic() < until_s:
-            await asyncio.sleep(self.rng.expovariate(1.0 / PAUSE_S))
+            pause_s = self.rng.expovariate(1.0 / PAUSE_S)
+            if time.monotonic() + pause_s > until_s:
+                break
+            await asyncio.sleep(pause_s)
             if striking and self.rng.random() > OVERLAP_SHARE:
                 await asyncio.wait(striking)
             task = asyncio.create_task(self._strike())
@@ -225,15 +229,18 @@ class Run:
             print(line, file=sys.stderr, flush=True)
 
 
-async def run(seconds: float, seed: int, store_kind: str, data_dir: Path) -> tuple[Run, Verdict]:
-    binary = valkey_binary() if store_kind == "valkey" else redis_binary()
-    if binary is None:
-        raise SystemExit("there is no redis-server on PATH")
+def make_reference() -> tuple[list[list[int]], Reference]:
+    """The prompts, and what the target makes of them."""
     tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_TARGET)
     lines = (Path(BUILT_IN_TARGET).parent / "prompts.jsonl").read_text().splitlines()
     texts = [record["text"] for record in map(json.loads, lines) if "text" in record][:PROMPTS]
     prompts = [tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
-    reference = await asyncio.to_thread(Reference, prompts, MAX_TOKENS)
+    return prompts, Reference(prompts, MAX_TOKENS)
+
+
+async def run(
+    seconds: float, seed: int, binary: str, data_dir: Path, prompts: list[list[int]], reference: Reference
+) -> tuple[Run, Verdict]:
     fleet = Fleet(data_dir, binary, slots=4, retention_s=3600.0, max_retained_requests=1_000_000)
     try:
         await fleet.start()
@@ -283,22 +290,39 @@ def summary(playing: Run, verdict: Verdict) -> dict[str, object]:
 
 
 @click.command()
-@click.option("--minutes", type=float, default=5.0, show_default=True)
+@click.option("--minutes", type=float, default=5.0, show_default=True, help="With each store.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what is done, and when.")
-@click.option("--store", type=click.Choice(["valkey", "redis"]), default="valkey", show_default=True)
+@click.option(
+    "--store",
+    "stores",
+    type=click.Choice(["valkey", "redis"]),
+    multiple=True,
+    default=["valkey"],
+    show_default=True,
+)
 @click.option("--keep", type=click.Path(path_type=Path), help="A folder for logs and data, which stay.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there.")
-def main(minutes: float, seed: int, store: str, keep: Path | None, out: Path | None) -> None:
+def main(minutes: float, seed: int, stores: tuple[str, ...], keep: Path | None, out: Path | None) -> None:
     """Kills, freezes and cuts off real processes while clients run, then checks what everybody saw."""
-    with tempfile.TemporaryDirectory(prefix="laps-killloop-") as scratch:
-        playing, verdict = asyncio.run(run(minutes * 60.0, seed, store, keep or Path(scratch)))
-    figures = {"minutes": minutes, "seed": seed, "store": store} | summary(playing, verdict)
+    binaries = {store: valkey_binary() if store == "valkey" else redis_binary() for store in stores}
+    prompts, reference = make_reference()
+    figures: dict[str, object] = {"minutes": minutes, "seed": seed}
+    holds = True
+    for store, binary in binaries.items():
+        if binary is None:
+            raise SystemExit(f"there is no {store}-server on PATH")
+        print(f"with {store} for {minutes:g} min", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="laps-killloop-") as scratch:
+            folder = (keep or Path(scratch)) / store
+            playing, verdict = asyncio.run(run(minutes * 60.0, seed, binary, folder, prompts, reference))
+        figures[store] = summary(playing, verdict)
+        holds = holds and verdict.holds
+        for problem in (*verdict.lost, *verdict.doubled, *verdict.different):
+            print(problem, file=sys.stderr)
     print(json.dumps(figures, indent=2))
-    for problem in (*verdict.lost, *verdict.doubled, *verdict.different):
-        print(problem, file=sys.stderr)
     if out is not None:
         out.write_text(json.dumps(figures, indent=2) + "\n")
-    sys.exit(0 if verdict.holds else 1)
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":

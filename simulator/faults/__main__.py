@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -40,15 +43,36 @@ def _tell_failure(console: Console, seed: int, parts: Parts, mutant: str) -> Non
     console.print(f"the whole trace: python -m simulator.faults --seed {seed} --trace{option}", markup=False)
 
 
-def _summary(counts: Counts, seeds: int, took_s: float, virtual_s: float) -> Table:
-    table = Table("what", "number", title=f"{seeds} seeds in {took_s:.0f} s; {virtual_s:.0f} virtual seconds")
+def _figures(
+    counts: Counts, start: int, seeds: int, jobs: int, took_s: float, virtual_s: float, failed: list[int]
+) -> dict[str, Any]:
+    """What a run came to, for a person and for a file."""
+    numbers = {name: value for name, value in vars(counts).items() if isinstance(value, int)}
+    return {
+        "first_seed": start,
+        "seeds": seeds,
+        "seeds_that_broke_a_promise": len(failed),
+        "failed_seeds": failed,
+        "processes": jobs,
+        "wall_s": round(took_s, 1),
+        "virtual_s": round(virtual_s, 1),
+        **numbers,
+        "faults_injected": sum(counts.faults.values()),
+        "faults": dict(sorted(counts.faults.items())),
+        "lies": dict(sorted(counts.lies.items())),
+        "ended_as": dict(sorted(counts.ends.items())),
+    }
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    table = Table("what", "number")
     table.columns[1].justify = "right"
-    for name, value in vars(counts).items():
-        if isinstance(value, int):
+    for name, value in figures.items():
+        if isinstance(value, int | float):
             table.add_row(name.replace("_", " "), f"{value:,}")
-    for name, kinds in (("fault", counts.faults), ("ended as", counts.ends)):
-        for kind, count in sorted(kinds.items()):
-            table.add_row(f"{name}: {kind}", f"{count:,}")
+        elif isinstance(value, dict):
+            for kind, count in value.items():
+                table.add_row(f"  {name.replace('_', ' ')}: {kind}", f"{count:,}")
     return table
 
 
@@ -59,7 +83,10 @@ def _summary(counts: Counts, seeds: int, took_s: float, virtual_s: float) -> Tab
 @click.option("--seed", type=click.IntRange(min=0), help="Play this one alone.")
 @click.option("--trace", is_flag=True, help="With --seed: print everything that happens.")
 @click.option("--mutant", type=click.Choice(list(MUTANTS)), help="Take one safeguard out of the product.")
-def main(seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutant: str | None) -> None:
+@click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there.")
+def main(
+    seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutant: str | None, out: Path | None
+) -> None:
     """Plays seeds of the fault simulator. Exit code 1 if a promise was broken."""
     parts = MUTANTS[mutant] if mutant else Parts()
     console = Console()
@@ -68,13 +95,15 @@ def main(seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutan
         if trace:
             sys.stdout.writelines(f"{line}\n" for line in outcome.lines)
         else:
-            console.print(_summary(outcome.counts, 1, 0.0, outcome.virtual_s))
+            failing = [seed] if outcome.violation else []
+            console.print(_table(_figures(outcome.counts, seed, 1, 1, 0.0, outcome.virtual_s, failing)))
         if outcome.violation:
             print(f"seed {seed} fails: {outcome.violation}")
         sys.exit(1 if outcome.violation else 0)
     if mutant and jobs > 1:
         raise click.UsageError("--mutant plays in one process")
-    began_s, virtual_s, counts, failed = time.perf_counter(), 0.0, Counts(), []
+    began_s, virtual_s, counts = time.perf_counter(), 0.0, Counts()
+    failed: list[int] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("seeds", total=seeds)
@@ -88,7 +117,10 @@ def main(seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutan
             done = outcome.seed - start + 1
             if done % TELL_EVERY == 0 and not progress.console.is_terminal:
                 print(f"{done} of {seeds} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
-    console.print(_summary(counts, seeds, time.perf_counter() - began_s, virtual_s))
+    figures = _figures(counts, start, seeds, jobs, time.perf_counter() - began_s, virtual_s, failed)
+    console.print(_table(figures))
+    if out is not None:
+        out.write_text(json.dumps(figures, indent=2) + "\n")
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(map(str, failed[:50]))}", style="bold red")
     sys.exit(1 if failed else 0)

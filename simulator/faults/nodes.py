@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -262,6 +262,9 @@ class LetterDecoder:
 
     def push(self, token_id: int) -> str:
         return chr(ord("a") + token_id % 26)
+
+    def push_whole(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def flush(self) -> str:
         return ""

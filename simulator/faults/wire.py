@@ -143,7 +143,10 @@ class ServerContext:
         raise Abort(code, details, trailing_metadata)
 
     async def write(self, message: Any) -> None:
-        await self._exchange.down.send_in_window(message)
+        # gRPC packs it at once: its sender may change it afterwards.
+        packed = type(message)()
+        packed.CopyFrom(message)
+        await self._exchange.down.send_in_window(packed)
 
     async def send_initial_metadata(self, metadata: Any) -> None:
         return None
