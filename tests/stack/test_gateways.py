@@ -1,0 +1,35 @@
+"""`laps up --gateways N`: several processes behind one port."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from laps.client import AsyncClient
+from tests.stack.conftest import StartStack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(120), pytest.mark.xdist_group("stack")]
+
+CONNECTIONS = 24
+"""The kernel spreads them by a hash: that all come to one of two has a chance of 2 ** -23."""
+
+
+async def test_connections_are_spread_over_all_gateways(start_stack: StartStack) -> None:
+    async with start_stack(workers=0, gateways=2) as (stack, _):
+        logs = [stack.settings.data_dir / "logs" / f"{name}.log" for name in ("gateway", "gateway-1")]
+
+        async def until_both_say(words: str) -> None:
+            async with asyncio.timeout(30):
+                while not all(words in log.read_text() for log in logs):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+
+        await until_both_say("scheduler connected")
+
+        async def ask() -> str:
+            async with AsyncClient(stack.gateway_address) as client:
+                return (await client.models())[0].name
+
+        names = await asyncio.gather(*(ask() for _ in range(CONNECTIONS)))
+        assert set(names) == {stack.settings.model_name}
+        await until_both_say("InferenceService.ListModels")
