@@ -62,7 +62,10 @@ lint: setup ## Style, types, contracts
 CHECKOV := .venv-checkov/bin
 checkov: setup ## Checks the rendered manifests and the Dockerfiles by checkov, in an environment of its own
 	@test -x $(CHECKOV)/checkov || { $(PYTHON) -m venv .venv-checkov && $(CHECKOV)/pip install --quiet checkov==3.3.30; }
-	@mkdir -p .laps/checkov
+	@mkdir -p .laps/checkov .laps/optional
+	@printf 'resources: [../../deploy/k8s/overlays/gpu]\ncomponents:\n' > .laps/optional/kustomization.yaml
+	@printf -- '- ../../deploy/k8s/components/%s\n' keda mutual-tls prometheus-operator redis-tls >> .laps/optional/kustomization.yaml
+	@$(BIN)/kubectl kustomize .laps/optional > .laps/checkov/optional.yaml
 	@for each in dev gpu ha; do $(BIN)/kubectl kustomize deploy/k8s/overlays/$$each > .laps/checkov/$$each.yaml || exit 1; done
 	@$(CHECKOV)/checkov --config-file deploy/checkov.yaml --file .laps/checkov/*.yaml deploy/docker/Dockerfile.cpu deploy/docker/Dockerfile.cuda
 

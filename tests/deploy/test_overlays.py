@@ -26,6 +26,7 @@ def test_every_overlay_and_component_is_tested_or_used() -> None:
     unused = {path.name for path in (K8S / "components").iterdir() if f"components/{path.name}" not in used}
     # They need custom resources; see test_custom_resources, test_mutual_tls and test_redis_tls.
     assert unused == set(rendered.OPTIONAL)
+    assert " ".join(rendered.OPTIONAL) in (rendered.ROOT / "Makefile").read_text(), "checkov sees them, too"
 
 
 @pytest.mark.parametrize("minor", MINORS)
