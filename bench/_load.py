@@ -38,12 +38,12 @@ TOKEN = struct.pack("<I", 1234)
 class Worker:
     """A worker without an engine: reports a step of all its slots whenever it is told to."""
 
-    def __init__(self, channel: grpc.aio.Channel, number: int, slots: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, pool: str, number: int, slots: int) -> None:
         self.name = f"simulated-{number}"
         self.latencies_s: list[float] = []
         """From a report to the lease update that acknowledges it."""
         self.acknowledged = self.step = 0
-        self._slots = slots
+        self._pool, self._slots = pool, slots
         self._session = channel.stream_stream(
             "/laps.v1.WorkerService/Session",
             request_serializer=None,
@@ -63,7 +63,7 @@ class Worker:
         self._call = self._session()
         hello = worker_pb2.WorkerHello(
             worker_id=self.name,
-            pool="default",
+            pool=self._pool,
             slots=self._slots,
             vocabulary_size=32000,
             context_tokens=1 << 20,
@@ -165,9 +165,9 @@ class Worker:
 class Load:
     """What the commands do. The gateway's part follows every request and submits new ones."""
 
-    def __init__(self, address: str, output_tokens: int) -> None:
+    def __init__(self, address: str, output_tokens: int, pool: str) -> None:
         channel = channels.open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES)
-        self._address = address
+        self._address, self._pool = address, pool
         self._scheduler = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         self._output_tokens = output_tokens
         self._workers: list[Worker] = []
@@ -180,7 +180,7 @@ class Load:
         for number in range(workers):
             # A connection each: workers are on machines of their own.
             channel = channels.open_channel(self._address, max_message_bytes=MAX_MESSAGE_BYTES)
-            self._workers.append(Worker(channel, number, slots))
+            self._workers.append(Worker(channel, self._pool, number, slots))
         await asyncio.gather(*(worker.join() for worker in self._workers))
         self._delivering = must_go_on(self._deliver())
         return {}
@@ -245,7 +245,7 @@ class Load:
         steps = max(1, round(self._output_tokens * self._chance.uniform(0.25, 1.75) / EMITTED))
         spec = scheduler_pb2.RequestSpec(
             request_id=request_id,
-            pool="default",
+            pool=self._pool,
             prompt_token_ids=TOKEN * PROMPT_TOKENS,
             sampling=generation_pb2.SamplingParams(temperature=0.0),
             stopping=generation_pb2.StoppingParams(max_tokens=steps * EMITTED, ignore_eos=True),
@@ -290,7 +290,7 @@ class Load:
 
 async def echo(address: str, slots: int, seconds: float, window: int = 32) -> dict[str, Any]:
     """The bare limit: the same reports on one stream, `window` of them under way."""
-    worker = Worker(channels.open_channel(address), 0, slots)
+    worker = Worker(channels.open_channel(address), "bare", 0, slots)
     await worker.join()
     for number in range(slots):
         worker._leases[f"bench-{number:08d}"] = [(1 << 32) + number, 100_000, 1 << 40]
@@ -345,8 +345,8 @@ def _percentiles(name: str, seconds: list[float]) -> dict[str, float]:
 
 
 async def main() -> None:
-    address, output_tokens = sys.argv[1], int(sys.argv[2])
-    load = Load(address, output_tokens)
+    address, output_tokens, pool = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    load = Load(address, output_tokens, pool)
     loop = asyncio.get_running_loop()
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         command = json.loads(line)

@@ -38,12 +38,21 @@ LEADING = '"event": "leading"'
 
 
 class Bed:
-    """A store, a scheduler and the load, each a process."""
+    """A store, a scheduler and the load, each a process. `store`: one that others use too."""
 
     def __init__(
-        self, folder: Path, tree: Path, appendfsync: str, output_tokens: int, **settings: Any
+        self,
+        folder: Path,
+        tree: Path,
+        appendfsync: str,
+        output_tokens: int,
+        pool: str,
+        store: LocalServer | None,
+        **settings: Any,
     ) -> None:
-        self.store = LocalServer(data_dir=folder / "store", appendfsync=appendfsync)  # type: ignore[arg-type]
+        self._own_store = store is None
+        self.store = store or LocalServer(data_dir=folder / "store", appendfsync=appendfsync)  # type: ignore[arg-type]
+        self._pool = pool
         self._folder, self._tree = folder, tree
         self._output_tokens = output_tokens
         self._settings = settings
@@ -54,7 +63,8 @@ class Bed:
 
     def start(self) -> None:
         self._folder.mkdir(parents=True)
-        self.store.start()
+        if self._own_store:
+            self.store.start()
         self.start_scheduler()
         self.load = self._start_load(self._port)
 
@@ -65,6 +75,7 @@ class Bed:
             host="127.0.0.1",
             scheduler_port=self._port,
             scheduler_id="bench",
+            pool=self._pool,
             max_queued_requests=2 * DEEP,
             max_queued_tokens=1 << 30,
             max_message_bytes=64 << 20,
@@ -86,17 +97,7 @@ class Bed:
 
     def measure(self, **steps: Any) -> dict[str, Any]:
         """Lets the load run, and what that cost each process."""
-        processes = {
-            "scheduler": self.scheduler.usage,
-            "store": Usage(self.store.pid),
-            "load": self.load.usage,
-        }
-        with measured_cpu(processes) as cpu_s:
-            answer = self.load.ask("steps", **steps)
-        for name, spent_s in cpu_s.items():
-            answer[f"{name}_us_per_step"] = round(spent_s / answer["steps"] * 1e6, 1)
-            answer[f"{name}_cores"] = round(spent_s / answer["seconds"], 3)
-        return answer
+        return measure_together([self], **steps)[0]
 
     def bare_limit(self, seconds: float) -> dict[str, Any]:
         log = self._folder / "echo.log"
@@ -114,12 +115,13 @@ class Bed:
     def stop(self) -> None:
         for process in (self.load, self.scheduler):
             process.kill()
-        self.store.close()
+        if self._own_store:
+            self.store.close()
         for log in self._logs:
             log.close()
 
     def _start_load(self, port: int) -> Process:
-        argv = [str(BENCH / "_load.py"), f"127.0.0.1:{port}", str(self._output_tokens)]
+        argv = [str(BENCH / "_load.py"), f"127.0.0.1:{port}", str(self._output_tokens), self._pool]
         return Process(argv, self._log("load.log"), talks=True)
 
     def _log(self, name: str) -> Any:
@@ -130,10 +132,16 @@ class Bed:
 
 @contextmanager
 def bed(
-    folder: Path, tree: Path, appendfsync: str, output_tokens: int = OUTPUT_TOKENS, **settings: Any
+    folder: Path,
+    tree: Path,
+    appendfsync: str,
+    output_tokens: int = OUTPUT_TOKENS,
+    pool: str = "default",
+    store: LocalServer | None = None,
+    **settings: Any,
 ) -> Iterator[Bed]:
     """`settings`: further ones of the scheduler."""
-    made = Bed(folder, tree, appendfsync, output_tokens, **settings)
+    made = Bed(folder, tree, appendfsync, output_tokens, pool, store, **settings)
     made.start()
     try:
         yield made
@@ -163,38 +171,103 @@ def throughput(folder: Path, tree: Path, appendfsync: str, rate: float, seconds:
     }
 
 
-def growth(folder: Path, tree: Path, rate: float, seconds: float) -> dict[str, Any]:
-    """The same load on a short and on a long queue, then a crash of the scheduler."""
-    with bed(folder, tree, "everysec") as here:
+def growth(folder: Path, tree: Path, rate: float, seconds: float, queued: int) -> dict[str, Any]:
+    """The same load on a short and on a long queue, in turn, then a crash of the scheduler."""
+    with (
+        bed(folder / "shallow", tree, "everysec") as shallow,
+        bed(folder / "deep", tree, "everysec") as here,
+    ):
         reader = redis.Redis.from_url(here.store.url)
-        workers = round(rate / WORKER_STEPS_PER_S)
-        here.load.ask("start", workers=workers, slots=SLOTS)
-        here.load.ask("submit", count=workers * SLOTS + SHALLOW)
-        here.load.ask("steps", seconds=WARM_UP_S, steps_per_s=rate)
-        shallow = here.measure(seconds=seconds, steps_per_s=rate)
+        workers = max(1, round(rate / WORKER_STEPS_PER_S))
+        for each in (shallow, here):
+            each.load.ask("start", workers=workers, slots=SLOTS)
+            each.load.ask("submit", count=workers * SLOTS + SHALLOW)
+            each.load.ask("steps", seconds=WARM_UP_S, steps_per_s=rate)
         before_bytes = reader.info("memory")["used_memory"]
-        filled = here.load.ask("submit", count=DEEP - SHALLOW)
-        request_bytes = (reader.info("memory")["used_memory"] - before_bytes) / (DEEP - SHALLOW)
+        filled = here.load.ask("submit", count=queued - SHALLOW)
+        request_bytes = (reader.info("memory")["used_memory"] - before_bytes) / (queued - SHALLOW)
         last = reader.zrange(keys.live("default"), -1, -1)[0].decode()
         prompt_bytes = reader.memory_usage(keys.prompt("default", last))
+        _await_rewrite(reader)
+        short = shallow.measure(seconds=seconds, steps_per_s=rate)
         deep = here.measure(seconds=seconds, steps_per_s=rate)
+        again = shallow.measure(seconds=seconds, steps_per_s=rate)
         submitting = here.measure(seconds=seconds, steps_per_s=rate, submissions_per_s=SUBMISSIONS_PER_S)
         here.scheduler.kill()
         whole_s = here.start_scheduler()
         leading = here.leading()
+    ratios = {
+        f"{name}cpu_ratio": round(2 * deep[key] / (short[key] + again[key]), 3)
+        for name, key in (("", "scheduler_us_per_step"), ("store_", "store_us_per_step"))
+    }
     return {
-        "shallow": shallow,
+        "queued": queued,
+        "shallow": short,
         "deep": deep,
-        "cpu_ratio": round(deep["scheduler_us_per_step"] / shallow["scheduler_us_per_step"], 3),
-        "store_cpu_ratio": round(deep["store_us_per_step"] / shallow["store_us_per_step"], 3),
+        "shallow_again": again,
+        **ratios,
         "fill_submissions_per_s": filled["submissions_per_s"],
         "submitting": submitting,
         "redis_bytes_per_request": round(request_bytes),
         "redis_bytes_per_prompt": prompt_bytes,
+        "redis_bytes_beyond_prompt": round(request_bytes) - prompt_bytes,
         "recovered_requests": leading["recovered_requests"],
         "recovery_s": leading["recovery_s"],
         "start_to_leading_s": round(whole_s, 3),
     }
+
+
+def _await_rewrite(reader: redis.Redis) -> None:
+    """A queue that was filled within a minute has the store rewrite its file. While its copy is made every
+    page that is written to is copied: a cost of the filling, not of the length."""
+    while True:
+        state = reader.info("persistence")
+        if not state["aof_rewrite_in_progress"] and not state["aof_rewrite_scheduled"]:
+            return
+        time.sleep(0.1)
+
+
+def pools(folder: Path, tree: Path, rate: float, seconds: float) -> dict[str, Any]:
+    """One pool, then two on two schedulers and one store, each under the same load, then one again."""
+    workers = max(1, round(rate / WORKER_STEPS_PER_S))
+    with (
+        bed(folder / "one", tree, "everysec", pool="one") as one,
+        bed(folder / "two", tree, "everysec", pool="two", store=one.store) as two,
+    ):
+        for here in (one, two):
+            here.load.ask("start", workers=workers, slots=SLOTS)
+            here.load.ask("submit", count=workers * SLOTS + SHALLOW)
+            here.load.ask("steps", seconds=WARM_UP_S, steps_per_s=rate)
+        alone = one.measure(seconds=seconds, steps_per_s=rate)
+        both = measure_together([one, two], seconds=seconds, steps_per_s=rate)
+        again = one.measure(seconds=seconds, steps_per_s=rate)
+    ratios = {}
+    for name in ("scheduler", "store"):
+        key = f"{name}_us_per_step"
+        ratios[f"{name}_cpu_ratio"] = round((both[0][key] + both[1][key]) / (alone[key] + again[key]), 3)
+    return {"offered_steps_per_s": rate, "one": alone, "of_two": both[0], "other_of_two": both[1]} | {
+        "one_again": again,
+        **ratios,
+    }
+
+
+def measure_together(beds: list[Bed], **steps: Any) -> list[dict[str, Any]]:
+    """Lets their loads run at the same time. A store that they share is divided by all their steps."""
+    processes = {"store": Usage(beds[0].store.pid)}
+    for number, here in enumerate(beds):
+        processes |= {f"scheduler {number}": here.scheduler.usage, f"load {number}": here.load.usage}
+    with measured_cpu(processes) as cpu_s:
+        for here in beds:
+            here.load.tell("steps", **steps)
+        answers = [here.load.answer() for here in beds]
+    all_steps = sum(answer["steps"] for answer in answers)
+    for number, answer in enumerate(answers):
+        share = answer["steps"] / all_steps
+        spent = {name: cpu_s[f"{name} {number}"] for name in ("scheduler", "load")}
+        for name, spent_s in (spent | {"store": cpu_s["store"] * share}).items():
+            answer[f"{name}_us_per_step"] = round(spent_s / answer["steps"] * 1e6, 1)
+            answer[f"{name}_cores"] = round(spent_s / answer["seconds"], 3)
+    return answers
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -216,8 +289,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of the run at the offered rate")
-    parser.add_argument("--only", choices=("everysec", "always", "growth"), help="one part of it")
+    parser.add_argument("--only", choices=("everysec", "always", "growth", "pools"), help="one part of it")
     parser.add_argument("--rate", type=float, help="worker-steps per second that are offered")
+    parser.add_argument("--queued", type=int, default=DEEP, help="requests of the long queue")
     parser.add_argument("--tree", type=Path, default=BENCH.parent, help="working tree of the scheduler")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -233,8 +307,13 @@ def main() -> None:
                 result[appendfsync] = part
                 show(f"appendfsync {appendfsync}", part)
         if arguments.only in (None, "growth"):
-            result["growth"] = growth(folder / "growth", tree, arguments.rate or 300.0, seconds / 3)
+            result["growth"] = growth(
+                folder / "growth", tree, arguments.rate or 300.0, seconds / 3, arguments.queued
+            )
             show("growth", result["growth"])
+        if arguments.only in (None, "pools"):
+            result["pools"] = pools(folder / "pools", tree, arguments.rate or 150.0, seconds / 3)
+            show("pools", result["pools"])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")

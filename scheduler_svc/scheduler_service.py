@@ -37,6 +37,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         leader = await self._terms.leader_or_abort(context)
         try:
             checks.check_spec(request.spec)
+            if request.spec.pool not in ("", self._terms.pool):
+                # Another pool serves other models.
+                message = f"this scheduler leads pool {self._terms.pool!r}, not {request.spec.pool!r}"
+                raise errors.InvalidArgument("spec.pool", message)
         except errors.InvalidArgument as error:
             self._on_refused("/laps.v1.SchedulerService/Submit", error.status)
             log.warning("request refused", because=str(error))

@@ -39,7 +39,7 @@ from collections.abc import Iterable, Mapping
 
 from scheduler_svc.core.learning import ClassRecord, Knowledge, LengthBelief, mean_excess_tokens
 from scheduler_svc.core.policies.base import Policy, predicted_tokens
-from scheduler_svc.core.records import FinishReason, Request
+from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
@@ -188,19 +188,26 @@ class LapsSd(Policy):
 
     def _keep_ranked(self, request: Request) -> None:
         """Steps are not ranked one by one: who looks at a running request's rank brings it up to date."""
-        if request.steps != _belief(request).ranked_steps:
+        belief = request.policy_data
+        if type(belief) is not _Belief or request.steps != belief.ranked_steps:
             self._rank(request)
 
     def _rank(self, request: Request) -> None:
-        length_tokens, rate = self._estimate(request)
-        log_sd = _belief(request).length.log_sd
-        emitted = request.output_tokens
-        left_tokens = max(1.0, min(length_tokens, float(request.spec.max_tokens)) - emitted)
-        rank = left_tokens / rate * self.pool.step_s
+        # `_estimate`, inlined: the search for whom to preempt ranks every running request after each of
+        # its steps.
+        belief, emitted, steps = _belief(request), len(request.output) // TOKEN_BYTES, request.steps
+        rate_steps, length = belief.rate_steps, belief.length
+        rate = (rate_steps * belief.class_rate + emitted) / (rate_steps + steps)
+        length_tokens = length.median_tokens
+        if belief.slope > 0.0:
+            length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
+        most_tokens = request.spec.max_tokens
+        left_tokens = (length_tokens if length_tokens < most_tokens else most_tokens) - emitted
+        rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * self.pool.step_s
         request.rank = rank
         request.level = bisect_right(self.level_thresholds_s, rank)
-        _belief(request).ranked_steps = request.steps
-        request.perceptible = emitted < length_tokens and log_sd <= self._perceptible_log_sd
+        belief.ranked_steps = steps
+        request.perceptible = emitted < length_tokens and length.log_sd <= self._perceptible_log_sd
 
     # --- Learning -----------------------------------------------------------------------
 
@@ -264,7 +271,7 @@ class LapsSd(Policy):
 
     def victim_key(self, request: Request) -> tuple[float, ...]:
         self._keep_ranked(request)
-        return super().victim_key(request)
+        return (request.level, request.rank, request.arrival_seq)
 
     def preempts(self, newcomer: Request, victim: Request) -> str:
         if not self._news:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 import redis
 
+from laps import channels
+from laps.settings import Settings
+from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
+from scheduler_svc import main
 from scheduler_svc.core.records import Request
 from scheduler_svc.store import keys
 from scheduler_svc.store.server import LocalServer, valkey_binary
@@ -49,13 +54,13 @@ async def _until_whole(clients: list[redis.Redis]) -> None:
                 await asyncio.sleep(0.02)
 
 
-def pool_on(nodes: list[LocalServer], wanted: int) -> str:
+def pool_on(nodes: list[LocalServer], wanted: int, name: str = "pool") -> str:
     """A pool's name whose keys lie on that node."""
     with redis.Redis(port=nodes[0].port, protocol=2) as client:
         for number in range(1000):
-            slot = client.cluster("KEYSLOT", keys.meta(f"pool-{number}"))
+            slot = client.cluster("KEYSLOT", keys.meta(f"{name}-{number}"))
             if int(slot) * NODES // SLOTS == wanted:
-                return f"pool-{number}"
+                return f"{name}-{number}"
     raise AssertionError("no such pool")
 
 
@@ -99,3 +104,60 @@ async def test_two_pools_of_one_cluster_do_not_disturb_each_other(
     finally:
         for store in stores:
             await store.close()
+
+
+@asynccontextmanager
+async def scheduler(url: str, pool: str, name: str) -> AsyncIterator[main.SchedulerServer]:
+    settings = Settings(redis_url=url, pool=pool, scheduler_id=name, scheduler_port=0, leader_ttl_s=0.5)
+    running = await main.serve(settings)
+    try:
+        await until(lambda: running.terms.ready)
+        yield running
+    finally:
+        await running.stop(0.1)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def submit(running: main.SchedulerServer, pool: str, request_id: str) -> None:
+    spec = scheduler_pb2.RequestSpec(request_id=request_id, pool=pool, prompt_token_ids=bytes(4))
+    spec.stopping.max_tokens = 4
+    async with channels.open_channel(f"127.0.0.1:{running.port}") as channel:
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        await stub.Submit(
+            scheduler_pb2.SubmitRequest(spec=spec, gateway_id="g"), timeout=10, wait_for_ready=True
+        )
+
+
+async def test_two_pools_on_two_schedulers_lead_fail_and_are_succeeded_each_by_itself(
+    cluster: list[LocalServer],
+) -> None:
+    here, there = pool_on(cluster, 0, "here"), pool_on(cluster, 2, "there")
+    url = cluster[1].url
+    async with scheduler(url, there, "other") as other, AsyncExitStack() as life:
+        first = await life.enter_async_context(scheduler(url, here, "first"))
+        await until(lambda: first.terms.leader is not None and other.terms.leader is not None)
+        await submit(first, here, "here-1")
+        await submit(other, there, "there-1")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await submit(other, here, "here-2")
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert first.terms.leader is not None
+        assert other.terms.leader is not None
+        epochs = first.terms.leader.epoch, other.terms.leader.epoch
+        async with scheduler(url, here, "standby") as standby:
+            assert standby.terms.leader is None
+            await life.aclose()
+            await until(lambda: standby.terms.leader is not None)
+            await submit(standby, here, "here-3")
+            assert standby.terms.leader is not None
+            assert standby.terms.leader.epoch > epochs[0]
+            assert {"here-1", "here-3"} <= set(standby.terms.leader.core.requests)
+        # The other pool has noticed nothing.
+        assert other.terms.leader is not None
+        assert other.terms.leader.epoch == epochs[1]
+        assert set(other.terms.leader.core.requests) == {"there-1"}
