@@ -101,10 +101,12 @@ def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.Step
     return report
 
 
-def step_costs(costs: StepCosts, switch_s: float) -> worker_pb2.StepCosts:
-    """The engine's measured times; `switch_s` is one request's return to a slot."""
+def step_costs(costs: StepCosts, draft_tokens: int, switch_s: float) -> worker_pb2.StepCosts:
+    """The engine's measured times for a scheduler that takes every step to draft `draft_tokens`; `switch_s`
+    is one request's return to a slot.
+    """
     return worker_pb2.StepCosts(
-        draft_token_s=costs.draft_s,
+        draft_token_s=costs.draft_s(draft_tokens),
         verify_s=costs.verify_s + costs.other_s,
         prefill_token_s=costs.prefill_s_per_token,
         switch_s=switch_s,

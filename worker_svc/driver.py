@@ -287,7 +287,9 @@ class EngineDriver:
         if result.switched:
             measured_s = result.switch_s / result.switched
             self._switch_s += SWITCH_SMOOTHING * (measured_s - self._switch_s)
-        report.timings.costs.CopyFrom(convert.step_costs(self.engine.costs, self._switch_s))
+        report.timings.costs.CopyFrom(
+            convert.step_costs(self.engine.costs, self.engine.config.draft_tokens, self._switch_s)
+        )
         report.kv_capacity_tokens = self.engine.kv_capacity_tokens
         self._report(report)
 

@@ -143,14 +143,15 @@ class StepCosts:
         self._ratios: deque[float] = deque(maxlen=_SPEED_STEPS)
         self._others: deque[float] = deque(maxlen=_OTHER_STEPS)
 
-    @property
-    def draft_s(self) -> float:
-        """Seconds per drafted token of the present batch (T_ssm); 0 without a draft model, or where all was
-        looked up.
+    def draft_s(self, draft_tokens: int) -> float:
+        """Seconds per drafted token (T_ssm) for one who takes every step to draft `draft_tokens` (n): chosen
+        so that n * T_ssm + T_llm is a step of the present batch with the lengths that it really drafts. 0
+        without a draft model, or where all was looked up or nothing drafted.
         """
-        if self.drafted == 0:
-            return self.slowdown * self.draft.estimate(self.batch, 1)
-        return self.slowdown * self._draft_s(self.batch, self.modelled) / self.drafted
+        if draft_tokens == 0:
+            return 0.0
+        modelled = self.modelled if self._others else draft_tokens
+        return self.slowdown * self._draft_s(self.batch, modelled) / draft_tokens
 
     @property
     def verify_s(self) -> float:

@@ -155,12 +155,24 @@ def test_a_cliff_shows_in_what_is_expected_of_its_neighbours() -> None:
 
 def test_a_slower_machine_changes_all_estimates() -> None:
     costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
-    before = costs.step_s(8, 2), costs.draft_s, costs.verify_s
+    before = costs.step_s(8, 2), costs.draft_s(4), costs.verify_s
     for _ in range(3):
         costs.observe_step(1, 4, 0.4 * 2, (1.0 + 0.05 * 5) * 2, 0.0)
     costs.batch, costs.drafted = 1, 0
-    after = costs.step_s(8, 2), costs.draft_s, costs.verify_s
+    after = costs.step_s(8, 2), costs.draft_s(4), costs.verify_s
     assert after == pytest.approx(tuple(2 * value for value in before), rel=0.1)
+
+
+@pytest.mark.parametrize(("drafted", "modelled"), [(0, 0), (2, 2), (4, 4), (16, 4), (16, 0)])
+def test_the_scheduler_is_told_the_step_that_is_taken(drafted: int, modelled: int) -> None:
+    """It reckons with four drafted tokens in every step, whatever was drafted by whom."""
+    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    assert 4 * costs.draft_s(4) == pytest.approx(0.4)
+    verify_s = 1.0 + 0.05 * 8 * (drafted + 1)
+    for _ in range(20):
+        costs.observe_step(8, drafted, 0.1 * modelled, verify_s, 0.0, modelled)
+    assert 4 * costs.draft_s(4) + costs.verify_s == pytest.approx(0.1 * modelled + verify_s, rel=0.05)
+    assert costs.draft_s(0) == 0
 
 
 def test_one_interrupted_step_changes_nothing() -> None:
@@ -230,7 +242,7 @@ def test_calibration_fills_the_tables(tools: Any, pair: ModelPair) -> None:
         (r, w) for r in (1, 2, 3) for w in (1, 2, 3, 4, 5, 6)
     ]
     assert [(rows, width) for rows, width, _ in costs.draft] == [(r, w) for r in (1, 2, 3) for w in (1, 2)]
-    assert costs.draft_s > 0
+    assert costs.draft_s(2) > 0
     assert costs.verify_s > 0
     assert costs.prefill_s_per_token > 0
     without = tools.engine(pair, draft_tokens=2)
