@@ -48,6 +48,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         spec = convert.request_spec(request.spec)
         known = leader.core.get(spec.request_id) or leader.core.retained(spec.request_id)
         if self._terms.store_full and known is None:
+            leader.core.counters.refused += 1
             message = "the store has no memory for another request"
             full = errors.ResourceExhausted(message, reason=errors.Reason.STORE_FULL, retry_after_s=2.0)
             await errors.abort(context, full)

@@ -221,6 +221,7 @@ class Terms:
 
         self.store: Any = Nothing()
         self.refusals = Refusals("p")
+        self.store_full = False
         core, self.neighbour = pool()
         self.leader = Leader(
             core, self.store, epoch=1, tick_interval_s=0.0, gateway_grace_s=1.0, leader_ttl_s=3.0
@@ -329,6 +330,12 @@ async def test_a_request_that_is_not_taken_is_counted() -> None:
         await service.Submit(request, Context())  # type: ignore[arg-type]
     assert refused(terms) == {("SchedulerService.Submit", "INVALID_ARGUMENT"): 1.0}
     assert terms.leader.core.counters.submitted == 2, "those of the pool"
+    # A full store is no fault of the caller: a refused submission, as by a full queue.
+    terms.store_full = True
+    with pytest.raises(ConnectionAbortedError):
+        await service.Submit(scheduler_pb2.SubmitRequest(spec=_spec()), Context())  # type: ignore[arg-type]
+    assert terms.leader.core.counters.refused == 1
+    assert len(refused(terms)) == 1
 
 
 async def test_bytes_that_are_no_message_end_their_own_call_alone() -> None:
