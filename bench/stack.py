@@ -3,7 +3,8 @@
     python bench/stack.py [--tokens 128] [--rounds 3] [--json OUT]
 
 The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly
-`--tokens` long. At 1 and at 8 requests at a time. Machines differ and drift: read the ratios.
+`--tokens` long. At 1 and at 8 requests at a time. Machines differ and drift: read the ratios. What the
+stack's parts used of the CPU is told beside them, since that is where the difference comes from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 # Before torch is loaded: a thread that spins for work takes the core that another process needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -112,8 +115,38 @@ async def stack_tokens_per_s(client: AsyncClient, prompts: Prompts, concurrency:
     return len(prompts) * tokens / (time.perf_counter() - began_s)
 
 
-async def measure(tokens: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Median tokens/s by engine and concurrency; the engines take turns in every round."""
+def cpu_by_thread(stack: Stack) -> dict[tuple[str, int], float]:
+    """CPU seconds so far by child and thread."""
+    return {
+        (name, thread.id): thread.user_time + thread.system_time
+        for name, child in stack.children.items()
+        for thread in psutil.Process(child.pid).threads()
+    }
+
+
+def cpu_by_part(
+    before: dict[tuple[str, int], float], after: dict[tuple[str, int], float]
+) -> dict[str, float]:
+    """CPU seconds between; of a worker, its engine's thread (the busiest) and the others."""
+    spent: defaultdict[str, list[float]] = defaultdict(list)
+    for (name, thread), total_s in after.items():
+        spent[name].append(total_s - before.get((name, thread), 0.0))
+    parts: dict[str, float] = {}
+    for name, threads_s in spent.items():
+        if name.startswith("worker"):
+            parts[f"{name}, engine"] = max(threads_s)
+            parts[f"{name}, rest"] = sum(threads_s) - max(threads_s)
+        else:
+            parts[name] = sum(threads_s)
+    return parts
+
+
+Medians = dict[str, dict[int, float]]
+
+
+async def measure(tokens: int, rounds: int) -> tuple[Medians, Medians]:
+    """Median tokens/s by engine and concurrency, and CPU seconds per 1,000 tokens by part of the stack; the
+    engines take turns in every round."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     prompts = load_prompts(max(CONCURRENCIES))
@@ -126,6 +159,7 @@ async def measure(tokens: int, rounds: int) -> dict[str, dict[int, float]]:
     seen: dict[str, dict[int, list[float]]] = {
         name: {concurrency: [] for concurrency in CONCURRENCIES} for name in [*runners, "whole stack"]
     }
+    used: dict[str, dict[int, list[float]]] = {}
     with tempfile.TemporaryDirectory(prefix="laps-bench-") as folder:
         settings = Settings(data_dir=Path(folder), workers=1, slots=max(CONCURRENCIES), threads=1)
         stack = Stack(settings, any_ports=True)
@@ -133,13 +167,26 @@ async def measure(tokens: int, rounds: int) -> dict[str, dict[int, float]]:
             for round_number in range(rounds + 1):
                 for concurrency in CONCURRENCIES:
                     for name, run in runners.items():
+                        began_s = time.thread_time()
                         speed = tokens_per_s(run, prompts, concurrency, tokens)
+                        if round_number and name == "engine":
+                            per_1000 = (time.thread_time() - began_s) / (len(prompts) * tokens) * 1000
+                            used.setdefault("engine alone", {}).setdefault(concurrency, []).append(per_1000)
                         report(seen, name, concurrency, speed, warm_up=round_number == 0)
+                    before = cpu_by_thread(stack)
                     speed = await stack_tokens_per_s(client, prompts, concurrency, tokens)
+                    for part, spent_s in cpu_by_part(before, cpu_by_thread(stack)).items():
+                        if round_number:
+                            per_1000 = spent_s / (len(prompts) * tokens) * 1000
+                            used.setdefault(part, {}).setdefault(concurrency, []).append(per_1000)
                     report(seen, "whole stack", concurrency, speed, warm_up=round_number == 0)
+    return medians_of(seen), medians_of(used)
+
+
+def medians_of(values: dict[str, dict[int, list[float]]]) -> Medians:
     return {
-        name: {concurrency: statistics.median(values) for concurrency, values in by_concurrency.items()}
-        for name, by_concurrency in seen.items()
+        name: {concurrency: statistics.median(each) for concurrency, each in by_concurrency.items()}
+        for name, by_concurrency in values.items()
     }
 
 
@@ -154,7 +201,7 @@ def report(
         seen[name][concurrency].append(speed)
 
 
-def show(medians: dict[str, dict[int, float]]) -> None:
+def show(medians: Medians, cpu_s: Medians) -> None:
     base = medians["engine, target only"]
     heads = "".join(f"{concurrency:>9} at a time" for concurrency in CONCURRENCIES)
     print(f"\n{'tokens/s (and times the engine, target only)':<46}{heads}")
@@ -164,6 +211,8 @@ def show(medians: dict[str, dict[int, float]]) -> None:
     for c in CONCURRENCIES:
         share = medians["whole stack"][c] / medians["engine"][c]
         print(f"whole stack / engine alone, {c} at a time: {share:.2f}")
+        told = ", ".join(f"{part} {spent[c]:.2f}" for part, spent in cpu_s.items())
+        print(f"  CPU seconds per 1,000 tokens: {told}")
 
 
 def main() -> None:
@@ -174,11 +223,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one that warms up")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
-    medians = asyncio.run(measure(arguments.tokens, arguments.rounds))
-    show(medians)
+    medians, cpu_s = asyncio.run(measure(arguments.tokens, arguments.rounds))
+    show(medians, cpu_s)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({"tokens_per_s": medians}, indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"tokens_per_s": medians, "cpu_s_per_1000_tokens": cpu_s}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
