@@ -68,9 +68,12 @@ class FakeEngine:
     """What `EngineDriver` asks of `worker_svc.engine.Engine`."""
 
     def __init__(self, slots: int, spare_slots: int, host_rows: int, seed: str) -> None:
-        self.config = SimpleNamespace(slots=slots, spare_slots=spare_slots)
+        self.config = SimpleNamespace(slots=slots, spare_slots=spare_slots, draft_tokens=4)
         self.costs = SimpleNamespace(
-            draft_s=DRAFT_TOKEN_S, verify_s=VERIFY_S, other_s=0.0, prefill_s_per_token=0.0001
+            draft_s=lambda draft_tokens: DRAFT_TOKEN_S,
+            verify_s=VERIFY_S,
+            other_s=0.0,
+            prefill_s_per_token=0.0001,
         )
         self.context_tokens = CONTEXT_TOKENS
         self.kv_capacity_tokens = (slots + spare_slots) * CONTEXT_TOKENS
