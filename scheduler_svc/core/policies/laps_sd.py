@@ -45,6 +45,8 @@ _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
 _RANKED_AT_ONCE = 500
 """Requests that one tick ranks anew: a long queue must not make it a long tick."""
+_ACCEPTANCE_PRIOR_TOKENS = 16.0
+"""Drafted tokens that the class's acceptance weighs in the one that is told of a request."""
 _BUCKETS_PER_DOUBLING = 4
 _BUCKETS = 96
 
@@ -163,7 +165,11 @@ class LapsSd(Policy):
         emitted = request.output_tokens
         left_tokens = mean_excess_tokens(length_tokens, _belief(request).length.log_sd, emitted)
         left_tokens = max(1.0, min(left_tokens, float(request.spec.max_tokens - emitted)))
-        request.acceptance_estimate = min(1.0, max(0.0, (rate - 1.0) / self.pool.draft_tokens))
+        # Engines choose how much they draft, so tokens per step do not tell the share that was accepted.
+        likely = min(1.0, max(0.0, (_belief(request).class_rate - 1.0) / self.pool.draft_tokens))
+        request.acceptance_estimate = (_ACCEPTANCE_PRIOR_TOKENS * likely + request.accepted_tokens) / (
+            _ACCEPTANCE_PRIOR_TOKENS + request.drafted_tokens
+        )
         request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
         request.perceived_s = left_tokens / rate * self.pool.step_s
 
