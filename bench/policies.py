@@ -1,7 +1,7 @@
 """The policies compared: every cell of workloads x slots x load x switch cost x length prediction.
 
     python bench/policies.py run [--quick] [--data FOLDER]   adds what is missing to results/policies.json
-    python bench/policies.py table [--failing]               prints the table of all cells (Markdown)
+    python bench/policies_tables.py [--failing]              prints the tables of all cells (Markdown)
     python bench/policies.py starvation [--data FOLDER]      what the starvation bound costs
     python bench/policies.py agreement [--data FOLDER]       compares with an independent simulator
 
@@ -12,34 +12,27 @@ carries a hash of the code that its policy runs; those of other code are run ane
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
+from _cells import (
+    BASELINES,
+    MIXES,
+    POLICIES,
+    RECORDED,
+    SEED,
+    Cell,
+    cells,
+    code_of,
+    load_results,
+    save_results,
+    workload_of,
+)
 from rich.progress import Progress
 
-from simulator.mixes import CHAT_MIX, WIDE_MIX, make_mix, with_coarse_predictions
 from simulator.replay import simulate
-from simulator.workload import Workload, read_workload
-
-RESULTS = Path(__file__).parent / "results" / "policies.json"
-BASELINES = ("fcfs", "sjf", "srpt", "las", "fastserve", "laps-sd-paper")
-POLICIES = ("laps-sd", "oracle", *BASELINES)
-RECORDED = ("specbench_draft68m_poisson", "specbench_draft68m_azure_arrivals", "mtbench_mixed_drafters")
-MIXES = {"wide_mix_301": (WIDE_MIX, 301), "chat_mix_302": (CHAT_MIX, 302)}
-"""Generated, by seed; nothing was chosen by looking at them."""
-SLOTS, LOADS, SWITCHES_MS = (8, 32, 1), (0.9, 1.05, 0.7), (0.5, 5.0, 20.0)
-RECORDED_ERRORS = (0.0, 0.3, 0.8, None)
-MIX_ERRORS = (0.0, 0.3, 0.6, None)
-SEED = 1
-TOLERANCE = 1.02
+from simulator.workload import Workload
 
 AGREEMENT = (
     ("specbench_draft68m_poisson", 1, 0.9, (20.068, 13.918, 13.333, 8.198)),
@@ -49,90 +42,6 @@ AGREEMENT = (
     ("mtbench_mixed_drafters", 1, 0.9, (30.479, 23.875, 23.543, 14.906)),
     ("mtbench_mixed_drafters", 8, 0.9, (6.435, 5.857, 5.751, 4.978)),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    workload: str
-    slots: int
-    load: float
-    switch_ms: float
-    error: float | None
-    """Log-error of the predicted lengths; None: the file's own."""
-
-    def key(self, policy: str) -> str:
-        """Of the run that gives the policy's figures here: cells share runs that cannot differ."""
-        kind = {"fcfs": (False, False), "sjf": (False, True), "oracle": (True, False)}
-        switches, predicts = kind.get(policy, (True, policy not in ("las", "fastserve")))
-        switch = f"{self.switch_ms:g}" if switches else "any"
-        error = ("own" if self.error is None else f"{self.error:g}") if predicts else "any"
-        return f"{self.workload}/slots {self.slots}/load {self.load:g}/switch {switch}/error {error}/{policy}"
-
-
-def cells(quick: bool = False) -> Iterator[Cell]:
-    for slots in SLOTS:
-        for name in (*RECORDED, *MIXES):
-            for load in LOADS:
-                if quick and (load != 0.9 or slots == 1):
-                    continue
-                if name in MIXES and load == 0.7:
-                    continue
-                for switch_ms in SWITCHES_MS:
-                    if name in MIXES and switch_ms == 20.0:
-                        continue
-                    for error in RECORDED_ERRORS if name in RECORDED else MIX_ERRORS:
-                        yield Cell(name, slots, load, switch_ms, error)
-
-
-@cache
-def code_of(policy: str) -> str:
-    """A hash of the code that decides what a replay under the policy gives, comments and docstrings aside.
-    Drivers and records of the core are not in it: they keep the replay model, which the tests check."""
-    root = Path(__file__).parents[1]
-    core = root / "scheduler_svc" / "core"
-    paths = [
-        *(core / "policies" / f"{name}.py" for name in ("base", policy.replace("-", "_"))),
-        *([core / "learning.py"] if policy == "laps-sd" else []),
-        *(root / "simulator" / f"{name}.py" for name in ("replay", "workload", "mixes")),
-        core / "placement.py",
-    ]
-    digest = hashlib.sha256()
-    for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                # Strings that stand alone are docstrings.
-                node.body = [
-                    entry
-                    for entry in node.body
-                    if not (isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant))
-                ]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
-
-
-Results = dict[str, dict[str, Any]]
-
-
-def load_results() -> Results:
-    """The rows of the code as it is now."""
-    rows: Results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    return {key: row for key, row in rows.items() if row.get("code") == code_of(key.rpartition("/")[2])}
-
-
-def save_results(results: Results) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    lines = [f"{json.dumps(key)}: {json.dumps(results[key])}" for key in sorted(results)]
-    part = RESULTS.with_suffix(".part")
-    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    part.replace(RESULTS)
-
-
-def workload_of(name: str, data: Path) -> Workload:
-    if name in MIXES:
-        tasks, seed = MIXES[name]
-        return with_coarse_predictions(make_mix(tasks, jobs=2000, seed=seed), seed)
-    return read_workload(data / f"{name}.jsonl.gz")
 
 
 DATA = click.option(
@@ -192,81 +101,6 @@ def run(quick: bool, slots: tuple[int, ...], load: tuple[float, ...], mixes_only
             if done % 20 == 0:
                 save_results(results)
     save_results(results)
-
-
-def verdicts(results: Results) -> Iterator[dict[str, Any]]:
-    for cell in sorted(
-        cells(), key=lambda cell: (cell.workload, cell.slots, cell.load, cell.switch_ms, str(cell.error))
-    ):
-        runs = {policy: results.get(cell.key(policy)) for policy in POLICIES}
-        missing = [policy for policy, figures in runs.items() if figures is None]
-        if missing:
-            yield {"cell": cell, "missing": missing}
-            continue
-        means = {policy: figures["mean_latency_s"] for policy, figures in runs.items() if figures}
-        best = min(BASELINES, key=means.__getitem__)
-        gap = means[best] - means["oracle"]
-        yield {
-            "cell": cell,
-            "missing": [],
-            "means": means,
-            "best": best,
-            "ratio": means["laps-sd"] / means[best],
-            "share": (means[best] - means["laps-sd"]) / gap if gap > 0.02 * means[best] else None,
-            "p99": {policy: figures["p99_latency_s"] for policy, figures in runs.items() if figures},
-        }
-
-
-def median(values: list[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
-
-
-@main.command()
-@click.option("--failing", is_flag=True, help="Only cells over the tolerance.")
-def table(failing: bool) -> None:
-    """Print all cells, and what they come to."""
-    rows = list(verdicts(load_results()))
-    click.echo(
-        "| workload | slots | load | switch ms | error | best | best s | laps-sd s | ratio | oracle s "
-        "| share |"
-    )
-    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        cell = row["cell"]
-        error = "own" if cell.error is None else f"{cell.error:g}"
-        begin = f"| {cell.workload} | {cell.slots} | {cell.load:g} | {cell.switch_ms:g} | {error} |"
-        if row["missing"]:
-            if not failing:
-                click.echo(f"{begin} not run: {', '.join(row['missing'])} | | | | | |")
-            continue
-        groups.setdefault((cell.workload, error), []).append(row)
-        fails = row["ratio"] > TOLERANCE
-        if failing and not fails:
-            continue
-        share = "" if row["share"] is None else f"{100 * row['share']:.0f}%"
-        ratio = f"**{row['ratio']:.3f} fails**" if fails else f"{row['ratio']:.3f}"
-        means = row["means"]
-        click.echo(
-            f"{begin} {row['best']} | {means[row['best']]:.3f} | {means['laps-sd']:.3f} | {ratio} | "
-            f"{means['oracle']:.3f} | {share} |"
-        )
-    click.echo(
-        "\n| workload | error | cells | over 1.02 | worst ratio | median ratio | median share of the gap |"
-    )
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
-    for (name, error), group in sorted(groups.items()):
-        ratios = [row["ratio"] for row in group]
-        share_median = median([row["share"] for row in group if row["share"] is not None])
-        share = "" if share_median is None else f"{100 * share_median:.0f}%"
-        over = sum(ratio > TOLERANCE for ratio in ratios)
-        click.echo(
-            f"| {name} | {error} | {len(group)} | {over} | {max(ratios):.3f} | {median(ratios):.3f} "
-            f"| {share} |"
-        )
-    unfinished = sum(bool(row["missing"]) for row in rows)
-    click.echo(f"\n{len(rows)} cells, {unfinished} of them not run completely.")
 
 
 @main.command()
