@@ -36,6 +36,8 @@ from laps.stack import Stack
 
 SLOTS, QUEUED, MAX_TOKENS = 4, 4, 24
 PROMPT = "def fibonacci(n):\n"
+RETENTION_S = 2.0
+"""Finished requests are kept so long: briefly, so that the store is as full as it gets in either phase."""
 MAX_LATENCY_RATIO = 3.0
 """Admitted requests may find a full queue instead of a short one: as many again as there are slots."""
 MAX_MEMORY_GROWTH = 1.15
@@ -149,7 +151,14 @@ class SlowReader:
 
 async def run(seconds: float, factor: float, seed: int, data_dir: Path) -> dict[str, Any]:
     rng = random.Random(seed)
-    settings = Settings(data_dir=data_dir, workers=1, slots=SLOTS, max_queued_requests=QUEUED, drain_s=2.0)
+    settings = Settings(
+        data_dir=data_dir,
+        workers=1,
+        slots=SLOTS,
+        max_queued_requests=QUEUED,
+        drain_s=2.0,
+        retention_s=RETENTION_S,
+    )
     phases: dict[str, Load] = {}
     most: dict[str, dict[str, int]] = {}
     async with (

@@ -1,6 +1,6 @@
 """How much one gateway holds: thousands of streams, a real gateway process, a scheduler that only delivers.
 
-    python bench/gateway.py [--seconds 10] [--streams 2000] [--processes 2] [--json OUT]
+    python bench/streams.py [--seconds 10] [--streams 2000] [--processes 2] [--json OUT]
 
 Beside it, in turns, the bare limit: grpc.aio streams on which nothing is done but to send
 (`_bare_streams.py`).
@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-# This folder has a file named as a package is: it must not be found first.
-sys.path.append(sys.path.pop(0))
 
 from _fake_scheduler import DIGIT_BITS
 from _processes import BENCH, Process, measured_cpu, wait_for
