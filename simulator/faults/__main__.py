@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from laps.cli import EXIT_INTERRUPTED
 from simulator.faults.history import Counts
 from simulator.faults.parts import MUTANTS, Parts
 from simulator.faults.world import Outcome, play
@@ -30,7 +33,10 @@ def _outcomes(first: int, count: int, jobs: int, parts: Parts) -> Iterator[Outco
         for seed in range(first, first + count):
             yield play(seed, parts=parts)
         return
-    with ProcessPoolExecutor(jobs) as pool:
+    # Ctrl-C in a terminal reaches them too; what they play is played to its end.
+    with ProcessPoolExecutor(
+        jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
         yield from pool.map(play, range(first, first + count), chunksize=4)
 
 
@@ -87,7 +93,10 @@ def _table(figures: dict[str, Any]) -> Table:
 def main(
     seeds: int, start: int, jobs: int, seed: int | None, trace: bool, mutant: str | None, out: Path | None
 ) -> None:
-    """Plays seeds of the fault simulator. Exit code 1 if a promise was broken."""
+    """Plays seeds of the fault simulator. Exit code 1 if a promise was broken.
+
+    Ctrl-C ends it with the figures of what has been played.
+    """
     parts = MUTANTS[mutant] if mutant else Parts()
     console = Console()
     if seed is not None:
@@ -103,9 +112,10 @@ def main(
     if mutant and jobs > 1:
         raise click.UsageError("--mutant plays in one process")
     began_s, virtual_s, counts = time.perf_counter(), 0.0, Counts()
-    failed: list[int] = []
+    played, failed = 0, list[int]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    # Stopped early, it tells what has been played.
+    with suppress(KeyboardInterrupt), Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("seeds", total=seeds)
         for outcome in _outcomes(start, seeds, jobs, parts):
             counts.add(outcome.counts)
@@ -114,16 +124,16 @@ def main(
                 failed.append(outcome.seed)
                 _tell_failure(console, outcome.seed, parts, mutant or "")
             progress.update(task, advance=1, description=f"seeds, {len(failed)} failed")
-            done = outcome.seed - start + 1
-            if done % TELL_EVERY == 0 and not progress.console.is_terminal:
-                print(f"{done} of {seeds} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
-    figures = _figures(counts, start, seeds, jobs, time.perf_counter() - began_s, virtual_s, failed)
+            played += 1
+            if played % TELL_EVERY == 0 and not progress.console.is_terminal:
+                print(f"{played} of {seeds} seeds, {len(failed)} failed", file=sys.stderr, flush=True)
+    figures = _figures(counts, start, played, jobs, time.perf_counter() - began_s, virtual_s, failed)
     console.print(_table(figures))
     if out is not None:
         out.write_text(json.dumps(figures, indent=2) + "\n")
     if failed:
         console.print(f"{len(failed)} failed: {', '.join(map(str, failed[:50]))}", style="bold red")
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed else 0 if played == seeds else EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":
