@@ -11,6 +11,7 @@ from simulator.faults.clock import Process
 from simulator.faults.store_model import Keys
 
 if TYPE_CHECKING:
+    from scheduler_svc.leader import Leader
     from simulator.faults.nodes import Node
     from simulator.faults.world import World
 
@@ -189,6 +190,8 @@ class Chaos:
             for node in dying:
                 world.crash(node)
             return True
+        if not self._still_leads(leader):
+            return False
         running = [
             name
             for name in keys.leases
@@ -203,6 +206,13 @@ class Chaos:
         world.trace("store", f"LOSES the last entry of the log of {request_id}")
         world.history.damaged.add(request_id)
         return True
+
+    def _still_leads(self, leader: Leader) -> bool:
+        """Whether it commits again before anybody can succeed it: only it knows how long each log was."""
+        world = self._world
+        model = world.server.model
+        stored_epoch = int(model.keys.leader.get("epoch", "0"))
+        return stored_epoch == leader.epoch and model.claim_left_s() > world.knobs.leader_ttl_s / 2
 
     def _is_remembered(self, dying: Sequence[Node]) -> bool:
         """Whether somebody who lives on has seen more than what was put aside."""

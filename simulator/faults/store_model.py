@@ -45,6 +45,10 @@ class StoreModel:
             "laps_resume": self._resume,
         }
 
+    def claim_left_s(self) -> float:
+        """Until another scheduler may lead; below 0 when it may already."""
+        return (int(self.keys.leader.get("expires_ms", "0")) - self._now_ms()) / 1000.0
+
     def call(self, function: str, *args: str | bytes | int | float) -> Any:
         """A function that writes. Raises Refusal, and has then changed nothing."""
         body = args[-1] if args and isinstance(args[-1], bytes) else b""
