@@ -231,7 +231,7 @@ def test_a_target_alone_speculates(tools: Any, folders: Any, plain: Any) -> None
     engine.calibrate()
     assert {width for _, width, _ in engine.costs.verify} >= {1, 2, 3, 4}
     assert list(engine.costs.draft) == []
-    assert engine.costs.draft_s == 0.0
+    assert engine.costs.draft_s(4) == 0.0
 
 
 def test_lookups_have_a_limit_of_their_own(tools: Any, folders: Any, pair: ModelPair, plain: Any) -> None:
