@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import uvloop
+from _commands import obey
 from _fake_scheduler import DIGITS, TICK_S, clock_tokens
 
 from laps import channels
@@ -73,13 +74,7 @@ async def main() -> None:
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("laps.v1.InferenceService", handlers),)
     )
-    channels.bind(server, "127.0.0.1", int(sys.argv[1]))
-    await server.start()
-    loop = asyncio.get_running_loop()
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        command = json.loads(line)
-        command.pop("do")
-        print(json.dumps(await bare.run(**command)), flush=True)
+    await obey(server, int(sys.argv[1]), bare.run)
 
 
 if __name__ == "__main__":

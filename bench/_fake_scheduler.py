@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import uvloop
+from _commands import obey
 
 from laps import channels
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -102,13 +103,7 @@ async def main() -> None:
     fake = FakeScheduler(json.loads(sys.argv[2]))
     server = channels.new_server()
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(fake, server)
-    channels.bind(server, "127.0.0.1", int(sys.argv[1]))
-    await server.start()
-    loop = asyncio.get_running_loop()
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        command = json.loads(line)
-        command.pop("do")
-        print(json.dumps(await fake.run(**command)), flush=True)
+    await obey(server, int(sys.argv[1]), fake.run)
 
 
 if __name__ == "__main__":
