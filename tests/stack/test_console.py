@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
@@ -16,14 +17,17 @@ pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("console")]
 
 
 async def test_the_console_shows_what_the_stack_does(start_stack):
+    """The worker is frozen while something is looked at that would be over when it went on."""
     path = find_chromium()
     if path is None:
         pytest.skip("no chromium on PATH: install Debian's chromium, or set LAPS_CHROMIUM to one")
     settings = {"workers": 1, "slots": 1, "console_allow_cancel": True, "console_show_text": True}
+    settings |= {"session_timeout_s": 300, "lease_duration_s": 600}
     async with start_stack(**settings) as (stack, client), open_browser(path) as browser:
         url = f"http://127.0.0.1:{stack.http_port}/console"
         async with look(browser, url) as seen:
-            page = seen.page
+            page, worker = seen.page, stack.children["worker-0"]
+            worker.signal(signal.SIGSTOP)
             prompts = [f"def f{n}(x):" for n in range(6)]
             asked = [
                 asyncio.create_task(
@@ -33,6 +37,7 @@ async def test_the_console_shows_what_the_stack_does(start_stack):
             ]
             row = page.locator("#queue .row", has=page.get_by_role("gridcell", name="console-5", exact=True))
             await row.wait_for()
+            worker.signal(signal.SIGCONT)
             await page.evaluate("location.hash = '#/request/console-5'")
             panel = page.locator("#request")
             await panel.get_by_text("finished: length").wait_for(timeout=60_000)
@@ -53,10 +58,13 @@ async def test_the_console_shows_what_the_stack_does(start_stack):
             await page.locator("#finished tr", has_text="console-0").wait_for()
             assert await seen.count_of("Waiting") == 0
 
+            worker.signal(signal.SIGSTOP)
             endless = asyncio.create_task(client.generate("x", max_tokens=2000, request_id="endless"))
             await page.locator("#slots").get_by_role("button", name="endless").click()
             page.on("dialog", lambda dialog: dialog.accept())
-            await page.get_by_role("button", name="Cancel request").click()
+            async with page.expect_response(lambda response: response.request.method == "POST"):
+                await page.get_by_role("button", name="Cancel request").click()
+            worker.signal(signal.SIGCONT)
             await panel.get_by_text("finished: cancelled").wait_for()
             assert (await endless).finish_reason == "cancelled"
             assert seen.problems == []
