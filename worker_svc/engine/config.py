@@ -42,7 +42,7 @@ class EngineConfig:
       threads spin on cores that others need.
     - adaptive: after `Engine.calibrate`, draft fewer tokens, down to none, where measured costs say that more
       would not pay, each request by the drafter that promises more; and prefill no more in a step than about
-      doubles it while others decode.
+      doubles it while others decode, unless more requests wait for their prefill than decode.
     - fast_path: run small Llama-shaped models through the lean forward; False forces the general path.
     - cuda_graphs: on a single GPU, replay recorded passes of decoding steps instead of starting their kernels
       one by one.

@@ -40,8 +40,8 @@ from .runners import make_runner
 from .slots import Residency, common_prefix
 from .transfers import upload
 
-# Prefill may take so much of the time that a step without it takes, while others decode: less than once, so
-# that with what the estimates miss the gap between two tokens does not double.
+# Prefill may take so much of the time that a step without it takes, while others decode that are no fewer:
+# less than once, so that with what the estimates miss the gap between two tokens does not double.
 _PREFILL_SHARE = 0.7
 
 
@@ -279,12 +279,16 @@ class Engine:
         follow(self.pair.group, self._runners[0])
 
     def _prefill_limit_s(self, rows: Sequence[Row]) -> float:
-        """Seconds that prefill may take in this step: without limit where nobody waits for it."""
+        """Seconds that prefill may take in this step: without limit where nobody waits for it, and in
+        proportion where more rows wait for their prefill than for their next token.
+        """
         decoding = sum(row.prefill_tokens == 0 for row in rows)
         if not (decoding and self.config.adaptive and self.costs.calibrated):
             return math.inf
         costs = self.costs
-        return _PREFILL_SHARE * costs.step_s(decoding, costs.drafted, costs.modelled, costs.reach_tokens)
+        step_s = costs.step_s(decoding, costs.drafted, costs.modelled, costs.reach_tokens)
+        # Else requests that come one after the other would enter one by one: many steps of few rows each.
+        return _PREFILL_SHARE * max(1.0, (len(rows) - decoding) / decoding) * step_s
 
     def _take(self, batch: Sequence[Row], plans: Sequence[RowPlan], decoded: Decoded) -> StepColumns:
         """Gives the rows their tokens, ends those that are finished, and returns the columns."""

@@ -298,19 +298,36 @@ def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:
     assert outputs["long"].tokens
 
 
-def test_prefill_yields_to_running_requests(tools: Any, pair: ModelPair) -> None:
-    """With known costs, a step that decodes for others prefills no longer than most of what it decodes."""
+def _engine_of_known_costs(tools: Any, pair: ModelPair, outputs: dict[str, Any]) -> Any:
+    """With one request that decodes; beside it prefill may take as long as 30 tokens, and a little, need."""
     engine = tools.engine(pair, adaptive=True, draft_tokens=0)
     engine.calibrate(budget_s=0.0)
     engine.costs.observe_step = lambda *seconds: None
     engine.costs.prefill.observe = lambda *seconds: None
-    # Nothing but whole tokens: 30 of them, and a little, take as long as prefill may.
+    # Nothing but whole tokens.
     engine.costs.prefill.set(0.0, 0.7 * engine.costs.step_s(1, 0) / 30.5, 0.0)
-    outputs: dict[str, Any] = {}
     engine.add(EngineRequest("long", [7] * 80, stopping=STOPPING))
     assert _prefilled(tools, engine, outputs) == 79
     engine.costs.reach_tokens = 0
     engine.costs.kv_s = (0.0, 0.0)
+    return engine
+
+
+def test_prefill_yields_less_where_more_wait_for_it(tools: Any, pair: ModelPair) -> None:
+    """Three that wait for one that decodes get three times as much; once as many decode, no more than it."""
+    outputs: dict[str, Any] = {}
+    engine = _engine_of_known_costs(tools, pair, outputs)
+    for number in (1, 2, 3):
+        engine.add(EngineRequest(f"next {number}", [10 * number] * 80, stopping=STOPPING))
+    assert _prefilled(tools, engine, outputs) == 79 + 12
+    engine.costs.step_s = lambda *sizes: 30.5 * engine.costs.prefill.token_s / 0.7
+    assert [_prefilled(tools, engine, outputs) for _ in range(5)] == [30, 30, 30, 30, 26]
+
+
+def test_prefill_yields_to_running_requests(tools: Any, pair: ModelPair) -> None:
+    """With known costs, a step that decodes for others prefills no longer than most of what it decodes."""
+    outputs: dict[str, Any] = {}
+    engine = _engine_of_known_costs(tools, pair, outputs)
     engine.add(EngineRequest("next", [8] * 80, stopping=STOPPING))
     assert [_prefilled(tools, engine, outputs) for _ in range(3)] == [30, 30, 19]
     engine.costs.prefill.set(0.0, 1e9, 0.0)
