@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,63 @@ import pytest_asyncio
 
 from laps.client import AsyncClient
 from laps.client.retry import RetryPolicy
+from laps.errors import NotFound
 from laps.settings import BUILT_IN_TARGET, Settings
-from laps.stack import Stack
+from laps.stack import Stack, service_command
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENT = RetryPolicy(connect_attempts=80, resume_attempts=80, max_backoff_s=1.0)
+MAY_BE_FROZEN: dict[str, Any] = {"session_timeout_s": 200.0, "lease_duration_s": 400.0}
+"""Settings of a stack whose workers are frozen for as long as a test takes to look."""
+_PATIENT_PROCESS = """
+import sys
+from laps import channels
+channels.PING_TIMEOUT_MS = 200_000
+from laps.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 SharedStack = tuple[Stack, AsyncClient]
 StartStack = Callable[..., AbstractAsyncContextManager[tuple[Stack, AsyncClient]]]
 
 
+def patient_command(role: str) -> list[str]:
+    """A service to which a peer is not gone that answers no ping, because it is frozen."""
+    return [sys.executable, "-c", _PATIENT_PROCESS, role]
+
+
+async def until_held(client: AsyncClient, requests: int, running: int = 0) -> None:
+    """Until there are so many requests, at least so many of them in slots. Frozen workers keep it so."""
+    while True:
+        states = [request.state for request in await client.requests()]
+        if len(states) == requests and states.count("running") >= running:
+            return
+        await asyncio.sleep(0.02)
+
+
+async def until_running(client: AsyncClient, request_id: str) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            with suppress(NotFound):
+                if (await client.get(request_id)).request.state == "running":
+                    return
+            await asyncio.sleep(0.02)
+
+
 @pytest.fixture
 def start_stack(tmp_path: Path) -> StartStack:
-    """`async with start_stack(slots=2) as (stack, client)`: settings as keywords."""
+    """`async with start_stack(slots=2) as (stack, client)`: settings as keywords. `patient`: nobody is taken
+    for lost who is frozen."""
     number = 0
 
     @asynccontextmanager
     async def start(
-        retry: RetryPolicy | None = None, **settings: Any
+        retry: RetryPolicy | None = None, patient: bool = False, **settings: Any
     ) -> AsyncIterator[tuple[Stack, AsyncClient]]:
         nonlocal number
         number += 1
+        settings |= MAY_BE_FROZEN if patient else {}
         chosen = Settings(data_dir=tmp_path / f"stack-{number}", drain_s=2.0, **settings)
-        stack = Stack(chosen, any_ports=True)
+        stack = Stack(chosen, any_ports=True, command=patient_command if patient else service_command)
         async with stack, AsyncClient(stack.gateway_address, retry=retry) as client:
             yield stack, client
 

@@ -22,8 +22,7 @@ async def test_the_console_shows_what_the_stack_does(start_stack):
     if path is None:
         pytest.skip("no chromium on PATH: install Debian's chromium, or set LAPS_CHROMIUM to one")
     settings = {"workers": 1, "slots": 1, "console_allow_cancel": True, "console_show_text": True}
-    settings |= {"session_timeout_s": 300, "lease_duration_s": 600}
-    async with start_stack(**settings) as (stack, client), open_browser(path) as browser:
+    async with start_stack(**settings, patient=True) as (stack, client), open_browser(path) as browser:
         url = f"http://127.0.0.1:{stack.http_port}/console"
         async with look(browser, url) as seen:
             page, worker = seen.page, stack.children["worker-0"]

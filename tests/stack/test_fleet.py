@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,15 @@ from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
 from laps import channels, runtime
 from laps.client import AsyncClient
 from laps.client.results import Completion
-from laps.client.retry import NO_RETRY, RetryPolicy
+from laps.client.retry import NO_RETRY
 from laps.errors import LapsError, Reason
 from tests.stack import reference
+from tests.stack.conftest import PATIENT
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 
-PATIENT = RetryPolicy(connect_attempts=80, resume_attempts=80, max_backoff_s=1.0)
-LONG = 400
+LONG = 1200
+"""Tokens: far more than are made between the first one's coming and the fault after it."""
 DRAIN_S = 3.0
 """More than the fleet's processes are given; a process is killed after it elsewhere."""
 
@@ -55,11 +55,9 @@ class Stream:
                 return self
         raise AssertionError("ended at once")
 
-    async def more(self) -> float:
-        """Seconds until the next token."""
-        began_s = time.monotonic()
-        await anext(self._stream)
-        return time.monotonic() - began_s
+    async def more(self) -> None:
+        """Until the next token; nothing where all have come, as to one who was slow to read."""
+        await anext(self._stream, None)
 
     async def finish(self) -> Completion:
         return await asyncio.wait_for(self._stream.finish(), 120)
@@ -89,8 +87,8 @@ async def expected() -> list[int]:
 async def test_a_standby_takes_over_and_no_kv_cache_is_lost(fleet: Fleet) -> None:
     """First the leader is frozen and wakes up when it has been succeeded, then the next one dies."""
     async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
-        stream = await Stream(client, "long").begin()
         epoch, first = await fleet.leader()
+        stream = await Stream(client, "long").begin()
         fleet.freeze(first)
         frozen_s = await fleet.until_led_anew(epoch, 30.0)
         await stream.more()
@@ -117,8 +115,8 @@ async def test_a_standby_takes_over_and_no_kv_cache_is_lost(fleet: Fleet) -> Non
 
 async def test_whoever_is_stopped_in_order_hands_over_and_is_gone_in_time(fleet: Fleet) -> None:
     async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
-        stream = await Stream(client, "long").begin()
         epoch, leader = await fleet.leader()
+        stream = await Stream(client, "long").begin()
         # Resigning is quicker than any expiry.
         assert await stopped(fleet, leader) == 0
         assert await fleet.until_led_anew(epoch, 30.0) is not None
@@ -138,7 +136,7 @@ async def stopped(fleet: Fleet, name: str) -> int:
     port = next(int(value) for key, value in process._env.items() if key.endswith("_PORT") and value != "0")
     not_serving = asyncio.create_task(until_not_serving(port))
     code = await asyncio.to_thread(process.terminate, DRAIN_S + 10.0)
-    await asyncio.wait_for(not_serving, 5)
+    await asyncio.wait_for(not_serving, 60)
     return code
 
 

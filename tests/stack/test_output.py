@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from laps.client import AsyncClient
 from laps.client.results import Completion
 from tests.stack import reference
-from tests.stack.conftest import SharedStack, StartStack
+from tests.stack.conftest import SharedStack, StartStack, until_held
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
 
@@ -20,17 +21,26 @@ CONTEXT_TOKENS = 512
 
 
 async def check_greedy(start_stack: StartStack, texts: list[str]) -> None:
-    """Every prompt at once, each of a higher priority than the one before it, so that latecomers
-    push out whoever runs."""
+    """Every prompt at once, each of a higher priority than the one before it. The workers are frozen until
+    the first ones have all slots, so that latecomers push out whoever runs."""
     encoded = [reference.encode(text, CONTEXT_TOKENS - MAX_TOKENS) for text in texts]
     settings = {"workers": 2, "slots": 4, "context_tokens": CONTEXT_TOKENS, "policy": "laps-sd-paper"}
-    async with start_stack(**settings) as (_, client):
+    slots = 8
+    async with start_stack(**settings, patient=True) as (stack, client):
 
         async def one(number: int, ids: list[int]) -> Completion:
-            await asyncio.sleep(0.02 * number)
             return await client.generate(ids, max_tokens=MAX_TOKENS, priority=min(number, 100))
 
-        served = await asyncio.gather(*(one(number, ids) for number, ids in enumerate(encoded)))
+        workers = [stack.children["worker-0"], stack.children["worker-1"]]
+        for worker in workers:
+            worker.signal(signal.SIGSTOP)
+        asked = [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[:slots])]
+        await until_held(client, slots, running=slots)
+        asked += [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[slots:], slots)]
+        await until_held(client, len(encoded))
+        for worker in workers:
+            worker.signal(signal.SIGCONT)
+        served = await asyncio.gather(*asked)
     assert sum(one.timing.preemptions for one in served) > 0
     assert sum(one.speculation.num_accepted_tokens for one in served) > 0
     expected = await asyncio.to_thread(lambda: [reference.greedy(ids, MAX_TOKENS) for ids in encoded])

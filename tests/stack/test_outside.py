@@ -20,7 +20,7 @@ from laps.client import AsyncClient
 from laps.errors import AlreadyExists, InvalidArgument, NotFound
 from laps.settings import Settings
 from laps.stack import Stack
-from tests.stack.conftest import SharedStack, StartStack
+from tests.stack.conftest import SharedStack, StartStack, until_held, until_running
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("stack")]
 
@@ -57,23 +57,35 @@ async def test_an_independent_client_by_reflection(shared_stack: SharedStack) ->
 
 async def test_what_redis_shows_is_what_laps_queue_shows(start_stack: StartStack, prompts: list[str]) -> None:
     """With the worker frozen the queue stands still, so that two readings can be compared."""
-    async with start_stack(workers=1, slots=2, session_timeout_s=60, lease_duration_s=120) as (stack, client):
-        burst = [asyncio.ensure_future(client.generate(text, max_tokens=400)) for text in prompts[:12]]
+    async with start_stack(workers=1, slots=2, patient=True) as (stack, client):
+        worker = stack.children["worker-0"]
+        worker.signal(signal.SIGSTOP)
+        # So many tokens that the last of them still waits when the first have tokens, whoever is slow.
+        asked = {"max_tokens": 1500, "ignore_eos": True}
+        burst = [asyncio.ensure_future(client.generate(text, **asked)) for text in prompts[:12]]
+        await until_held(client, 12, running=2)
+        worker.signal(signal.SIGCONT)
         async for snapshot in client.watch(interval_s=0.05):
-            if len(snapshot.running) == 2 and snapshot.pools[0].waiting == 10:
+            if all(request.output_tokens for request in snapshot.running):
                 break
-        stack.children["worker-0"].signal(signal.SIGSTOP)
-        seq = -1
-        while (pool := (await client.queues(head_limit=100))[0]).commit_seq != seq:
-            seq = pool.commit_seq
-            await asyncio.sleep(0.5)
+        worker.signal(signal.SIGSTOP)
         database = redis.Redis.from_url(stack.redis_url, decode_responses=True)
-        prefix = f"laps:{{{pool.pool}}}"
+        # What it had sent before is still on its way: until the scheduler and the store say the same, and
+        # go on saying it.
+        seen, commits = -2, -1
+        async with asyncio.timeout(60):
+            while seen != commits:
+                pool = (await client.queues(head_limit=100))[0]
+                prefix = f"laps:{{{pool.pool}}}"
+                await asyncio.sleep(0.5)
+                seen, commits = pool.commit_seq, int(database.hget(f"{prefix}:meta", "commit_seq"))
         for level in pool.levels:
             stored = database.zrange(f"{prefix}:queue:{level.level}", 0, -1)
             assert stored == [request.request_id for request in level.head]
             assert len(stored) == level.waiting
         running = await client.requests("running")
+        assert len(running) == 2
+        assert pool.waiting
         assert {request.request_id for request in running} == set(database.zrange(f"{prefix}:leases", 0, -1))
         for request in running:
             fields = database.hgetall(f"{prefix}:request:{request.request_id}")
@@ -83,13 +95,13 @@ async def test_what_redis_shows_is_what_laps_queue_shows(start_stack: StartStack
             assert sum(len(entry["tokens"].split()) for _, entry in entries) == request.output_tokens
         for task in burst:
             task.cancel()
-        stack.children["worker-0"].signal(signal.SIGCONT)
+        worker.signal(signal.SIGCONT)
         await asyncio.gather(*burst, return_exceptions=True)
 
 
 @pytest.mark.asyncio(loop_scope="session")
 async def test_bad_input_is_refused_by_name_and_nothing_is_lost(shared_stack: SharedStack) -> None:
-    _, client = shared_stack
+    stack, client = shared_stack
     for options, field in (
         ({"temperature": -1.0}, "sampling.temperature"),
         ({"temperature": float("nan")}, "sampling.temperature"),
@@ -113,15 +125,18 @@ async def test_bad_input_is_refused_by_name_and_nothing_is_lost(shared_stack: Sh
         await client.generate("y = ", max_tokens=4, request_id="twice")
     late = await client.generate("x", max_tokens=1500, ignore_eos=True, timeout_s=0.3)
     assert late.finish_reason == "deadline"
-    await check_cancel(client)
+    await check_cancel(stack, client)
 
 
-async def check_cancel(client: AsyncClient) -> None:
+async def check_cancel(stack: Stack, client: AsyncClient) -> None:
+    """Before it can be over: the worker is frozen."""
+    stack.children["worker-0"].signal(signal.SIGSTOP)
     stream = client.stream("def f(", max_tokens=1500, ignore_eos=True, request_id="to-cancel")
-    async for _ in stream:
-        await client.cancel("to-cancel")
-        break
-    completion = await stream.finish()
+    reading = asyncio.create_task(stream.finish())
+    await until_running(client, "to-cancel")
+    await client.cancel("to-cancel")
+    stack.children["worker-0"].signal(signal.SIGCONT)
+    completion = await reading
     assert completion.finish_reason == "cancelled"
     assert (await client.get("to-cancel")).request.state == "finished"
 

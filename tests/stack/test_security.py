@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from laps.settings import Settings
 from laps.stack import Stack
 from scheduler_svc.store.server import LocalServer, redis_binary
 from tests.certificates import GATEWAY, HERE, WORKER, Authority
+from tests.stack.conftest import MAY_BE_FROZEN, patient_command, until_running
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
 
@@ -109,6 +111,7 @@ def settings(tmp_path: Path, authority: Authority, store: SecureStore, keys: Key
         tls_ca=files.authorities,
         api_keys_file=str(keys.path),
         log_level="debug",
+        **MAY_BE_FROZEN,
     )
 
 
@@ -128,11 +131,11 @@ def client_of(stack: Stack, key: NewKey | None) -> AsyncClient:
 async def test_everything_on(
     settings: Settings, keys: Keys, authority: Authority, store: SecureStore, tmp_path: Path
 ) -> None:
-    async with Stack(settings, any_ports=True) as stack:
+    async with Stack(settings, any_ports=True, command=patient_command) as stack:
         async with client_of(stack, keys.acme) as acme, client_of(stack, keys.other) as other:
             await rotation_during_a_stream(stack, acme, authority, tmp_path)
             await tenants_keep_to_themselves(acme, other)
-            await a_quota_is_the_whole_pools(other)
+            await a_quota_is_the_whole_pools(stack, other)
             await operators_alone_see_the_queue(stack, keys, acme)
             await by_http(stack, keys)
             async with AsyncClient(stack.gateway_address, api_key=keys.acme.key, retry=NO_RETRY) as clear:
@@ -154,17 +157,19 @@ async def rotation_during_a_stream(
     stack: Stack, acme: AsyncClient, authority: Authority, tmp_path: Path
 ) -> None:
     """A new authority and new certificates for all, while a request runs; then the links are opened anew."""
+    worker = stack.children["worker-0"]
+    worker.signal(signal.SIGSTOP)
     stream = acme.stream(f"{MARKER} = ", max_tokens=600, ignore_eos=True, request_id="long")
-    await anext(stream)
+    reading = asyncio.create_task(stream.finish())
+    await until_running(acme, "long")
     successor = Authority()
     both = authority.pem + successor.pem
     successor.write(tmp_path / "tls", *HERE, GATEWAY, WORKER, trusted=both)
     shown = await asyncio.to_thread(shown_certificate, stack.port, both)
     assert shown == read(stack.settings.tls_cert)
-    worker = stack.children["worker-0"]
     pid = worker.pid
-    worker.signal(9)
-    completion = await stream.finish()
+    worker.signal(signal.SIGKILL)
+    completion = await reading
     assert completion.usage.completion_tokens == 600
     assert worker.pid != pid
     async with client_of(stack, None) as nobody:
@@ -197,15 +202,18 @@ async def tenants_keep_to_themselves(acme: AsyncClient, other: AsyncClient) -> N
     assert mine.usage.completion_tokens <= 2
 
 
-async def a_quota_is_the_whole_pools(other: AsyncClient) -> None:
+async def a_quota_is_the_whole_pools(stack: Stack, other: AsyncClient) -> None:
+    stack.children["worker-0"].signal(signal.SIGSTOP)
     first = other.stream(MARKER, max_tokens=1000, ignore_eos=True, request_id="first")
-    await anext(first)
+    reading = asyncio.create_task(first.finish())
+    await until_running(other, "first")
     with pytest.raises(ResourceExhausted) as caught:
         await other.generate(MARKER, max_tokens=2)
     assert caught.value.reason is Reason.TENANT_QUEUE_FULL
     assert caught.value.retry_after_s
-    await first.cancel()
-    await first.finish()
+    await other.cancel("first")
+    stack.children["worker-0"].signal(signal.SIGCONT)
+    await reading
     await other.generate(MARKER, max_tokens=2)
 
 

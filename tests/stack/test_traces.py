@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -21,11 +22,13 @@ from laps.client import AsyncClient
 from laps.ports import free_ports
 from laps.stack import Stack
 from laps.v1 import inference_pb2, inference_pb2_grpc
+from tests.stack.conftest import until_held
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"
+LOW_TOKENS = 1500
 TRACEPARENT = f"00-{TRACE}-{CLIENT_SPAN}-01"
 
 
@@ -91,6 +94,8 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
     made.address = f"http://127.0.0.1:{port}"
     server.start()
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
+    # Every commit of a long request, not the last 128.
+    monkeypatch.setenv("OTEL_SPAN_EVENT_COUNT_LIMIT", str(LOW_TOKENS))
     yield made
     server.stop(None)
 
@@ -104,28 +109,33 @@ async def eventually(condition: Callable[[], object], timeout_s: float = 20.0) -
 async def test_a_preempted_request_as_a_tree_of_spans(start_stack: Any, collector: Collector) -> None:
     settings = {"otlp_endpoint": collector.address, "workers": 1, "slots": 1}
     async with (
-        start_stack(**settings) as (stack, client),
+        start_stack(**settings, patient=True) as (stack, client),
         channels.open_channel(stack.gateway_address) as channel,
     ):
-        await preempted_request(client, inference_pb2_grpc.InferenceServiceStub(channel))
+        await preempted_request(stack, client, inference_pb2_grpc.InferenceServiceStub(channel))
         http_trace = "0af7651916cd43dd8448eb211c80319c"
         await over_http(stack, f"00-{http_trace}-b7ad6b7169203331-01")
-        await eventually(lambda: any(s.service == "laps-gateway" for s in collector.of_trace(TRACE)))
-        await eventually(lambda: any(s.name == "OpenAI.Completions" for s in collector.of_trace(http_trace)))
-        check_tree(collector.of_trace(TRACE))
-        assert {s.name for s in collector.of_trace(http_trace)} >= {"queue", "lease", "OpenAI.Completions"}
+        by_http = {"queue", "lease", "OpenAI.Completions"}
+        await eventually(lambda: by_http <= {s.name for s in collector.of_trace(http_trace)})
         logs = stack.log_dir
+    # A process sends what it still has when it ends.
+    check_tree(collector.of_trace(TRACE))
     check_logs(logs)
 
 
-async def preempted_request(client: AsyncClient, stub: Any) -> None:
-    """A long request, which one of a higher priority takes the only slot from."""
+async def preempted_request(stack: Stack, client: AsyncClient, stub: Any) -> None:
+    """A long request, which one of a higher priority takes the only slot from. The worker stands still from
+    its first tokens until the other one is there."""
     request = inference_pb2.GenerateRequest(request_id="low", text="def main():")
-    request.stopping.max_tokens, request.stopping.ignore_eos = 200, True
+    request.stopping.max_tokens, request.stopping.ignore_eos = LOW_TOKENS, True
     call = stub.Generate(request, metadata=(("traceparent", TRACEPARENT),))
     answers = aiter(call)
     assert (await anext(answers)).WhichOneof("event") == "chunk"
-    await client.generate("Hello", max_tokens=4, priority=5, timeout_s=60)
+    stack.children["worker-0"].signal(signal.SIGSTOP)
+    high = asyncio.create_task(client.generate("Hello", max_tokens=4, priority=5))
+    await until_held(client, 2)
+    stack.children["worker-0"].signal(signal.SIGCONT)
+    await high
     async for response in answers:
         if response.WhichOneof("event") == "complete":
             assert response.complete.timing.preemptions == 1
@@ -148,7 +158,7 @@ def check_tree(spans: list[Span]) -> None:
     (root,) = [s for s in spans if s.service == "laps-gateway"]
     assert (root.name, root.parent) == ("InferenceService.Generate", CLIENT_SPAN)
     assert root.attributes["laps.request_id"] == "low"
-    assert root.attributes["laps.output_tokens"] == 200
+    assert root.attributes["laps.output_tokens"] == LOW_TOKENS
 
     scheduler = [s for s in spans if s.service == "laps-scheduler"]
     assert all(s.parent == root.id and s.attributes["laps.request_id"] == "low" for s in scheduler)
@@ -159,9 +169,9 @@ def check_tree(spans: list[Span]) -> None:
     first, second = life[1], life[3]
     because = [values["because"] for name, values in first.events if name == "preempted"]
     assert because == ["priority 5 goes before 0"]
-    assert second.attributes["laps.output_tokens"] == 200
+    assert second.attributes["laps.output_tokens"] == LOW_TOKENS
     stored = [values for s in life for name, values in s.events if name == "commit"]
-    assert sum(values["tokens"] for values in stored) == 200
+    assert sum(values["tokens"] for values in stored) == LOW_TOKENS
     commits = [s for s in scheduler if s.name == "commit"]
     assert [s.attributes["laps.stores"] for s in commits] == ["acknowledged", "finished"]
     assert all(s.end_ns > s.start_ns for s in commits)
@@ -169,7 +179,7 @@ def check_tree(spans: list[Span]) -> None:
     decodes = [s for s in spans if s.service == "laps-worker"]
     assert [(s.name, s.parent) for s in decodes] == [("decode", first.id), ("decode", second.id)]
     assert [s.attributes["laps.ended_by"] for s in decodes] == ["taken back", "length"]
-    assert sum(s.attributes["laps.output_tokens"] for s in decodes) >= 200
+    assert sum(s.attributes["laps.output_tokens"] for s in decodes) >= LOW_TOKENS
     assert all(s.attributes["laps.steps"] > 0 for s in decodes)
 
 
@@ -184,7 +194,7 @@ def check_logs(folder: Path) -> None:
                 seen.add((role, line["event"]))
             if line.get("event") == "call" and line.get("request_id") == "low":
                 assert line["code"] == "OK"
-                assert line["output_tokens"] == 200
+                assert line["output_tokens"] == LOW_TOKENS
                 assert line["preemptions"] == 1
                 assert line["queue_ms"] >= 0
                 assert "text" not in line
