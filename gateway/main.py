@@ -137,6 +137,14 @@ async def serve(settings: Settings) -> Gateway:
         gateway.port = channels.bind(
             server, settings.host, settings.port, edge.tls, ask_clients=edge.asks_for_certificates
         )
+        if settings.health_port:
+            channels.bind(
+                server,
+                settings.host,
+                settings.health_port,
+                edge.tls,
+                ask_clients=edge.asks_for_certificates,
+            )
         if settings.http_port:
             gateway._http = await _serve_http(settings, gateway, tokenizer, metrics, edge)
         if settings.metrics_port:

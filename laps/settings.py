@@ -106,6 +106,11 @@ class Settings(BaseSettings):
     share_port: bool = setting(
         False, "Several gateways listen on one port (SO_REUSEPORT); new connections are spread over them", _G
     )
+    health_port: int = port_setting(
+        0,
+        "A further gRPC port of one gateway alone, for its health where several share a port; 0: none",
+        _G,
+    )
     scheduler_address: str = setting(
         "127.0.0.1:50052",
         "Where the pool's scheduler listens; of several, with commas between, the one that leads is found",

@@ -143,7 +143,9 @@ class Stack:
         """Starts everything at once; services wait for each other. Raises StackError."""
         settings = self.settings
         self._take_data_dir()
-        store_port, *worker_ports = self._choose_ports()
+        store_port, *own_ports = self._choose_ports()
+        # Behind a shared port nobody can tell which gateway has answered.
+        health_ports = [own_ports.pop() for _ in range(settings.gateways)] if settings.gateways > 1 else [0]
         if not self.redis_url:
             from laps.store_child import StoreChild
 
@@ -152,10 +154,11 @@ class Stack:
             await store.start()
             self.redis_url = store.url
         await self._add("scheduler", "scheduler", 1, self.scheduler_port)
-        for number in range(settings.gateways):
+        for number, health_port in enumerate(health_ports):
             name = f"gateway-{number}" if number else "gateway"
-            await self._add(name, "gateway", _GATEWAY_METRICS + number if number else 0, self.port)
-        for number, worker_port in enumerate(worker_ports):
+            metrics_offset = _GATEWAY_METRICS + number if number else 0
+            await self._add(name, "gateway", metrics_offset, self.port, health_port)
+        for number, worker_port in enumerate(own_ports):
             await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
         self._bounding = asyncio.create_task(self._bound_logs(), name="log files")
 
@@ -216,13 +219,14 @@ class Stack:
                     get_logger().warning("log cannot be bounded", log=str(path), error=str(error))
             await asyncio.sleep(log_files.INTERVAL_S)
 
-    async def _add(self, name: str, role: str, metrics_offset: int, port: int) -> None:
+    async def _add(self, name: str, role: str, metrics_offset: int, port: int, health_port: int = 0) -> None:
         settings = self.settings
         port_setting = {"gateway": "port", "scheduler": "scheduler_port", "worker": "worker_port"}[role]
         env = settings.to_env(
             **{port_setting: port, f"{role}_id": name},
             redis_url=self.redis_url,
             http_port=self.http_port,
+            health_port=health_port,
             share_port=settings.share_port or settings.gateways > 1,
             scheduler_address=self.scheduler_address,
             metrics_port=settings.metrics_port + metrics_offset if settings.metrics_port else 0,
@@ -230,7 +234,7 @@ class Stack:
             # Files are read by people and machines alike; the console form is for terminals.
             log_format="json",
         )
-        ready = await self._ready_check(f"{_reachable(settings.host)}:{port}")
+        ready = await self._ready_check(f"{_reachable(settings.host)}:{health_port or port}")
         env |= {
             "PYTHONUNBUFFERED": "1",
             # torch makes this folder as soon as it is imported, and would leave it in the temporary one.
@@ -252,7 +256,8 @@ class Stack:
         return lambda: runtime.is_ready(channel)
 
     def _choose_ports(self) -> list[int]:
-        """Sets the services' ports; returns one for the store and one for each worker's health."""
+        """Sets the services' ports; returns one for the store, and for the health of each worker and of each
+        gateway that shares its port."""
         settings = self.settings
         for setting in ("port", "scheduler_port", "http_port"):
             wanted = 0 if self._any_ports else getattr(settings, setting)
@@ -262,7 +267,8 @@ class Stack:
                 )
             setattr(self, setting, wanted)
         taken = (self.port, self.scheduler_port, self.http_port)
-        free = free_ports(4 + settings.workers, settings.host, avoid=taken)
+        of_gateways = settings.gateways if settings.gateways > 1 else 0
+        free = free_ports(4 + settings.workers + of_gateways, settings.host, avoid=taken)
         self.port = self.port or free[0]
         self.scheduler_port = self.scheduler_port or free[1]
         refused = "http_port" in settings.model_fields_set and settings.http_port == 0
