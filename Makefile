@@ -8,7 +8,7 @@ PEERS := .bench/vllm
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
+.PHONY: help setup demo up compiled plain test test-compiled checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,16 @@ up: $(VENV)/.ready-to-run ## Keeps the whole stack running until Ctrl-C
 
 test: setup ## Runs the tests
 	@$(BIN)/python -m pytest -n auto --dist loadgroup
+
+# Plain Python runs unless this was made, and again as soon as a source differs from what was compiled.
+compiled: setup ## Compiles the scheduler's hot path (a minute; needs a C compiler)
+	@LAPS_COMPILED=0 $(BIN)/python -m scheduler_svc.compiled.build
+
+plain: ## Removes what `make compiled` made
+	@LAPS_COMPILED=0 $(BIN)/python -m scheduler_svc.compiled.build --remove
+
+test-compiled: compiled ## Runs the tests of what is compiled, compiled
+	@LAPS_COMPILED=1 $(BIN)/python -m pytest -n auto --dist loadgroup tests/scheduler_svc tests/simulator
 
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
 	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc)) --json bench/results/chaos.json
@@ -97,4 +107,4 @@ lock: ## Pins every dependency anew, from pyproject.toml
 	@$(PYTHON) requirements/lock.py
 
 clean: ## Removes what was set up and what runs left behind
-	@rm -rf $(VENV) .laps .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	@rm -rf $(VENV) scheduler_svc/compiled/built .laps .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -2,6 +2,8 @@
 
     python bench/core.py [--policy laps-sd] [--workers 20] [--reports-per-tick 3] [--steps 2000] [--json OUT]
 
+    python bench/core.py --compare-compiled [--rounds 5]     # after `make compiled`: both in turns
+
 Parsing, deciding, packing the commit, and the gateways' message; by length of the queue, the lengths in turn.
 Of another working tree: `PYTHONPATH=FOLDER python bench/core.py`.
 """
@@ -11,13 +13,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import random
+import statistics
 import struct
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from laps.v1 import worker_pb2
-from scheduler_svc import convert
+from scheduler_svc import compiled, convert
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.records import RequestSpec, StepCosts, Worker
 from scheduler_svc.core.scheduler import Scheduler
@@ -138,6 +146,33 @@ def _now(coroutine):  # type: ignore[no-untyped-def]
     raise AssertionError("it waits")
 
 
+def compare(rounds: int) -> dict[str, Any]:
+    """Plain Python and the compiled build in turns, each in a process of its own: CPU of a worker-step, and
+    what the plain one takes over the compiled one, by part; medians of the rounds."""
+    ratios: dict[str, list[float]] = {}
+    us_per_step: dict[str, list[float]] = {"plain": [], "compiled": []}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        for _ in range(rounds):
+            found = []
+            for name, variable in (("plain", "0"), ("compiled", "1")):
+                command = [sys.executable, __file__, "--queues", "1000", "--json", str(out)]
+                environment = os.environ | {compiled.VARIABLE: variable}
+                subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+                result = json.loads(out.read_text())
+                found.append({"all": result["us_per_step"]["1000"]} | result["parts_us"]["1000"])
+                us_per_step[name].append(found[-1]["all"])
+            for part, plain_us in found[0].items():
+                ratios.setdefault(part, []).append(plain_us / found[1][part])
+    for part, values in ratios.items():
+        print(f"{part}: {statistics.median(values):.2f} times ({min(values):.2f} to {max(values):.2f})")
+    return {
+        "us_per_step": {name: statistics.median(values) for name, values in us_per_step.items()},
+        "plain_over_compiled": {part: statistics.median(values) for part, values in ratios.items()},
+        "rounds": rounds,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -147,8 +182,18 @@ def main() -> None:
     parser.add_argument("--reports-per-tick", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000, help="of each of three rounds")
     parser.add_argument("--queues", type=int, nargs="+", default=QUEUES, help="waiting requests")
+    parser.add_argument(
+        "--compare-compiled", action="store_true", help="plain Python over the compiled build"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of the comparison")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.compare_compiled:
+        compared = compare(arguments.rounds)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(compared, indent=1) + "\n")
+        return
+    print(compiled.running().why)
     beds = {queued: Bed(arguments.policy, arguments.workers, queued) for queued in arguments.queues}
     best: dict[int, float] = {}
     parts: dict[int, dict[str, float]] = {}

@@ -41,7 +41,8 @@ def settings_page() -> str:
         "A value comes from the first source that has it: a flag, the environment, a TOML file\n"
         "(`--config FILE`, else `LAPS_CONFIG`, else `./laps.toml`; the name is the variable's without\n"
         "`LAPS_`, in lower case), the default. `laps config` prints what is in force and from where.\n"
-        "`laps up` takes all of them and hands them on.",
+        "`laps up` takes all of them and hands them on. `LAPS_COMPILED` is no setting: see\n"
+        "[capacity.md](capacity.md#compiled).",
         "| flag | variable | default | used by | what it is |\n| --- | --- | --- | --- | --- |",
         rows,
     )

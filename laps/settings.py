@@ -39,6 +39,8 @@ from laps.setting import (
 )
 
 CONFIG_ENV = "LAPS_CONFIG"
+COMPILED_ENV = "LAPS_COMPILED"
+"""Read by `scheduler_svc.compiled`, before any setting."""
 DEFAULT_CONFIG_FILE = Path("laps.toml")
 SECRETS = frozenset({"api_key"})
 """Never shown."""
@@ -393,7 +395,7 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | str | N
 
 def unknown_variables() -> list[str]:
     """`LAPS_*` variables that no setting reads, most likely misspelt."""
-    known = {env_name(name) for name in Settings.model_fields} | {CONFIG_ENV}
+    known = {env_name(name) for name in Settings.model_fields} | {CONFIG_ENV, COMPILED_ENV}
     return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
 
 

@@ -1,4 +1,5 @@
-"""Pins every package of the running services (run.txt), development (dev.txt) and the fuzzer (fuzz.txt).
+"""Pins every package of the running services (run.txt), development (dev.txt) the fuzzer (fuzz.txt), and
+what compiles the scheduler's hot path (compiled.txt).
 
     python requirements/lock.py
 
@@ -48,6 +49,7 @@ def main() -> None:
     dev = {name: version for name, version in everything.items() if name not in run}
     write(HERE / "dev.txt", dev, "What tests, types and style need beyond run.txt.")
     write(HERE / "fuzz.txt", resolve(extras["fuzz"]), "What `make fuzz` needs beyond both.")
+    write(HERE / "compiled.txt", resolve(extras["compiled"]), "What `make compiled` needs, by itself.")
 
 
 if __name__ == "__main__":

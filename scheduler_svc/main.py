@@ -29,7 +29,7 @@ from laps.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
-from scheduler_svc import metrics
+from scheduler_svc import compiled, metrics
 from scheduler_svc.core.policies import servable_policies
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.queue_service import QueueService
@@ -188,6 +188,12 @@ def run(settings: Settings) -> int:
     telemetry.configure_tracing(
         "scheduler", settings.instance_id("scheduler"), pool=settings.pool, endpoint=settings.otlp_endpoint
     )
+
+    build = compiled.running()
+    if build.stale:
+        log.warning("runs as plain Python", because=build.why, to_do="build it anew, or remove it")
+    else:
+        log.info("hot path", compiled=build.usable, why=build.why)
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         running = await serve(settings)

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from scheduler_svc import compiled
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.leader import Leader
 
@@ -71,6 +72,11 @@ class SchedulerCollector(Collector):
         leader = self._leader()
         yield self._gauge(
             "scheduler_leads", "1 while this scheduler leads the pool", float(leader is not None)
+        )
+        yield self._gauge(
+            "scheduler_compiled",
+            "1 where the scheduler's hot path runs compiled",
+            float(compiled.running().usable),
         )
         if leader is None:
             return

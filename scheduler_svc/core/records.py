@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 TOKEN_BYTES = 4
 """Bytes of one packed token id."""
@@ -149,7 +150,7 @@ class Request:
     predicted_output_tokens: float = 0.0
     perceived_s: float = 0.0
     """Estimated seconds of service still needed."""
-    policy_data: object = None
+    policy_data: Any = None
     """Whatever else the policy in force keeps about this request; not stored."""
 
     # Where it is.
@@ -345,7 +346,7 @@ class Commit:
     """What the policy has learnt, by name; merged into what is stored."""
 
     def __bool__(self) -> bool:
-        return any(getattr(self, name) for name in self.__slots__)
+        return any(getattr(self, entry.name) for entry in fields(self))
 
 
 @dataclass(slots=True)

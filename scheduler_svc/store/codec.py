@@ -177,10 +177,10 @@ SPEC_FIELDS = (
 REQUEST_FIELDS = LEADING_FIELDS + tuple(f for f in CHANGING_FIELDS if f not in LEADING_FIELDS) + SPEC_FIELDS
 """`request:REQUEST`, in the order in which a new hash is written."""
 
-REQUEST_NAMES = tuple(field.name for field in REQUEST_FIELDS)
-CHANGING_NAMES = tuple(field.name for field in CHANGING_FIELDS)
+REQUEST_NAMES: tuple[str, ...] = tuple(field.name for field in REQUEST_FIELDS)
+CHANGING_NAMES: tuple[str, ...] = tuple(field.name for field in CHANGING_FIELDS)
 ABSENT = {field.name: field.absent for field in REQUEST_FIELDS if field.absent is not None}
-CHANGING_ENCODERS = tuple(field.encode for field in CHANGING_FIELDS)
+CHANGING_ENCODERS: tuple[Callable[[Any], str], ...] = tuple(field.encode for field in CHANGING_FIELDS)
 
 WORKER_FIELDS = (
     _text("device", "for example cpu or cuda:0"),

@@ -137,9 +137,13 @@ def _ms(instant_s: float) -> int:
     return int(instant_s * 1e3)
 
 
-def _move(move: QueueMove) -> tuple[str, int | bool, float, str]:
+def _move(move: QueueMove) -> tuple[str, Any, float, str]:
     rank = float(move.rank)
-    return move.request_id, False if move.level is None else move.level, rank, repr(rank)
+    level: Any = move.level
+    if level is None:
+        # Not in one expression: of "False or a number" compiled code makes a number.
+        level = False
+    return move.request_id, level, rank, repr(rank)
 
 
 def _event(event: Event) -> list[str]:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from laps.cli import EXIT_INTERRUPTED
+from scheduler_svc import compiled
 from simulator.faults.history import Counts
 from simulator.faults.parts import MUTANTS, Parts
 from simulator.faults.world import Outcome, play
@@ -97,6 +98,8 @@ def main(
 
     Ctrl-C ends it with the figures of what has been played.
     """
+    if mutant and compiled.running().usable:
+        raise click.UsageError(f"--mutant needs plain Python: set {compiled.VARIABLE}=0")
     parts = MUTANTS[mutant] if mutant else Parts()
     console = Console()
     if seed is not None:

@@ -24,6 +24,7 @@ def policies() -> dict[str, type[Policy]]:
             if (
                 issubclass(kind, Policy)
                 and kind.__module__ == module.__name__
+                and hasattr(kind, "name")  # a compiled class does not say that it is abstract
                 and not inspect.isabstract(kind)
             ):
                 if kind.name in found:

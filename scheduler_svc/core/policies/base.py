@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
+from mypy_extensions import mypyc_attr
+
 from scheduler_svc.core.pool import PoolView
 from scheduler_svc.core.records import Request
 
@@ -21,6 +23,7 @@ UNKNOWN_OUTPUT_TOKENS = 256.0
 """Guess for a request without any prediction, cut to its max_tokens."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
     """Order: level, then rank, then arrival; lower runs earlier. Ranks lie above -1e12."""
 

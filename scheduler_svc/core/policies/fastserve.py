@@ -64,7 +64,7 @@ class FastServe(Policy):
     def stepped(self, requests: Sequence[Request]) -> None:
         lowest = len(self._quanta_s) - 1
         for request in requests:
-            if request.attained_s >= request.policy_data and request.level < lowest:  # type: ignore[operator]
+            if request.attained_s >= request.policy_data and request.level < lowest:
                 self._enter(request, request.level + 1)
 
     def requeued(self, request: Request) -> None:

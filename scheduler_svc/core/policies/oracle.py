@@ -31,4 +31,4 @@ class Oracle(Policy):
 
     def stepped(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            request.rank = request.policy_data - request.steps  # type: ignore[operator]
+            request.rank = request.policy_data - request.steps

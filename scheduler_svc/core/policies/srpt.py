@@ -28,5 +28,5 @@ class Srpt(Policy):
 
     def stepped(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            remaining = request.policy_data - len(request.output) // 4  # type: ignore[operator]
+            remaining = request.policy_data - len(request.output) // 4
             request.rank = remaining if remaining > 1.0 else 1.0
