@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ import redis
 import uvloop
 from _processes import BENCH, Usage
 
-from laps.runtime import spare_collector
+from laps import runtime
 from scheduler_svc.core.policies import make_policy
-from scheduler_svc.core.records import RequestSpec
+from scheduler_svc.core.records import Recovered, RequestSpec
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.store.server import LocalServer
@@ -51,6 +52,7 @@ async def fill(url: str, requests: int) -> None:
     leadership = await store.lead("filler", "127.0.0.1:1", TTL_S)
     assert leadership is not None
     core = Scheduler(POOL, make_policy("laps-sd"), SETTINGS, leadership.epoch)
+    core.restore(Recovered(), time.time())
     for number in range(requests):
         digest = f"{number:064x}"
         spec = RequestSpec(f"bench-{number:08d}", PROMPT, 255 + 3 * (number % 500), PARAMS, digest=digest)
@@ -63,13 +65,16 @@ async def fill(url: str, requests: int) -> None:
 
 async def recover(url: str, holder: str) -> dict[str, float]:
     """Wall and CPU seconds until the requests wait in a core of this process."""
-    spare_collector()
+    runtime.spare_collector()
+    # An older tree has none.
+    loading = runtime.LoadedObjects().loading() if hasattr(runtime, "LoadedObjects") else nullcontext()
     store = Store(url, POOL)
     await store.connect()
     leadership = await store.lead(holder, "127.0.0.1:1", TTL_S)
     assert leadership is not None
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
-    core = await take_over(store, leadership.epoch)
+    with loading:
+        core = await take_over(store, leadership.epoch)
     answer = {
         "wall_s": time.perf_counter() - began_s,
         "scheduler_cpu_s": time.process_time() - began_cpu_s,

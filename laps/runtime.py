@@ -6,7 +6,8 @@ import asyncio
 import gc
 import os
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc.aio
@@ -24,6 +25,8 @@ _STOP_MARGIN_S = 1.0
 EXIT_FAILED = 1
 _GC_THRESHOLDS = (20_000, 20, 20)
 """New objects, and collections of the younger generation, after which each generation is looked at."""
+_MANY_OBJECTS = 100_000
+"""A look at them takes some 10 ms."""
 
 
 class Lifetime:
@@ -116,6 +119,34 @@ def spare_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
+
+
+class LoadedObjects:
+    """Objects that are made at one time, stay for long, and may be very many: the garbage collector would
+    look at them all, again and again, and find nothing."""
+
+    def __init__(self) -> None:
+        self._spared = False
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """The collector rests. If very many were made it leaves alone what exists now, until `dropped`."""
+        gc.disable()
+        try:
+            yield
+        finally:
+            if gc.get_count()[0] >= _MANY_OBJECTS:
+                gc.freeze()
+                self._spared = True
+            gc.enable()
+
+    def dropped(self) -> None:
+        """They are not used any more. If the collector left them alone it looks at all objects now, which can
+        stop the process for a good part of a second."""
+        if self._spared:
+            self._spared = False
+            gc.unfreeze()
+            gc.collect()
 
 
 class Readiness:

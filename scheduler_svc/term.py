@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import structlog
 
-from laps import errors
+from laps import errors, runtime
 from laps.history import HistoryPoint
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
@@ -64,6 +64,7 @@ class Terms:
         self._on_change = on_change
         self._on_alarm = on_alarm
         self._stopping: asyncio.Task[None] | None = None
+        self._queue = runtime.LoadedObjects()
 
     @property
     def ready(self) -> bool:
@@ -140,6 +141,7 @@ class Terms:
             if self._stopping is not None:
                 await self._stopping
                 self._stopping = None
+            self._queue.dropped()
             epoch = 0
             try:
                 leadership = await self._until_leading()
@@ -214,7 +216,8 @@ class Terms:
         started_s = time.monotonic()
         # A long queue takes longer than a leadership lasts: unless it is renewed a standby takes it over,
         # begins to recover, and loses it to this process in the same way, for ever.
-        core = await while_leading(self._recover(leadership.epoch), self.store, self._leader_ttl_s)
+        with self._queue.loading():
+            core = await while_leading(self._recover(leadership.epoch), self.store, self._leader_ttl_s)
         await self.store.describe(core.policy.name, core.policy.level_thresholds_s)
         leader = Leader(
             core,

@@ -17,6 +17,8 @@ MAX_CLASSES = 256
 FADE_AT = 5_000.0
 """Requests of a record at which its sums are halved: the recent past counts more than the distant one."""
 OTHER_CLASSES = "(others)"
+MAX_ANSWERS = 10_000
+"""Of `Knowledge.of_request` that are kept: clients choose their predictions."""
 
 PRIOR_LOG_SD = 0.3
 PRIOR_WEIGHT = 4.0
@@ -193,6 +195,8 @@ class Knowledge:
         self._slope_is_old = False
         self._rate_steps = PRIOR_RATE_STEPS
         self._rate_steps_are_old = False
+        self._of_requests: dict[tuple[str, float, bool], tuple[LengthBelief, float, float, float, float]] = {}
+        """Answers of `of_request`, until more is learnt."""
 
     def add(
         self,
@@ -212,7 +216,30 @@ class Knowledge:
         self.classes.setdefault(name, ClassRecord()).add(level, tokens, steps, log_error, step_variance)
         self.everything.add(level, tokens, steps, log_error)
         self._changed.add(name)
+        self._forget_answers()
+
+    def of_request(
+        self, request_class: str, predicted_tokens: float, hinted: bool
+    ) -> tuple[LengthBelief, float, float, float, float]:
+        """All that is known of requests of that class and prediction: `length`, `tokens_per_step`,
+        `rate_steps`, `rate_slope`, `typical_log_rate`. Of a queue that is ranked anew many ask the same."""
+        key = (request_class, predicted_tokens, hinted)
+        answer = self._of_requests.get(key)
+        if answer is None:
+            if len(self._of_requests) >= MAX_ANSWERS:
+                self._of_requests.clear()
+            answer = self._of_requests[key] = (
+                self.length(*key),
+                self.tokens_per_step(request_class),
+                self.rate_steps(),
+                self.rate_slope(),
+                self.typical_log_rate(request_class),
+            )
+        return answer
+
+    def _forget_answers(self) -> None:
         self._slope_is_old = self._rate_steps_are_old = True
+        self._of_requests.clear()
 
     def requests(self, request_class: str) -> float:
         """Finished requests of the class that count."""
@@ -292,7 +319,7 @@ class Knowledge:
             self.classes[name] = record
         if everything is not None:
             self.everything = everything
-        self._slope_is_old = self._rate_steps_are_old = True
+        self._forget_answers()
 
     def _name(self, request_class: str) -> str:
         if request_class in self.classes or len(self.classes) < MAX_CLASSES:

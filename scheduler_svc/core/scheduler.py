@@ -9,6 +9,7 @@ events, same decisions. Not thread-safe.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from scheduler_svc.core.board import Board
 from scheduler_svc.core.fleet import Fleet
@@ -16,7 +17,7 @@ from scheduler_svc.core.invariants import check_board
 from scheduler_svc.core.keyed_heap import KeyedHeap
 from scheduler_svc.core.ledger import Ledger
 from scheduler_svc.core.placement import place, proposed
-from scheduler_svc.core.policies.base import Policy
+from scheduler_svc.core.policies.base import LEAST_RANK, Policy
 from scheduler_svc.core.pool import PoolView
 from scheduler_svc.core.records import (
     TOKEN_BYTES,
@@ -45,8 +46,10 @@ _RESTORED_AT_ONCE = 500
 """Recovered requests that are taken over before the driver may do something else: some 10 ms."""
 _EXPIRED_AT_ONCE = 500
 """Timers that one tick lets go off: many requests can have the same deadline."""
-_TOLD_AT_ONCE = 500
+_TOLD_AT_ONCE = 100
 """Recovered requests whose records one tick writes anew."""
+_ORDER = "scheduler/order"
+"""Among what is learnt: by which order (`Policy.order`) all those are placed that wait in the store."""
 _RETRY_SHARE = 0.1
 """A refused caller is asked to come back when about this share of the backlog is done."""
 
@@ -72,7 +75,9 @@ class Scheduler:
         self._timers: KeyedHeap[tuple[str, str]] = KeyedHeap()
         self._arrivals = 0
         self._untold: list[Request] = []
-        """Recovered requests whose records are still those of the leader before."""
+        """Recovered requests whose stored record or place is not right any more."""
+        self._order_is_stored = True
+        """Nobody waits in the store at a place that another order has given."""
         self._learnt_s = float("-inf")
         self._backlog: tuple[float, float] = (float("-inf"), 0.0)
         policy.bind(self.view)
@@ -137,21 +142,44 @@ class Scheduler:
         self.policy.restore_learnt(recovered.learnt)
         for retained in sorted(recovered.retained, key=lambda entry: entry.finished_s):
             self._retention.keep(retained)
-        requests = sorted(recovered.requests, key=lambda entry: (entry.arrival_seq, entry.arrival_s))
+        requests = sorted(recovered.requests, key=attrgetter("arrival_seq", "arrival_s"))
+        stored_order = recovered.learnt.get(_ORDER, "")
+        in_order = self.policy.order != "" and stored_order == self.policy.order
+        if not in_order:
+            self._order_is_stored = not self.policy.order
+            if stored_order:
+                self._ledger.learnt[_ORDER] = ""
         for number, request in enumerate(requests, 1):
             self._arrivals = max(self._arrivals, request.arrival_seq)
             request.kv_resident = False
             request.lease_id = 0
             request.releasing = False
             self._board.live[request.request_id] = request
-            self.view.live = len(self._board.live)
-            self._admit(request, recovered=True)
-            self._untold.append(request)
+            self.view.live = number
+            if not self._readmit(request, in_order and request.state is RequestState.QUEUED):
+                self._untold.append(request)
             if request.output_tokens >= request.spec.max_tokens:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
             if number % _RESTORED_AT_ONCE == 0:
                 yield
         self._ledger.event("recovered", detail=f"{len(requests)} live requests, epoch {self.epoch}")
+
+    def _readmit(self, request: Request, keeps_place: bool) -> bool:
+        """Lets a recovered request wait; `keeps_place`: where it did, if it may. Whether the store is right
+        about it."""
+        stored = (request.level, request.rank)
+        self._watch(request)
+        if keeps_place and request.rank > LEAST_RANK:
+            self.policy.readmit(request)
+        else:
+            self.policy.admit(request)
+            if not keeps_place:
+                self.policy.believe(request)
+            elif self.settings.starvation_bound_s is not None:
+                # It is past the bound: policies give no such rank.
+                request.book.overdue = True
+        self._board.wait_again(request)
+        return keeps_place and (request.level, request.rank) == stored
 
     def submit(
         self, spec: RequestSpec, now_s: float, quota: TenantQuota | None = None
@@ -217,8 +245,15 @@ class Scheduler:
         drained_s = self.backlog_s() / max(1, self.view.slots)
         return Refused(reason, message, retry_after_s=min(60.0, max(0.5, drained_s * _RETRY_SHARE)))
 
-    def _admit(self, request: Request, recovered: bool = False) -> None:
-        """Lets a request wait for the first time in this process."""
+    def _admit(self, request: Request) -> None:
+        """Lets a new request wait."""
+        self._watch(request)
+        self.policy.admit(request)
+        self.policy.believe(request)
+        self._board.wait(request)
+
+    def _watch(self, request: Request) -> None:
+        """Its tenant's account and its timers begin."""
         request_id, spec = request.request_id, request.spec
         self._tenants.add(spec)
         if spec.deadline_s is not None:
@@ -226,12 +261,6 @@ class Scheduler:
         if self.settings.starvation_bound_s is not None:
             overdue_s = request.arrival_s + self.settings.starvation_bound_s
             self._timers.put((_OVERDUE, request_id), (overdue_s, request.arrival_seq, _OVERDUE))
-        self.policy.admit(request)
-        self.policy.believe(request)
-        if recovered:
-            self._board.wait_again(request)
-        else:
-            self._board.wait(request)
 
     def cancel(
         self, request_id: str, now_s: float, reason: FinishReason = FinishReason.CANCELLED
@@ -303,6 +332,9 @@ class Scheduler:
         for request in self._untold[-_TOLD_AT_ONCE:]:
             self._board.tell(request)
         del self._untold[-_TOLD_AT_ONCE:]
+        if not (self._untold or self._order_is_stored):
+            self._order_is_stored = True
+            self._ledger.learnt[_ORDER] = self.policy.order
         ended = self._board.ended
         self._board.ended = []
         for request in ended:

@@ -460,6 +460,75 @@ def request_from_values(
     return request
 
 
+WAITING_NAMES = (
+    "priority",
+    "arrival_seq",
+    "perceived_s",
+    "acceptance_estimate",
+    "predicted_output_tokens",
+    "perceptible",
+    "level",
+    "rank",
+    *(field.name for field in SPEC_FIELDS),
+)
+"""What has to be read of a request that is queued and has never run: the rest is as in every new one."""
+
+
+def waiting_request(
+    request_id: str,
+    priority: str,
+    arrival_seq: str,
+    perceived_s: str,
+    acceptance_estimate: str,
+    predicted_output_tokens: str,
+    perceptible: str,
+    level: str,
+    rank: str,
+    arrival_s: str,
+    request_class: str,
+    prompt_tokens: str,
+    max_tokens: str,
+    client_predicted_output_tokens: str,
+    deadline_s: str,
+    cancel_on_disconnect: str,
+    disconnect_grace_s: str,
+    digest: str,
+    traceparent: str,
+    prompt: str,
+    params_json: str,
+) -> Request:
+    """A queued request that has never run, of the values of `WAITING_NAMES` in their order. Spelt out,
+    because a new leader does it for everything that waits. Raises what `damage` translates."""
+    prompt_ids = tokens_from_text(prompt)
+    if len(prompt_ids) != TOKEN_BYTES * int(prompt_tokens):
+        raise ValueError("its prompt has another length")
+    request = Request(
+        RequestSpec(
+            request_id,
+            prompt_ids,
+            int(max_tokens),
+            params_json,
+            request_class,
+            int(priority),
+            _readable(client_predicted_output_tokens) if client_predicted_output_tokens else None,
+            _readable(deadline_s) if deadline_s else None,
+            cancel_on_disconnect == "1",
+            _readable(disconnect_grace_s),
+            digest,
+            traceparent,
+        ),
+        _readable(arrival_s),
+        int(arrival_seq),
+    )
+    request.perceived_s = _readable(perceived_s)
+    request.acceptance_estimate = _readable(acceptance_estimate)
+    request.predicted_output_tokens = _readable(predicted_output_tokens)
+    request.perceptible = perceptible == "1"
+    request.level = int(level)
+    request.rank = _readable(rank)
+    return request
+
+
 def worker_from_fields(worker_id: str, stored: Mapping[str, str]) -> Worker:
     values = decode_fields(WORKER_FIELDS, stored)
     costs = StepCosts(

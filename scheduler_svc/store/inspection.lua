@@ -186,29 +186,3 @@ register('laps_read', function(prefix, args)
   end
   return { request(prefix, id), log, prompt, params }
 end)
-
--- args: 'live' or 'finished'; position of the first one; how many; 1 for prompt, parameters and
--- output; names of fields. Returns {id, {value, ...}, prompt, params, {tokens, ...}, ...}.
-register('laps_load', function(prefix, args)
-  local first, count, whole = tonumber(args[2]), tonumber(args[3]), args[4] == '1'
-  local names, at, all = {}, {}, {}
-  for i = 5, #args do
-    names[i - 4] = args[i]
-    at[args[i]] = i - 4
-  end
-  for _, id in ipairs(redis.call('ZRANGE', prefix .. args[1], first, first + count - 1)) do
-    local n, values, log = #all, redis.call('HMGET', prefix .. 'request:' .. id, unpack(names)), {}
-    all[n + 1], all[n + 2] = id, values
-    if whole then
-      all[n + 3] = redis.call('GET', prefix .. 'prompt:' .. id) or ''
-      all[n + 4] = redis.call('GET', prefix .. 'params:' .. id) or '{}'
-      local entries, tokens = progress(prefix, id)
-      if entries then values[at.log_entries], values[at.output_tokens] = entries, tokens end
-      if values[at.log_entries] ~= '0' then
-        for i, item in ipairs(redis.call('XRANGE', prefix .. 'tokens:' .. id, '-', '+')) do log[i] = item[2][4] end
-      end
-      all[n + 5] = log
-    end
-  end
-  return all
-end)

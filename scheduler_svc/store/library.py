@@ -7,7 +7,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-LIBRARIES = ("functions.lua", "inspection.lua")
+LIBRARIES = ("functions.lua", "inspection.lua", "recovery.lua")
 
 
 def source(name: str) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from itertools import count, islice
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
@@ -13,38 +16,10 @@ from scheduler_svc.store.errors import LogConflict
 
 BATCH_REQUESTS = 500
 """Requests per call: some 10 ms in which the store does nothing else."""
-
-
-async def read_live(reader: Reader) -> list[Request]:
-    """All requests that are not finished, by arrival.
-
-    Raises:
-        LogConflict: a token log does not agree with its request.
-        RecordDamaged: what is stored is not a request.
-    """
-    requests: list[Request] = []
-    async for row in _rows(reader, "live", True, codec.REQUEST_NAMES, columns=5):
-        # Not `with codec.damage(...)`: it would cost as much as half a dozen fields.
-        try:
-            requests.append(_live_request(*row))
-        except codec.DAMAGE as error:
-            raise codec.damaged(row[0], error) from error
-    return requests
-
-
-async def read_retained(reader: Reader) -> list[Retained]:
-    """Finished requests that are still kept, by time of finish."""
-    retained = []
-    async for request_id, values in _rows(reader, "finished", False, ("digest", "finished_s"), columns=2):
-        with codec.damage(request_id):
-            retained.append(Retained(request_id, *_retained(*values)))
-    return retained
-
-
-def _retained(digest: str | Literal[False], finished_s: str | Literal[False]) -> tuple[str, float]:
-    if digest is False or finished_s is False:
-        raise ValueError("missing")
-    return digest, float(finished_s)
+BATCH_LOGS = 100
+"""The same of requests that have run: their token logs come along."""
+CALLS_AHEAD = 2
+"""Calls that are under way while an answer is decoded: the store need not wait, and memory is bounded."""
 
 
 async def recover(reader: Reader, pool: str) -> Recovered:
@@ -56,29 +31,117 @@ async def recover(reader: Reader, pool: str) -> Recovered:
     )
 
 
-async def _rows(
-    reader: Reader, source: str, whole: bool, names: tuple[str, ...], columns: int
-) -> AsyncIterator[tuple[Any, ...]]:
-    def ask(first: int) -> asyncio.Task[list[Any]]:
-        return asyncio.create_task(reader.ask("laps_load", source, first, BATCH_REQUESTS, int(whole), *names))
+async def read_live(reader: Reader) -> list[Request]:
+    """All requests that are not finished, by arrival.
 
-    first = 0
-    coming = ask(first)
+    Raises:
+        LogConflict: a token log does not agree with its request.
+        RecordDamaged: what is stored is not a request.
+    """
+    requests: list[Request] = []
+    others: list[str] = []
+    async for rows, other_ids in _waiting(reader):
+        others += other_ids
+        for row in rows:
+            try:
+                requests.append(codec.waiting_request(*row))
+            except codec.DAMAGE:
+                # What is wrong with it is told by the reading that looks at everything.
+                others.append(row[0])
+    if others:
+        requests += await _read_with_logs(reader, others)
+        requests.sort(key=attrgetter("arrival_seq"))
+    return requests
+
+
+async def _waiting(reader: Reader) -> AsyncIterator[tuple[list[tuple[Any, ...]], list[str]]]:
+    """Batches of (arguments of `codec.waiting_request`, ids of live requests of another kind)."""
+    names = codec.WAITING_NAMES
+    calls = (
+        reader.ask("laps_load_waiting", first, BATCH_REQUESTS, *names) for first in count(step=BATCH_REQUESTS)
+    )
+    async for flat, places, texts, others in _answers(calls, _is_last_batch):
+        params = [_params(text) for text in texts]
+        rows = [
+            (*row, params[place]) for row, place in zip(_chunks(flat, len(names) + 2), places, strict=True)
+        ]
+        if False in flat or False in params:
+            others = [*others, *(row[0] for row in rows if False in row)]
+            rows = [row for row in rows if False not in row]
+        yield rows, others
+
+
+def _is_last_batch(answer: list[Any]) -> bool:
+    _, places, _, others = answer
+    return len(places) + len(others) < BATCH_REQUESTS
+
+
+def _params(text: str) -> str | Literal[False]:
     try:
-        while True:
-            flat = await coming
-            more = len(flat) == BATCH_REQUESTS * columns
-            if more:
-                # The store reads the next batch while this one is decoded.
-                first += BATCH_REQUESTS
-                coming = ask(first)
+        return codec.params_from_text(text)
+    except codec.DAMAGE:
+        return False
+
+
+async def _read_with_logs(reader: Reader, request_ids: list[str]) -> list[Request]:
+    """Those that have run, or whose record is odd: of an older version, or damaged."""
+    names = codec.REQUEST_NAMES
+    calls = (
+        reader.ask("laps_load_requests", len(names), *names, *request_ids[first : first + BATCH_LOGS])
+        for first in range(0, len(request_ids), BATCH_LOGS)
+    )
+    requests = []
+    async for flat in _answers(calls):
+        for row in _chunks(flat, 5):
+            with codec.damage(row[0]):
+                requests.append(_live_request(*row))
+    return requests
+
+
+async def read_retained(reader: Reader) -> list[Retained]:
+    """Finished requests that are still kept, by time of finish."""
+    retained: list[Retained] = []
+    calls = (
+        reader.ask("laps_load_finished", first, BATCH_REQUESTS, "digest", "finished_s")
+        for first in count(step=BATCH_REQUESTS)
+    )
+    async for flat in _answers(calls, lambda answer: len(answer) < 2 * BATCH_REQUESTS):
+        for request_id, values in _chunks(flat, 2):
+            with codec.damage(request_id):
+                retained.append(Retained(request_id, *_retained(*values)))
+    return retained
+
+
+def _retained(digest: str | Literal[False], finished_s: str | Literal[False]) -> tuple[str, float]:
+    if digest is False or finished_s is False:
+        raise ValueError("missing")
+    return digest, float(finished_s)
+
+
+async def _answers(
+    calls: Iterator[Coroutine[Any, Any, Any]], is_last: Callable[[Any], bool] = lambda answer: False
+) -> AsyncIterator[Any]:
+    """What the calls return, in their order, up to the last one. The next ones are under way meanwhile."""
+    coming: deque[asyncio.Task[Any]] = deque()
+
+    def send() -> None:
+        coming.extend(map(asyncio.create_task, islice(calls, CALLS_AHEAD - len(coming))))
+
+    try:
+        send()
+        while coming:
+            answer = await coming.popleft()
+            last = is_last(answer)
+            if not last:
+                send()
+                # Lets it go out before this answer is decoded.
                 await asyncio.sleep(0)
-            for row in _chunks(flat, columns):
-                yield row
-            if not more:
+            yield answer
+            if last:
                 return
     finally:
-        coming.cancel()
+        for task in coming:
+            task.cancel()
 
 
 def _chunks(flat: list[Any], columns: int) -> Iterator[tuple[Any, ...]]:

@@ -1,4 +1,4 @@
-"""The readings of inspection.lua that leaders need, on the model's keys."""
+"""The readings of recovery.lua and inspection.lua that leaders need, on the model's keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from simulator.faults.store_model import Entry, Keys
 
 def ask(keys: Keys, function: str, *args: str | int) -> Any:
     """A function that only reads."""
-    if function == "laps_load":
-        return _load(keys, *args)
+    if function == "laps_load_waiting":
+        return _load_waiting(keys, int(args[0]), int(args[1]), *map(str, args[2:]))
+    if function == "laps_load_requests":
+        names = 1 + int(args[0])
+        return _load_requests(keys, list(map(str, args[1:names])), list(map(str, args[names:])))
+    if function == "laps_load_finished":
+        return _load_finished(keys, int(args[0]), int(args[1]), *map(str, args[2:]))
     if function == "laps_read":
         request_id, offset, limit, whole = args
         return _read(keys, str(request_id), int(offset), int(limit), bool(whole))
@@ -25,19 +30,45 @@ def _current(keys: Keys, request_id: str) -> dict[str, str]:
     return stored
 
 
-def _load(
-    keys: Keys, source: str | int, first: str | int, count: str | int, whole: str | int, *names: Any
-) -> Any:
-    members = keys.live if source == "live" else keys.finished
-    begin = int(first)
+def _load_waiting(keys: Keys, first: int, count: int, *names: str) -> Any:
+    rows: list[Any] = []
+    places: list[int] = []
+    texts: list[str] = []
+    others: list[str] = []
+    for request_id in _in_order(keys.live)[first : first + count]:
+        stored = keys.request.get(request_id, {})
+        logged = stored.get("log_entries") != "0" or request_id in keys.progress
+        if stored.get("state") != "queued" or logged:
+            others.append(request_id)
+            continue
+        rows += request_id, *(stored.get(name, False) for name in names), keys.prompt.get(request_id, False)
+        params = keys.params.get(request_id, "{}")
+        if params not in texts:
+            texts.append(params)
+        places.append(texts.index(params))
+    return [rows, places, texts, others]
+
+
+def _load_requests(keys: Keys, names: list[str], request_ids: list[str]) -> Any:
     flat: list[Any] = []
-    for _, request_id in sorted((score, name) for name, score in members.items())[begin : begin + int(count)]:
-        stored = _current(keys, request_id) if int(whole) else keys.request.get(request_id, {})
+    for request_id in request_ids:
+        stored = _current(keys, request_id)
+        log = [entry.tokens for entry in keys.tokens.get(request_id, [])]
         flat += request_id, [stored.get(name, False) for name in names]
-        if int(whole):
-            log = [entry.tokens for entry in keys.tokens.get(request_id, [])]
-            flat += keys.prompt.get(request_id, ""), keys.params.get(request_id, "{}"), log
+        flat += keys.prompt.get(request_id, ""), keys.params.get(request_id, "{}"), log
     return flat
+
+
+def _load_finished(keys: Keys, first: int, count: int, *names: str) -> Any:
+    flat: list[Any] = []
+    for request_id in _in_order(keys.finished)[first : first + count]:
+        stored = keys.request.get(request_id, {})
+        flat += request_id, [stored.get(name, False) for name in names]
+    return flat
+
+
+def _in_order(members: dict[str, float]) -> list[str]:
+    return [name for _, name in sorted((score, name) for name, score in members.items())]
 
 
 def _read(keys: Keys, request_id: str, offset: int, limit: int, whole: bool) -> Any:

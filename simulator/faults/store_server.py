@@ -200,7 +200,7 @@ class SimulatedStore(Store):
         return f"term-{self._server.terms}"
 
     async def connect(self) -> ServerInfo:
-        await self.reader.ask("laps_load", "live", 0, 0, 0)
+        await self.reader.ask("laps_load_finished", 0, 0)
         return ServerInfo("simulated", [])
 
     async def load_functions(self) -> None:

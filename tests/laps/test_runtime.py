@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -103,3 +105,32 @@ async def test_a_taken_port_is_one_clear_error() -> None:
     with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is in use"):
         channels.bind(second, "127.0.0.1", port)
     await first.stop(0)
+
+
+class Knot:
+    """In a cycle with itself."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_the_collector_leaves_many_loaded_objects_alone_until_they_are_dropped(monkeypatch):
+    monkeypatch.setattr(runtime, "_MANY_OBJECTS", 1000)
+    loaded = runtime.LoadedObjects()
+    with loaded.loading():
+        assert not gc.isenabled()
+        knots = [Knot() for _ in range(2000)]
+    assert gc.isenabled()
+    left = weakref.ref(knots[0])
+    del knots
+    gc.collect()
+    assert left() is not None
+    loaded.dropped()
+    assert left() is None
+
+
+def test_of_few_loaded_objects_the_collector_goes_on_to_take_care():
+    frozen = gc.get_freeze_count()
+    with runtime.LoadedObjects().loading():
+        Knot()
+    assert gc.get_freeze_count() == frozen

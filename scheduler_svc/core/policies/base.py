@@ -21,11 +21,13 @@ PRIOR_TOKENS_PER_STEP = 2.0
 PRIOR_STEPS = 10.0
 UNKNOWN_OUTPUT_TOKENS = 256.0
 """Guess for a request without any prediction, cut to its max_tokens."""
+LEAST_RANK = -1e12
+"""Ranks of policies lie above it."""
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Policy(ABC):
-    """Order: level, then rank, then arrival; lower runs earlier. Ranks lie above -1e12."""
+    """Order: level, then rank, then arrival; lower runs earlier. Ranks lie above `LEAST_RANK`."""
 
     name: ClassVar[str]
     """What people write after --policy."""
@@ -37,6 +39,9 @@ class Policy(ABC):
     settled: ClassVar[bool] = False
     """True: whom a waiting request may not preempt now, it may not later either, until something arrives
     or ends. Replays then skip the steps in between."""
+    order: str = ""
+    """What levels and ranks mean, of a policy that implements `readmit`: requests that were placed under the
+    same words keep their places after a crash. Empty: they are placed anew."""
     level_thresholds_s: tuple[float, ...] = ()
     """Service in seconds at which a request leaves level i downwards: attained service in the policies of
     that name, perceived (remaining) service in laps-sd."""
@@ -51,6 +56,10 @@ class Policy(ABC):
     @abstractmethod
     def admit(self, request: Request) -> None:
         """A request is new, or came back after a crash (then `steps` may be above 0)."""
+
+    def readmit(self, request: Request) -> None:  # noqa: B027
+        """Instead of `admit`, for a request that came back after a crash, has never run and was placed under
+        the same `order`: what is believed about it, level and rank included, stays as it was."""
 
     def stepped(self, requests: Sequence[Request]) -> None:  # noqa: B027
         """These requests have done a step, their counters are current. The hot path."""

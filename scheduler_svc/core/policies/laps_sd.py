@@ -51,6 +51,9 @@ _BUCKETS_PER_DOUBLING = 4
 _BUCKETS = 96
 
 
+_NOTHING_KNOWN = LengthBelief(1.0, 0.0)
+
+
 class _Belief:
     """What the policy keeps about a live request."""
 
@@ -68,7 +71,7 @@ class _Belief:
     def __init__(self, predicted: float, hinted: bool) -> None:
         self.predicted = predicted
         self.hinted = hinted
-        self.length = LengthBelief(predicted, 0.0)
+        self.length = _NOTHING_KNOWN
         self.class_rate = 1.0
         self.rate_steps = 1.0
         self.ranked_steps = -1
@@ -133,6 +136,7 @@ class LapsSd(Policy):
         if levels < 1 or least_finishes < 1 or threshold_growth <= 1.0:
             raise ValueError("levels and least_finishes must be at least 1, threshold_growth above 1")
         self.level_thresholds_s = tuple(first_threshold_s * threshold_growth**i for i in range(levels - 1))
+        self.order = f"laps-sd: seconds of service, levels from {list(self.level_thresholds_s)} s on"
         self.knowledge = Knowledge()
         self._caution = caution
         self._perceptible_log_sd = perceptible_log_sd
@@ -148,11 +152,20 @@ class LapsSd(Policy):
     # --- Estimates ----------------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
+        self._take_in(request)
+        self.requeued(request)
+
+    def readmit(self, request: Request) -> None:
+        self._take_in(request)
+        _belief(request).ranked_steps = request.steps
+        self._waiting.add(request.request_id, request.rank)
+        self._news = True
+
+    def _take_in(self, request: Request) -> None:
         hinted = request.spec.predicted_output_tokens is not None
         request.policy_data = _Belief(predicted_tokens(request), hinted)
         self._live[request.request_id] = request
         self._recall(request)
-        self.requeued(request)
 
     def requeued(self, request: Request) -> None:
         self._rank(request)
@@ -175,12 +188,14 @@ class LapsSd(Policy):
 
     def _recall(self, request: Request) -> None:
         """Takes over what is known now about requests of its class."""
-        belief, name, knowledge = _belief(request), request.spec.request_class, self.knowledge
-        belief.length = knowledge.length(name, belief.predicted, belief.hinted)
-        belief.class_rate = knowledge.tokens_per_step(name)
-        belief.rate_steps = knowledge.rate_steps()
-        belief.slope = knowledge.rate_slope()
-        belief.typical_log_rate = knowledge.typical_log_rate(name)
+        belief = _belief(request)
+        (
+            belief.length,
+            belief.class_rate,
+            belief.rate_steps,
+            belief.slope,
+            belief.typical_log_rate,
+        ) = self.knowledge.of_request(request.spec.request_class, belief.predicted, belief.hinted)
 
     def _estimate(self, request: Request) -> tuple[float, float]:
         """The median of the whole output in tokens, and tokens per step."""

@@ -222,6 +222,10 @@ class Store:
             "state": request.state,
             "accepted_tokens": request.accepted_tokens,
             "drafted_tokens": request.drafted_tokens,
+            "level": request.level,
+            "rank": request.rank,
+            "perceptible": request.perceptible,
+            "perceived_s": request.perceived_s,
         }
 
     def output(self, request_id: str) -> bytes:
@@ -231,10 +235,10 @@ class Store:
         requests = []
         for request_id, record in self.live.items():
             request = Request(**record)
+            request.level, request.rank = self.waiting.get(request_id, (request.level, request.rank))
             request.output = bytearray(self.output(request_id))
             request.log_entries = len(self.logs[request_id])
             requests.append(request)
         retained = [Retained(name, digest, at_s) for name, (digest, _, at_s) in self.finished.items()]
-        self.waiting.clear()
         self.leases.clear()
         return Recovered(requests=requests, retained=retained, learnt=dict(self.learnt))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from scheduler_svc.core.ledger import MAX_RECORDS_PER_S
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.policies.laps_sd import LapsSd
@@ -10,7 +12,7 @@ from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.store.packing import CommitPacker
 
-from .house import FakeWorker, spec
+from .house import FakeWorker, Store, spec
 
 QUEUED = 1300
 
@@ -55,6 +57,68 @@ def test_a_recovered_queue_is_written_anew_in_several_ticks_and_runs_at_once() -
     while again.next_timer_s() == 1.0:
         written |= {request.request_id for request in again.tick(1.0).commit.changed}
     assert written == set(again.requests)
+
+
+def crashed(policy: str, store: Store, now_s: float, **settings: float) -> Scheduler:
+    """The next leader, its first commits stored."""
+    core = Scheduler("p", make_policy(policy), SchedulerSettings(**settings), epoch=2)  # type: ignore[arg-type]
+    core.restore(store.recover(), now_s)
+    return core
+
+
+def waiting(core: Scheduler) -> list[tuple[str, int, float]]:
+    return [(request.request_id, request.level, request.rank) for request in core.waiting_order()]
+
+
+def test_a_recovered_queue_keeps_its_order_and_nothing_of_it_is_written_anew() -> None:
+    store = Store()
+    core = crashed("laps-sd", store, 0.0, starvation_bound_s=1.5)
+    fake = FakeWorker("w", 2)
+    core.worker_joined(Worker("w", 2, StepCosts(0.001, 0.1), last_seen_s=0.0), [], 0.0)
+    for number in range(300):
+        late = number >= 100
+        core.submit(spec(f"r{number}", max_tokens=1 + number % 97), float(late))
+    for now_s in (1.0, 2.0):  # the first hundred are overdue at the second
+        tick = core.tick(now_s)
+        fake.apply(tick)
+        store.apply(tick.commit)
+    running = {request.request_id for request in core.requests.values() if request.lease_id}
+    assert len(running) == 2
+    before = [place for place in waiting(core) if place[0] not in running]
+    assert before[0][2] < -1e12 < before[-1][2]
+
+    # Steps take 0.101 s; the next leader has no worker that would tell it.
+    again = crashed("laps-sd", store, 2.0, starvation_bound_s=1.5)
+    first = again.tick(2.0)
+    store.apply(first.commit)
+    assert [place for place in waiting(again) if place[0] not in running] == before
+    assert {request.request_id for request in first.commit.changed} == running
+    assert {move.request_id for move in first.commit.moves} == running
+    assert not again.tick(2.0).commit
+    assert store.waiting == {name: (level, rank) for name, level, rank in waiting(again)}
+    again.check_invariants()
+
+
+@pytest.mark.parametrize(("before", "after"), [("fcfs", "laps-sd"), ("laps-sd", "fcfs")])
+def test_under_another_order_a_recovered_queue_is_placed_anew_even_after_a_second_crash(
+    before: str, after: str
+) -> None:
+    store = Store()
+    core = crashed(before, store, 0.0)
+    for number in range(250):
+        core.submit(spec(f"r{number}", max_tokens=1000 - number), 0.0)
+    store.apply(core.tick(0.0).commit)
+    core = crashed(after, store, 1.0)
+    store.apply(core.tick(1.0).commit)  # some have been told, not all
+    core = crashed(after, store, 1.0)
+    right = waiting(core)
+    while core.next_timer_s() == 1.0:
+        store.apply(core.tick(1.0).commit)
+    fresh = Scheduler("p", make_policy(after), SchedulerSettings())
+    for number in range(250):
+        fresh.submit(spec(f"r{number}", max_tokens=1000 - number), 0.0)
+    assert right == waiting(fresh)
+    assert store.waiting == {name: (level, rank) for name, level, rank in right}
 
 
 def test_with_many_running_each_record_is_written_less_often() -> None:

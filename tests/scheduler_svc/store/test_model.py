@@ -79,9 +79,10 @@ class Model:
             if action == "emit":
                 self._emit(commit, request, amount)
             elif action == "record":
-                request.steps += amount
                 request.perceived_s = 1.5 * amount
-                request.acceptance_histogram = [*request.acceptance_histogram, amount]
+                if request.state is not RequestState.QUEUED:
+                    request.steps += amount
+                    request.acceptance_histogram = [*request.acceptance_histogram, amount]
             elif action == "run" and name in self.places:
                 del self.places[name]
                 moves[name] = QueueMove(name, None)

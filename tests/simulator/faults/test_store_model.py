@@ -66,8 +66,10 @@ class Both:
         assert _of_model(self.model) == _of_server(self.client, self.pool)
 
     def compare_readings(self, request_ids: list[str]) -> None:
-        for source, whole in (("live", 1), ("finished", 0)):
-            self._compare_reading("laps_load", source, 0, 500, whole, *FIELDS)
+        self._compare_reading("laps_load_waiting", 0, 500, *FIELDS)
+        self._compare_reading("laps_load_finished", 0, 500, *FIELDS)
+        live = [name for name in request_ids if name in self.model.keys.live]
+        self._compare_reading("laps_load_requests", len(FIELDS), *FIELDS, *live)
         for request_id in request_ids:
             for offset in (0, 1, 3, 7):
                 self._compare_reading("laps_read", request_id, offset, 5000, 1)

@@ -1,0 +1,108 @@
+#!lua name=laps_recovery
+--[[
+What a new leader reads. Nothing here writes. The keys are listed in functions.lua. Answers are packed with cmsgpack.
+
+Nobody is served while a long queue is read, so it is read sparingly. Most requests of a long queue have never run, and
+most fields of their records are as in every new one: they are not read. Their prompts and parameters come by one command
+for all of a call, and parameters that requests have in common are sent once.
+]]
+
+local BATCH = 1000 -- arguments per call; Lua's stack holds 8000
+
+local function register(name, body)
+  redis.register_function {
+    function_name = name,
+    callback = function(keys, args)
+      local prefix = string.sub(keys[1], 1, -5) -- without 'meta'
+      return cmsgpack.pack(body(prefix, args))
+    end,
+    flags = { 'no-writes' },
+  }
+end
+
+-- The answers of a command that takes many names: of the ids with `prefix` before each.
+local function of_each(command, key, prefix, ids)
+  local answers = {}
+  for first = 1, #ids, BATCH do
+    local names = { key }
+    for i = first, math.min(first + BATCH - 1, #ids) do names[#names + 1] = prefix .. ids[i] end
+    for i, answer in ipairs(redis.call(command, unpack(names))) do answers[first + i - 1] = answer end
+  end
+  return answers
+end
+
+-- args: position of the first one among the live requests; how many of these to look at; names of fields.
+-- Returns {rows, places, params, others} of those that are queued and have no output: rows as {id, field, ..., prompt, ...},
+-- for each the place of its parameters among `params`, from 0. Others as {id, ...}: live, but not of that kind.
+register('laps_load_waiting', function(prefix, args)
+  local first, count = tonumber(args[1]), tonumber(args[2])
+  local names = { unpack(args, 3) }
+  local width = #names
+  names[width + 1], names[width + 2] = 'state', 'log_entries'
+  local waiting, fields, others = {}, {}, {}
+  local ids = redis.call('ZRANGE', prefix .. 'live', first, first + count - 1)
+  local logs = of_each('HMGET', prefix .. 'progress', '', ids)
+  for i, id in ipairs(ids) do
+    local values = redis.call('HMGET', prefix .. 'request:' .. id, unpack(names))
+    if values[width + 1] == 'queued' and values[width + 2] == '0' and not logs[i] then
+      waiting[#waiting + 1] = id
+      fields[#waiting] = values
+    else
+      others[#others + 1] = id
+    end
+  end
+  local prompts = of_each('MGET', nil, prefix .. 'prompt:', waiting)
+  local params = of_each('MGET', nil, prefix .. 'params:', waiting)
+  local rows, places, texts, place_of = {}, {}, {}, {}
+  local n = 0
+  for i, id in ipairs(waiting) do
+    local values, text = fields[i], params[i] or '{}'
+    rows[n + 1] = id
+    for k = 1, width do rows[n + 1 + k] = values[k] end
+    n = n + width + 2
+    rows[n] = prompts[i]
+    if not place_of[text] then
+      place_of[text] = #texts
+      texts[#texts + 1] = text
+    end
+    places[i] = place_of[text]
+  end
+  return { rows, places, texts, others }
+end)
+
+-- args: how many names of fields follow; these; ids of live requests.
+-- Returns {id, {value, ...}, prompt, params, {tokens, ...}, ...}.
+register('laps_load_requests', function(prefix, args)
+  local names, at, all = {}, {}, {}
+  for i = 1, tonumber(args[1]) do
+    names[i] = args[i + 1]
+    at[names[i]] = i
+  end
+  for i = #names + 2, #args do
+    local id = args[i]
+    local values, log = redis.call('HMGET', prefix .. 'request:' .. id, unpack(names)), {}
+    -- How far a live request's log is stored is not in its hash at every step, but in `progress`.
+    local line = redis.call('HGET', prefix .. 'progress', id)
+    if line then values[at.log_entries], values[at.output_tokens] = string.match(line, '^(%d+) (%d+)$') end
+    if values[at.log_entries] ~= '0' then
+      for k, item in ipairs(redis.call('XRANGE', prefix .. 'tokens:' .. id, '-', '+')) do log[k] = item[2][4] end
+    end
+    local n = #all
+    all[n + 1], all[n + 2] = id, values
+    all[n + 3] = redis.call('GET', prefix .. 'prompt:' .. id) or ''
+    all[n + 4] = redis.call('GET', prefix .. 'params:' .. id) or '{}'
+    all[n + 5] = log
+  end
+  return all
+end)
+
+-- args: position of the first one among the finished requests; how many; names of fields.
+-- Returns {id, {value, ...}, ...}.
+register('laps_load_finished', function(prefix, args)
+  local first, count, all = tonumber(args[1]), tonumber(args[2]), {}
+  for _, id in ipairs(redis.call('ZRANGE', prefix .. 'finished', first, first + count - 1)) do
+    all[#all + 1] = id
+    all[#all + 1] = redis.call('HMGET', prefix .. 'request:' .. id, unpack(args, 3))
+  end
+  return all
+end)
