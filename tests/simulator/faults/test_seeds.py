@@ -23,7 +23,7 @@ def test_no_seed_breaks_a_promise(first: int) -> None:
 
 
 def test_faults_really_happen() -> None:
-    counts = [play(seed).counts for seed in range(12)]
+    counts = [play(seed).counts for seed in range(20)]
     kinds = {kind for each in counts for kind in each.faults}
     assert len(kinds) >= 10
     assert sum(each.requests for each in counts) > 100
