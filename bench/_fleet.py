@@ -145,6 +145,9 @@ class Fleet:
 
     # --- What is done to it ---------------------------------------------------------------------
 
+    def runs(self, name: str) -> bool:
+        return bool(self.store.pid if name == STORE else self.processes[name].pid)
+
     def kill(self, name: str) -> None:
         if name == STORE:
             self.store.kill()

@@ -13,13 +13,13 @@ import asyncio
 import json
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Before torch is loaded: a thread that spins for work takes the core that another process needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -29,8 +29,10 @@ import click
 from redis import RedisError
 from transformers import AutoTokenizer
 
+from bench._figures import spread
 from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
 from bench._history import Reference, Seen, Verdict, judge, until_all_have_ended
+from bench._plan import KINDS, Planned, plan
 from laps.client import AsyncClient
 from laps.client.retry import RetryPolicy
 from laps.errors import LapsError
@@ -42,13 +44,9 @@ PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 12, 120, 64
 CLIENTS = 6
 """At once; fewer than there are slots, so that a stream that stands still stands still for a fault."""
 PATIENT = RetryPolicy(connect_attempts=80, resume_attempts=80, max_backoff_s=1.0)
-PAUSE_S = 2.5
-"""Mean time between the end of a fault and the next one."""
-OVERLAP_SHARE = 0.25
-"""Of the faults, those that do not wait for the one before to be over."""
 GOES_ON_S = 40.0
+FOUND_S = 60.0
 DRAIN_S = 120.0
-VERBS = ("kill", "freeze", "cut")
 
 
 @dataclass
@@ -73,6 +71,8 @@ class Run:
     seen: list[Seen] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     open: dict[str, Seen] = field(default_factory=dict)
+    struck: set[str] = field(default_factory=set)
+    """Processes to which something is being done."""
     over: bool = False
 
     # --- Clients --------------------------------------------------------------------------------
@@ -130,55 +130,67 @@ class Run:
 
     async def do_faults(self, until_s: float) -> None:
         striking: set[asyncio.Task[None]] = set()
-        while time.monotonic() < until_s:
-            pause_s = self.rng.expovariate(1.0 / PAUSE_S)
-            if time.monotonic() + pause_s > until_s:
+        for planned in plan(self.rng):
+            if time.monotonic() + planned.pause_s > until_s:
                 break
-            await asyncio.sleep(pause_s)
-            if striking and self.rng.random() > OVERLAP_SHARE:
+            await asyncio.sleep(planned.pause_s)
+            if striking and not planned.overlaps:
                 await asyncio.wait(striking)
-            task = asyncio.create_task(self._strike())
+            if time.monotonic() > until_s:
+                break
+            task = asyncio.create_task(self._strike(planned))
             striking.add(task)
             task.add_done_callback(striking.discard)
         if striking:
-            await asyncio.wait(striking)
+            await asyncio.gather(*striking)
 
-    async def _strike(self) -> None:
-        epoch, leader = await self._leader()
-        victim = self.rng.choice(self.fleet.names)
-        verb = self.rng.choice(VERBS)
-        role = victim.partition("-")[0]
-        if victim in SCHEDULERS:
-            role = "leader" if victim == leader else "standby"
-        lasts_s = self.rng.uniform(0.2, 3.0) if verb == "kill" else self.rng.uniform(0.5, 8.0)
-        fault = Fault(f"{verb} {role}", time.monotonic(), lasts_s)
+    async def _strike(self, planned: Planned) -> None:
+        epoch, victim = await self._find(planned)
+        self.struck.add(victim)
+        fault = Fault(planned.kind, time.monotonic(), planned.lasts_s)
         running = [other for other in self.faults if other.recovered_s is None]
         for other in running:
             other.alone = fault.alone = False
         self.faults.append(fault)
         waiting = list(self.open.values())
         led = None
-        if role == "leader" and verb != "cut":
+        if planned.target == "leader" and planned.verb != "cut":
             led = asyncio.create_task(self.fleet.until_led_anew(epoch, GOES_ON_S))
-        if verb == "kill":
+        if planned.verb == "kill":
             self.fleet.kill(victim)
-            await asyncio.sleep(lasts_s)
+            await asyncio.sleep(planned.lasts_s)
             self.fleet.start_again(victim)
-        elif verb == "freeze":
+        elif planned.verb == "freeze":
             self.fleet.freeze(victim)
-            await asyncio.sleep(lasts_s)
+            await asyncio.sleep(planned.lasts_s)
             self.fleet.thaw(victim)
         else:
             links = self.fleet.links_of(victim)
             for link in links:
                 link.cut()
-            await asyncio.sleep(lasts_s)
-            reset = self.rng.random() < 0.5
+            await asyncio.sleep(planned.lasts_s)
             for link in links:
-                link.heal(reset)
+                link.heal(planned.resets)
+        self.struck.discard(victim)
         fault.recovered_s = await self._until_all_move(waiting, fault.at_s)
         if led is not None:
             fault.led_anew_s = await led
+
+    async def _find(self, planned: Planned) -> tuple[int, str]:
+        """The epoch, and a process of the kind that is planned which runs and to which nothing is done now.
+        The store may be away, and nobody lead: until there is one. Raises TimeoutError."""
+        async with asyncio.timeout(FOUND_S):
+            while True:
+                epoch, leader = await self._leader()
+                if planned.target in ("leader", "standby"):
+                    wanted = [name for name in SCHEDULERS if (name == leader) == (planned.target == "leader")]
+                    wanted = wanted if leader else []
+                else:
+                    wanted = [name for name in self.fleet.names if name.startswith(planned.target)]
+                free = [name for name in wanted if name not in self.struck and self.fleet.runs(name)]
+                if free:
+                    return epoch, free[int(planned.which * len(free))]
+                await asyncio.sleep(0.05)
 
     async def _leader(self) -> tuple[int, str]:
         with suppress(RedisError, OSError):
@@ -261,12 +273,7 @@ async def run(
         await fleet.close()
 
 
-def summary(playing: Run, verdict: Verdict) -> dict[str, object]:
-    def spread(values: list[float]) -> dict[str, float]:
-        ordered = sorted(values)
-        p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-        return {"n": len(ordered), "p50_s": round(statistics.median(ordered), 2), "p99_s": round(p99, 2)}
-
+def summary(playing: Run, verdict: Verdict) -> dict[str, Any]:
     kinds: dict[str, list[float]] = {}
     led: dict[str, list[float]] = {}
     for fault in playing.faults:
@@ -274,19 +281,29 @@ def summary(playing: Run, verdict: Verdict) -> dict[str, object]:
             kinds.setdefault(fault.kind, []).append(fault.recovered_s)
         if fault.led_anew_s is not None and (fault.kind == "kill leader" or fault.lasts_s > 5.0):
             led.setdefault(fault.kind, []).append(fault.led_anew_s)
-    survived: dict[str, int] = {}
-    for fault in playing.faults:
-        survived[fault.kind] = survived.get(fault.kind, 0) + 1
+    done = [fault.kind for fault in playing.faults]
     return {
-        "faults": len(playing.faults),
-        "faults_by_kind": dict(sorted(survived.items())),
+        "faults": len(done),
+        "faults_by_kind": {kind: done.count(kind) for kind in KINDS},
         **{name: value for name, value in asdict(verdict).items() if not isinstance(value, list)},
         "lost": len(verdict.lost),
         "doubled": len(verdict.doubled),
         "different": len(verdict.different),
-        "recovery_of_faults_alone": {kind: spread(values) for kind, values in sorted(kinds.items())},
+        "recovery_of_faults_alone": {kind: spread(kinds[kind]) for kind in KINDS if kind in kinds},
         "another_leads_after": {kind: spread(values) for kind, values in sorted(led.items())},
     }
+
+
+def table(figures: dict[str, Any]) -> str:
+    """By kind: faults, those of them that fell together with no other, and their recovery in seconds."""
+    lines = [f"{'':16}{'faults':>8}{'alone':>8}{'p50 s':>8}{'p99 s':>8}"]
+    for kind, faults in figures["faults_by_kind"].items():
+        alone = figures["recovery_of_faults_alone"].get(kind, {"n": 0})
+        times = "".join(
+            f"{alone[name]:8.1f}" if name in alone else f"{'-':>8}" for name in ("p50_s", "p99_s")
+        )
+        lines.append(f"{kind:16}{faults:8}{alone['n']:8}{times}")
+    return "\n".join(lines)
 
 
 @click.command()
@@ -315,7 +332,8 @@ def main(minutes: float, seed: int, stores: tuple[str, ...], keep: Path | None, 
         with tempfile.TemporaryDirectory(prefix="laps-killloop-") as scratch:
             folder = (keep or Path(scratch)) / store
             playing, verdict = asyncio.run(run(minutes * 60.0, seed, binary, folder, prompts, reference))
-        figures[store] = summary(playing, verdict)
+        figures[store] = told = summary(playing, verdict)
+        print(table(told), file=sys.stderr, flush=True)
         holds = holds and verdict.holds
         for problem in (*verdict.lost, *verdict.doubled, *verdict.different):
             print(problem, file=sys.stderr)

@@ -28,6 +28,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import click
 import psutil
 
+from bench._figures import spread
 from laps.client import AsyncClient
 from laps.client.retry import NO_RETRY
 from laps.errors import LapsError
@@ -87,14 +88,6 @@ class Load:
             "time_to_first_token": spread(self.first_token_s),
             "time_to_refusal": spread(self.refusal_s),
         }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    ordered = sorted(values)
-    p99_s = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return {"p50_s": round(statistics.median(ordered), 4), "p99_s": round(p99_s, 4)}
 
 
 async def measure_capacity(client: AsyncClient, seconds: float) -> float:
