@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,3 +203,12 @@ def serve() -> Callable[[Script], Any]:
 @pytest.fixture
 def script() -> type[Script]:
     return Script
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings but those that a test makes."""
+    for name in list(os.environ):
+        if name.startswith("LAPS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)

@@ -13,15 +13,7 @@ from laps.settings import (
     unknown_variables,
 )
 
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import os
-
-    for name in list(os.environ):
-        if name.startswith("LAPS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def test_sources_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

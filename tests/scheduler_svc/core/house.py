@@ -242,3 +242,8 @@ class Store:
         retained = [Retained(name, digest, at_s) for name, (digest, _, at_s) in self.finished.items()]
         self.leases.clear()
         return Recovered(requests=requests, retained=retained, learnt=dict(self.learnt))
+
+
+def running(core: Scheduler, fake: FakeWorker, now_s: float = 0.0, slots: int = 1) -> None:
+    core.worker_joined(worker(fake.worker_id, len(fake.slots)), [], now_s)
+    fake.apply(core.tick(now_s))

@@ -26,7 +26,7 @@ from worker_svc.engine import Engine, EngineConfig, EngineRequest, FinishReason,
 
 torch.set_num_threads(1)
 
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -41,9 +41,9 @@ _SHAPE: dict[str, Any] = {
 }
 
 FAMILIES: dict[str, Callable[[int], Any]] = {
-    "llama": lambda v: LlamaConfig(vocab_size=v, **_SHAPE),
-    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **_SHAPE),
-    "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=9, **_SHAPE),
+    "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
+    "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, **SHAPE),
+    "mistral": lambda v: MistralConfig(vocab_size=v, sliding_window=9, **SHAPE),
     "gemma3": lambda v: Gemma3TextConfig(
         vocab_size=v,
         head_dim=8,
@@ -52,14 +52,14 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
         layer_types=["sliding_attention", "full_attention"],
         # Its large tied embeddings would make a random model repeat the last token, whatever else it sees.
         tie_word_embeddings=False,
-        **_SHAPE,
+        **SHAPE,
     ),
     "gpt2": lambda v: GPT2Config(
         vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=160, eos_token_id=1, bos_token_id=0,
         initializer_range=0.35,
     ),
     "mixtral": lambda v: MixtralConfig(
-        vocab_size=v, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **_SHAPE
+        vocab_size=v, num_local_experts=4, num_experts_per_tok=2, sliding_window=None, **SHAPE
     ),
 }  # fmt: skip
 

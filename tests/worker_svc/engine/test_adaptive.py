@@ -13,26 +13,11 @@ from worker_svc.engine.acceptance import AcceptanceEstimate, expected_tokens
 from worker_svc.engine.adaptive import DraftChooser, Offer
 from worker_svc.engine.costs import CostTable, StepCosts
 
-
-def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
-    """Drafting costs draft_s a token, verifying verify_s and row_s for each token of each row."""
-    costs = StepCosts()
-    for rows in (1, 2, 4, 8):
-        for length in range(9):
-            costs.verify.set(rows, length + 1, verify_s + row_s * rows * (length + 1))
-            if length:
-                costs.draft.set(rows, length, draft_s * length)
-    costs.calibrated = True
-    return costs
-
-
-def _same(chance: float) -> list[float]:
-    """Survival where each position has the same chance."""
-    return [chance**length for length in range(1, 17)]
+from .made_up import made_up_costs, same_chance
 
 
 def _choose(costs: StepCosts, acceptance: float, rows: int = 1, limit: int = 8) -> int:
-    plans = DraftChooser(costs).choose([Offer(limit, _same(acceptance))] * rows, 0.0)
+    plans = DraftChooser(costs).choose([Offer(limit, same_chance(acceptance))] * rows, 0.0)
     return max(plan.length for plan in plans)
 
 
@@ -45,11 +30,11 @@ def test_expected_tokens() -> None:
             while emitted <= drafted and generator.random() < acceptance:
                 emitted += 1
             total += emitted
-        assert total / 4000 == pytest.approx(expected_tokens(_same(acceptance), drafted), rel=0.05)
+        assert total / 4000 == pytest.approx(expected_tokens(same_chance(acceptance), drafted), rel=0.05)
 
 
 def test_longer_drafts_for_better_acceptance() -> None:
-    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     lengths = [_choose(costs, acceptance) for acceptance in (0.05, 0.4, 0.7, 0.95)]
     assert lengths == sorted(lengths)
     assert lengths[0] == 0
@@ -57,7 +42,7 @@ def test_longer_drafts_for_better_acceptance() -> None:
 
 
 def test_shorter_drafts_where_tokens_are_dear() -> None:
-    costs = _costs(draft_s=0.05, verify_s=1.0, row_s=0.3)
+    costs = made_up_costs(draft_s=0.05, verify_s=1.0, row_s=0.3)
     lengths = [_choose(costs, 0.6, rows) for rows in (1, 4, 8)]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] > 0
@@ -67,32 +52,32 @@ def test_shorter_drafts_where_tokens_are_dear() -> None:
 def test_never_chooses_a_length_that_costs_more_than_it_gives() -> None:
     generator = random.Random(1)
     for _ in range(300):
-        costs = _costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
+        costs = made_up_costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
         rows, acceptance = generator.choice((1, 2, 4, 8)), generator.random()
         length = _choose(costs, acceptance, rows)
-        assert rows * expected_tokens(_same(acceptance), length) / costs.step_s(
+        assert rows * expected_tokens(same_chance(acceptance), length) / costs.step_s(
             rows, length
         ) >= rows / costs.step_s(rows, 0)
 
 
 def test_limits_of_requests_are_kept() -> None:
-    costs = _costs(draft_s=0.01, verify_s=1.0, row_s=0.0)
+    costs = made_up_costs(draft_s=0.01, verify_s=1.0, row_s=0.0)
     assert _choose(costs, 0.99, limit=3) == 3
     assert _choose(costs, 0.99, limit=0) == 0
-    plans = DraftChooser(costs).choose([Offer(0, _same(0.9)), Offer(5, _same(0.9))], 0.0)
+    plans = DraftChooser(costs).choose([Offer(0, same_chance(0.9)), Offer(5, same_chance(0.9))], 0.0)
     assert [plan.length for plan in plans] == [0, 5]
-    assert DraftChooser(costs).choose([Offer(5, _same(0.9))], 1e9)[0].length == 0
-    assert DraftChooser(StepCosts()).choose([Offer(5, _same(0.1))], 0.0)[0].length == 5
+    assert DraftChooser(costs).choose([Offer(5, same_chance(0.9))], 1e9)[0].length == 0
+    assert DraftChooser(StepCosts()).choose([Offer(5, same_chance(0.1))], 0.0)[0].length == 5
 
 
 def test_neighbouring_lengths_are_tried_now_and_then() -> None:
-    chooser = DraftChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
-    chosen = [chooser.choose([Offer(8, _same(0.7))], 0.0)[0].length for _ in range(400)]
+    chooser = DraftChooser(made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
+    chosen = [chooser.choose([Offer(8, same_chance(0.7))], 0.0)[0].length for _ in range(400)]
     usual = max(set(chosen), key=chosen.count)
     assert set(chosen) == {usual - 1, usual, usual + 1}
     assert chosen.count(usual) > 380
-    hopeless = DraftChooser(_costs(draft_s=5.0, verify_s=1.0, row_s=0.5))
-    tried = [hopeless.choose([Offer(8, _same(0.1))], 0.0)[0].length for _ in range(400)]
+    hopeless = DraftChooser(made_up_costs(draft_s=5.0, verify_s=1.0, row_s=0.5))
+    tried = [hopeless.choose([Offer(8, same_chance(0.1))], 0.0)[0].length for _ in range(400)]
     assert set(tried) == {0, 1}
     assert tried.count(1) <= 400 / 40
 
@@ -154,7 +139,7 @@ def test_a_cliff_shows_in_what_is_expected_of_its_neighbours() -> None:
 
 
 def test_a_slower_machine_changes_all_estimates() -> None:
-    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     before = costs.step_s(8, 2), costs.draft_s(4), costs.verify_s
     for _ in range(3):
         costs.observe_step(1, 4, 0.4 * 2, (1.0 + 0.05 * 5) * 2, 0.0)
@@ -166,7 +151,7 @@ def test_a_slower_machine_changes_all_estimates() -> None:
 @pytest.mark.parametrize(("drafted", "modelled"), [(0, 0), (2, 2), (4, 4), (16, 4), (16, 0)])
 def test_the_scheduler_is_told_the_step_that_is_taken(drafted: int, modelled: int) -> None:
     """It reckons with four drafted tokens in every step, whatever was drafted by whom."""
-    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     assert 4 * costs.draft_s(4) == pytest.approx(0.4)
     verify_s = 1.0 + 0.05 * 8 * (drafted + 1)
     for _ in range(20):
@@ -176,7 +161,7 @@ def test_the_scheduler_is_told_the_step_that_is_taken(drafted: int, modelled: in
 
 
 def test_one_interrupted_step_changes_nothing() -> None:
-    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     for _ in range(3):
         costs.observe_step(1, 4, 0.4, 1.25, 0.01)
     before = costs.step_s(1, 4), costs.step_s(8, 2)
@@ -185,7 +170,7 @@ def test_one_interrupted_step_changes_nothing() -> None:
 
 
 def test_longer_contexts_cost_more() -> None:
-    costs = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     costs.held_tokens, costs.kv_s = 128, (1e-4, 1e-5)
     extra_s = 4 * 1000 * (1e-4 + 3e-5)
     assert costs.step_s(4, 2, 0, 1128) == pytest.approx(costs.step_s(4, 2, 0, 128) + extra_s)
@@ -256,7 +241,7 @@ def test_the_engine_stops_and_starts_drafting(tools: Any, pair: ModelPair, agree
     limit.
     """
     engine = tools.engine(pair, slots=1, adaptive=True, draft_tokens=6, prompt_lookup=False)
-    prior = _costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
+    prior = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     engine.costs.draft, engine.costs.verify, engine.costs.calibrated = prior.draft, prior.verify, True
     engine.costs.observe_step = lambda *seconds: None
     wrong = SamplingConfig(temperature=100.0)

@@ -24,22 +24,12 @@ from transformers import (
 from worker_svc.engine import EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine.llama import LlamaRunner
 
+from .conftest import SHAPE
+
 MAX_TOKENS = 12
 PROMPTS = [[random.Random(i).randrange(2, 64) for _ in range(n)] for i, n in enumerate([1, 5, 24, 47, 90])]
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 160,
-    "eos_token_id": 1,
-    "bos_token_id": 0,
-    "pad_token_id": 0,
-    "initializer_range": 0.35,
-}
+_SHAPE: dict[str, Any] = SHAPE | {"vocab_size": 64}
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,

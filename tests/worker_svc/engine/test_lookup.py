@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig, load_pair
 from worker_svc.engine.acceptance import expected_tokens
 from worker_svc.engine.adaptive import DraftChooser, Drafter, Offer
-from worker_svc.engine.costs import StepCosts
 from worker_svc.engine.lookup import MATCH_TOKENS, NgramIndex, PromptLookup, shared_priors
+
+from .made_up import made_up_costs, same_chance
 
 STOPPING = StoppingConfig(max_tokens=30, ignore_eos=True)
 # Random models repeat no phrases, so half of the prompts do: their last tokens have occurred before.
@@ -71,44 +72,34 @@ def test_lookups_are_judged_by_what_is_emitted_and_shared() -> None:
     assert other.propose([4, 5, 6, 7, 8, 4, 5, 6], 4)[1][0] == pytest.approx(0.6)
 
 
-def _costs(draft_s: float, verify_s: float, row_s: float) -> StepCosts:
-    costs = StepCosts()
-    for rows in (1, 2, 4, 8):
-        for length in range(9):
-            costs.verify.set(rows, length + 1, verify_s + row_s * rows * (length + 1))
-            if length:
-                costs.draft.set(rows, length, draft_s * length)
-    costs.calibrated = True
-    return costs
-
-
-def _same(chance: float) -> list[float]:
-    return [chance**length for length in range(1, 17)]
-
-
 def test_each_row_takes_the_drafter_that_promises_more() -> None:
-    chooser = DraftChooser(_costs(draft_s=0.05, verify_s=1.0, row_s=0.01))
+    chooser = DraftChooser(made_up_costs(draft_s=0.05, verify_s=1.0, row_s=0.01))
     plans = chooser.choose(
-        [Offer(8, _same(0.8), 8, _same(0.2)), Offer(8, _same(0.4), 8, _same(0.95)), Offer(0)], 0.0
+        [
+            Offer(8, same_chance(0.8), 8, same_chance(0.2)),
+            Offer(8, same_chance(0.4), 8, same_chance(0.95)),
+            Offer(0),
+        ],
+        0.0,
     )
     assert [plan.drafter for plan in plans] == [Drafter.DRAFT, Drafter.LOOKUP, Drafter.NONE]
     assert 0 < plans[0].length < plans[1].length == 8
     # Where drafting is dear, a lookup that is worse but free is preferred.
-    dear = DraftChooser(_costs(draft_s=0.9, verify_s=1.0, row_s=0.01))
-    (plan,) = dear.choose([Offer(8, _same(0.8), 3, _same(0.6))], 0.0)
+    dear = DraftChooser(made_up_costs(draft_s=0.9, verify_s=1.0, row_s=0.01))
+    (plan,) = dear.choose([Offer(8, same_chance(0.8), 3, same_chance(0.6))], 0.0)
     assert (plan.drafter, plan.length) == (Drafter.LOOKUP, 3)
 
 
 def test_never_slower_than_none() -> None:
     generator = random.Random(3)
     for _ in range(300):
-        costs = _costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
+        costs = made_up_costs(generator.uniform(0.01, 1), generator.uniform(0.1, 2), generator.uniform(0, 1))
         offers = [
             Offer(
                 generator.randrange(9),
-                _same(generator.random()),
+                same_chance(generator.random()),
                 generator.randrange(9),
-                _same(generator.random()),
+                same_chance(generator.random()),
             )
             for _ in range(generator.choice((1, 2, 4, 8)))
         ]
@@ -125,8 +116,8 @@ def test_never_slower_than_none() -> None:
             tokens += expected_tokens(survival, plan.length)
         seconds = costs.step_s(len(offers), max(plan.length for plan in plans), modelled)
         assert tokens / seconds >= len(offers) / costs.step_s(len(offers), 0)
-    useless = DraftChooser(_costs(draft_s=0.5, verify_s=1.0, row_s=0.2))
-    assert useless.choose([Offer(0, (), 8, _same(0.05))] * 4, 0.0)[0].drafter is Drafter.NONE
+    useless = DraftChooser(made_up_costs(draft_s=0.5, verify_s=1.0, row_s=0.2))
+    assert useless.choose([Offer(0, (), 8, same_chance(0.05))] * 4, 0.0)[0].drafter is Drafter.NONE
 
 
 def _requests(sampling: SamplingConfig | None = None, limits: tuple[int | None, ...] = (None,)) -> Any:
@@ -258,9 +249,10 @@ def test_lookups_have_a_limit_of_their_own(tools: Any, folders: Any, pair: Model
 
 
 def test_long_lookups_are_chosen_where_they_have_been_right() -> None:
-    chooser = DraftChooser(_costs(draft_s=0.1, verify_s=1.0, row_s=0.03))
+    chooser = DraftChooser(made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.03))
     short, long = (
-        chooser.choose([Offer(4, _same(0.6), 8, _same(chance))], 0.0)[0].length for chance in (0.4, 0.99)
+        chooser.choose([Offer(4, same_chance(0.6), 8, same_chance(chance))], 0.0)[0].length
+        for chance in (0.4, 0.99)
     )
     assert short <= 4
     assert long == 8
