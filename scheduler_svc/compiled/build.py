@@ -43,10 +43,14 @@ def compiled_modules(root: Path = ROOT) -> list[str]:
 
 
 def build(
-    sources: Sequence[str], root: Path = ROOT, built: Path = BUILT, python: str = sys.executable
+    sources: Sequence[str],
+    root: Path = ROOT,
+    built: Path = BUILT,
+    python: str = sys.executable,
+    optimization: str = "3",
 ) -> None:
-    """Compiles `sources` into the folder `built`, whose content is replaced at the end. Exits with the
-    compiler's words where they cannot be compiled."""
+    """Compiles `sources` into the folder `built`, whose content is replaced at the end. `optimization`
+    is the C compiler's level. Exits with the compiler's words where they cannot be compiled."""
     from mypyc.build import mypycify
     from setuptools import Distribution
     from setuptools.command.build_ext import build_ext
@@ -56,7 +60,9 @@ def build(
         scratch = Path(folder)
         options = [f"--config-file={root / 'pyproject.toml'}", f"--python-executable={python}"]
         options.append(f"--cache-dir={scratch / 'types'}")
-        extensions = mypycify([*options, *sources], opt_level="3", group_name=GROUP, target_dir=str(scratch))
+        extensions = mypycify(
+            [*options, *sources], opt_level=optimization, group_name=GROUP, target_dir=str(scratch)
+        )
         command = build_ext(Distribution({"name": GROUP, "ext_modules": extensions}))
         command.build_lib, command.build_temp = str(scratch / "lib"), str(scratch / "objects")
         command.ensure_finalized()

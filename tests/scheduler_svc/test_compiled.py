@@ -46,7 +46,7 @@ def test_a_build_runs_until_something_differs(tmp_path: Path) -> None:
     assert where(tmp_path) == ".py 5"
     assert where(tmp_path, wish="1").startswith("ImportError: LAPS_COMPILED is 1, but there is no compiled")
 
-    build([SOURCE], tmp_path, built)
+    build([SOURCE], tmp_path, built, optimization="0")
     assert compiled.examine(built, tmp_path).modules.keys() == {"adder.hot", "laps_scheduler__mypyc"}
     assert where(tmp_path) == where(tmp_path, wish="1") == ".so 5"
     assert where(tmp_path, wish="0") == ".py 5"
