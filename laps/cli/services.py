@@ -7,11 +7,18 @@ import importlib
 import click
 
 from laps.cli.options import settings_options
-from laps.settings import Settings
+from laps.errors import LocalError
+from laps.settings import COMPILED_ENV, Settings
 
 
 def _run(module: str, settings: Settings) -> int:
-    code: int = importlib.import_module(module).run(settings)
+    try:
+        service = importlib.import_module(module)
+    except ImportError as error:
+        if error.name != COMPILED_ENV:
+            raise
+        raise LocalError(str(error)) from None
+    code: int = service.run(settings)
     return code
 
 

@@ -98,7 +98,7 @@ _running = Build("plain Python")
 
 def install(built: Path = BUILT, root: Path = ROOT) -> None:
     """Decides for this process. Called once, before any module is imported that may have been compiled.
-    Raises ImportError where the compiled build must run and cannot."""
+    Raises ImportError, its name that of the variable, where the compiled build must run and cannot."""
     global _running
     wish = os.environ.get(VARIABLE, "")
     if wish == "0":
@@ -108,7 +108,7 @@ def install(built: Path = BUILT, root: Path = ROOT) -> None:
     if _running.usable:
         sys.meta_path.insert(0, _Finder(_running.modules))
     elif wish == "1":
-        raise ImportError(f"{VARIABLE} is 1, but {_running.why}; `make compiled` makes it")
+        raise ImportError(f"{VARIABLE} is 1, but {_running.why}; `make compiled` makes it", name=VARIABLE)
 
 
 def running() -> Build:

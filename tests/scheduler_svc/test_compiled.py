@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from laps.cli import EXIT_FAILED, main
 from laps.settings import COMPILED_ENV
 from scheduler_svc import compiled
 from scheduler_svc.compiled.build import build, compiled_modules, remove
@@ -80,6 +83,25 @@ def test_what_is_compiled_is_there() -> None:
     names = compiled_modules()
     assert all((ROOT / name).is_file() for name in names)
     assert {"scheduler_svc/core/steps.py", "scheduler_svc/store/packing.py"} <= set(names)
+
+
+def test_a_scheduler_that_must_run_compiled_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain_import = importlib.import_module
+
+    def import_module(name: str) -> ModuleType:
+        if name == "scheduler_svc.main":
+            compiled.install(built=Path("nowhere"))
+        return plain_import(name)
+
+    monkeypatch.setenv(compiled.VARIABLE, "1")
+    monkeypatch.setattr(compiled, "_running", compiled.running())  # to be put back
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert main(["scheduler"]) == EXIT_FAILED
+    assert capsys.readouterr().err == (
+        "laps: LAPS_COMPILED is 1, but there is no compiled build; `make compiled` makes it\n"
+    )
 
 
 def output(wish: str, *arguments: str) -> bytes:
