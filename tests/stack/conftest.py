@@ -79,6 +79,15 @@ def start_stack(tmp_path: Path) -> StartStack:
     return start
 
 
+@asynccontextmanager
+async def patient_stack(folder: Path, **settings: Any) -> AsyncIterator[SharedStack]:
+    """Nobody in it is taken for lost who is frozen, and the client bears with everything."""
+    chosen = Settings(data_dir=folder, drain_s=2.0, **settings, **MAY_BE_FROZEN)
+    stack = Stack(chosen, any_ports=True, command=patient_command)
+    async with stack, AsyncClient(stack.gateway_address, retry=PATIENT) as client:
+        yield stack, client
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_stack(
     tmp_path_factory: pytest.TempPathFactory,

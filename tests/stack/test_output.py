@@ -5,42 +5,55 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from laps.client import AsyncClient
 from laps.client.results import Completion
+from laps.stack import Stack
 from tests.stack import reference
-from tests.stack.conftest import SharedStack, StartStack, until_held
+from tests.stack.conftest import SharedStack, StartStack, patient_stack, until_held
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
 
 MAX_TOKENS = 40
 CONTEXT_TOKENS = 512
+SLOTS = 8
 
 
-async def check_greedy(start_stack: StartStack, texts: list[str]) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def two_workers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedStack]:
+    settings = {
+        "workers": 2,
+        "slots": SLOTS // 2,
+        "context_tokens": CONTEXT_TOKENS,
+        "policy": "laps-sd-paper",
+    }
+    async with patient_stack(tmp_path_factory.mktemp("two-workers"), **settings) as both:
+        yield both
+
+
+async def check_greedy(stack: Stack, client: AsyncClient, texts: list[str]) -> None:
     """Every prompt at once, each of a higher priority than the one before it. The workers are frozen until
     the first ones have all slots, so that latecomers push out whoever runs."""
     encoded = [reference.encode(text, CONTEXT_TOKENS - MAX_TOKENS) for text in texts]
-    settings = {"workers": 2, "slots": 4, "context_tokens": CONTEXT_TOKENS, "policy": "laps-sd-paper"}
-    slots = 8
-    async with start_stack(**settings, patient=True) as (stack, client):
 
-        async def one(number: int, ids: list[int]) -> Completion:
-            return await client.generate(ids, max_tokens=MAX_TOKENS, priority=min(number, 100))
+    async def one(number: int, ids: list[int]) -> Completion:
+        return await client.generate(ids, max_tokens=MAX_TOKENS, priority=min(number, 100))
 
-        workers = [stack.children["worker-0"], stack.children["worker-1"]]
-        for worker in workers:
-            worker.signal(signal.SIGSTOP)
-        asked = [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[:slots])]
-        await until_held(client, slots, running=slots)
-        asked += [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[slots:], slots)]
-        await until_held(client, len(encoded))
-        for worker in workers:
-            worker.signal(signal.SIGCONT)
-        served = await asyncio.gather(*asked)
+    workers = [stack.children["worker-0"], stack.children["worker-1"]]
+    for worker in workers:
+        worker.signal(signal.SIGSTOP)
+    asked = [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[:SLOTS])]
+    await until_held(client, SLOTS, running=SLOTS)
+    asked += [asyncio.create_task(one(number, ids)) for number, ids in enumerate(encoded[SLOTS:], SLOTS)]
+    await until_held(client, len(encoded))
+    for worker in workers:
+        worker.signal(signal.SIGCONT)
+    served = await asyncio.gather(*asked)
     assert sum(one.timing.preemptions for one in served) > 0
     assert sum(one.speculation.num_accepted_tokens for one in served) > 0
     expected = await asyncio.to_thread(lambda: [reference.greedy(ids, MAX_TOKENS) for ids in encoded])
@@ -48,12 +61,14 @@ async def check_greedy(start_stack: StartStack, texts: list[str]) -> None:
     assert different == []
 
 
-async def test_greedy_output_is_the_targets_own(start_stack: StartStack, prompts: list[str]) -> None:
-    await check_greedy(start_stack, prompts[:24])
+@pytest.mark.asyncio(loop_scope="session")
+async def test_greedy_output_is_the_targets_own(two_workers: SharedStack, prompts: list[str]) -> None:
+    await check_greedy(*two_workers, prompts[:24])
 
 
-async def test_greedy_output_on_spec_bench(start_stack: StartStack, specbench_prompts: list[str]) -> None:
-    await check_greedy(start_stack, specbench_prompts)
+@pytest.mark.asyncio(loop_scope="session")
+async def test_greedy_output_on_spec_bench(two_workers: SharedStack, specbench_prompts: list[str]) -> None:
+    await check_greedy(*two_workers, specbench_prompts)
 
 
 async def test_a_seed_gives_the_same_output_on_any_stack(start_stack: StartStack, prompts: list[str]) -> None:
