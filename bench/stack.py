@@ -3,8 +3,9 @@
     python bench/stack.py [--tokens 128] [--rounds 3] [--json OUT]
 
 The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly
-`--tokens` long. At 1 and at 8 requests at a time. Machines differ and drift: read the ratios. What the
-stack's parts used of the CPU is told beside them, since that is where the difference comes from.
+`--tokens` long. At 1 and at 8 requests at a time. Machines differ and drift: read the ratios. Beside them
+stands what tells where the difference comes from: what the stack's parts used of the CPU, how long the
+worker's engine waited for a core and for work, and how many tokens a request gained in a step.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,14 @@ class EngineAlone:
         config = EngineConfig(slots=max(CONCURRENCIES), threads=1, prompt_lookup=speculate)
         self.engine = Engine(pair, config)
         self.engine.calibrate()
+        self.row_steps = 0
 
     def run(self, prompts: Prompts, tokens: int) -> None:
         for number, prompt in enumerate(prompts):
             stopping = StoppingConfig(max_tokens=tokens, ignore_eos=True)
             self.engine.add(EngineRequest(str(number), prompt, stopping=stopping))
         while self.engine.running:
-            self.engine.step()
+            self.row_steps += len(self.engine.step().request_ids)
 
 
 def tokens_per_s(
@@ -101,18 +103,22 @@ def tokens_per_s(
     return len(prompts) * tokens / (time.perf_counter() - began_s)
 
 
-async def stack_tokens_per_s(client: AsyncClient, prompts: Prompts, concurrency: int, tokens: int) -> float:
-    """The same through the gateway: a client that keeps `concurrency` requests under way."""
+async def stack_tokens_per_s(
+    client: AsyncClient, prompts: Prompts, concurrency: int, tokens: int
+) -> tuple[float, int]:
+    """The same through the gateway: a client that keeps `concurrency` requests under way. Beside the speed
+    the steps of all requests together."""
     began_s = time.perf_counter()
     slots = asyncio.Semaphore(concurrency)
 
-    async def one(prompt: list[int]) -> None:
+    async def one(prompt: list[int]) -> int:
         async with slots:
             made = await client.generate(prompt, max_tokens=tokens, ignore_eos=True)
             assert len(made.token_ids) == tokens
+            return made.speculation.num_steps
 
-    await asyncio.gather(*map(one, prompts))
-    return len(prompts) * tokens / (time.perf_counter() - began_s)
+    steps = await asyncio.gather(*map(one, prompts))
+    return len(prompts) * tokens / (time.perf_counter() - began_s), sum(steps)
 
 
 def cpu_by_thread(stack: Stack) -> dict[tuple[str, int], float]:
@@ -122,6 +128,27 @@ def cpu_by_thread(stack: Stack) -> dict[tuple[str, int], float]:
         for name, child in stack.children.items()
         for thread in psutil.Process(child.pid).threads()
     }
+
+
+def waits_by_thread(pid: int) -> dict[str, tuple[float, float]]:
+    """Seconds that each thread of a process has run, and waited for a core, so far (Linux: schedstat)."""
+    waits = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        ran_ns, waited_ns, _ = map(int, (task / "schedstat").read_text().split())
+        waits[task.name] = (ran_ns / 1e9, waited_ns / 1e9)
+    return waits
+
+
+def engine_waits(
+    before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]], wall_s: float
+) -> dict[str, float]:
+    """How the worker's busiest thread, the engine's, spent `wall_s` seconds without running: it waited for a
+    core, or for something else (work, the interpreter's lock)."""
+    ran_s, waited_s = max(
+        (ran_s - before.get(thread, (0.0, 0.0))[0], waited_s - before.get(thread, (0.0, 0.0))[1])
+        for thread, (ran_s, waited_s) in after.items()
+    )
+    return {"waits for a core": waited_s, "waits for work or lock": max(0.0, wall_s - ran_s - waited_s)}
 
 
 def cpu_by_part(
@@ -144,75 +171,97 @@ def cpu_by_part(
 Medians = dict[str, dict[int, float]]
 
 
-async def measure(tokens: int, rounds: int) -> tuple[Medians, Medians]:
-    """Median tokens/s by engine and concurrency, and CPU seconds per 1,000 tokens by part of the stack; the
-    engines take turns in every round."""
+class Figures:
+    """Measurements by name and concurrency, without those of the round that warms up."""
+
+    def __init__(self) -> None:
+        self.warm_up = True
+        self._seen: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(self, concurrency: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not self.warm_up:
+                self._seen[name][concurrency].append(value)
+
+    def medians(self) -> Medians:
+        return {
+            name: {concurrency: statistics.median(each) for concurrency, each in by_concurrency.items()}
+            for name, by_concurrency in self._seen.items()
+        }
+
+
+async def measure(tokens: int, rounds: int) -> dict[str, Medians]:
+    """Medians by name and concurrency; the engines take turns in every round."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     prompts = load_prompts(max(CONCURRENCIES))
+    thousands = len(prompts) * tokens / 1000
+    engine = EngineAlone(speculate=True)
     runners = {
         "transformers generate": Transformers(assisted=False).run,
         "transformers assisted": Transformers(assisted=True).run,
         "engine, target only": EngineAlone(speculate=False).run,
-        "engine": EngineAlone(speculate=True).run,
+        "engine": engine.run,
     }
-    seen: dict[str, dict[int, list[float]]] = {
-        name: {concurrency: [] for concurrency in CONCURRENCIES} for name in [*runners, "whole stack"]
-    }
-    used: dict[str, dict[int, list[float]]] = {}
+    speeds, cpu_s, waits_s, gains = Figures(), Figures(), Figures(), Figures()
     with tempfile.TemporaryDirectory(prefix="laps-bench-") as folder:
         settings = Settings(data_dir=Path(folder), workers=1, slots=max(CONCURRENCIES), threads=1)
         stack = Stack(settings, any_ports=True)
         async with stack, AsyncClient(stack.gateway_address) as client:
+            worker_pid = psutil.Process(stack.children["worker-0"].pid).pid
             for round_number in range(rounds + 1):
+                for figures in (speeds, cpu_s, waits_s, gains):
+                    figures.warm_up = round_number == 0
                 for concurrency in CONCURRENCIES:
                     for name, run in runners.items():
-                        began_s = time.thread_time()
+                        began_s, engine.row_steps = time.thread_time(), 0
                         speed = tokens_per_s(run, prompts, concurrency, tokens)
-                        if round_number and name == "engine":
-                            per_1000 = (time.thread_time() - began_s) / (len(prompts) * tokens) * 1000
-                            used.setdefault("engine alone", {}).setdefault(concurrency, []).append(per_1000)
-                        report(seen, name, concurrency, speed, warm_up=round_number == 0)
-                    before = cpu_by_thread(stack)
-                    speed = await stack_tokens_per_s(client, prompts, concurrency, tokens)
-                    for part, spent_s in cpu_by_part(before, cpu_by_thread(stack)).items():
-                        if round_number:
-                            per_1000 = spent_s / (len(prompts) * tokens) * 1000
-                            used.setdefault(part, {}).setdefault(concurrency, []).append(per_1000)
-                    report(seen, "whole stack", concurrency, speed, warm_up=round_number == 0)
-    return medians_of(seen), medians_of(used)
-
-
-def medians_of(values: dict[str, dict[int, list[float]]]) -> Medians:
+                        if name == "engine":
+                            spent_s = time.thread_time() - began_s
+                            cpu_s.add(concurrency, {"engine alone": spent_s / thousands})
+                            gains.add(concurrency, {"engine": thousands * 1000 / engine.row_steps})
+                        tell(speeds, name, concurrency, speed)
+                    before, waits = cpu_by_thread(stack), waits_by_thread(worker_pid)
+                    began_s = time.perf_counter()
+                    speed, steps = await stack_tokens_per_s(client, prompts, concurrency, tokens)
+                    waited_s = engine_waits(waits, waits_by_thread(worker_pid), time.perf_counter() - began_s)
+                    parts = cpu_by_part(before, cpu_by_thread(stack))
+                    cpu_s.add(concurrency, {part: spent_s / thousands for part, spent_s in parts.items()})
+                    waits_s.add(concurrency, {why: wait_s / thousands for why, wait_s in waited_s.items()})
+                    gains.add(concurrency, {"whole stack": thousands * 1000 / steps})
+                    tell(speeds, "whole stack", concurrency, speed)
     return {
-        name: {concurrency: statistics.median(each) for concurrency, each in by_concurrency.items()}
-        for name, by_concurrency in values.items()
+        "tokens_per_s": speeds.medians(),
+        "cpu_s_per_1000_tokens": cpu_s.medians(),
+        "engine_thread_s_per_1000_tokens": waits_s.medians(),
+        "tokens_per_step": gains.medians(),
     }
 
 
-def report(
-    seen: dict[str, dict[int, list[float]]], name: str, concurrency: int, speed: float, *, warm_up: bool
-) -> None:
-    print(
-        f"  {'warm-up' if warm_up else 'measured'}: {name}, {concurrency} at a time: {speed:.0f} tokens/s",
-        flush=True,
-    )
-    if not warm_up:
-        seen[name][concurrency].append(speed)
+def tell(speeds: Figures, name: str, concurrency: int, speed: float) -> None:
+    kind = "warm-up" if speeds.warm_up else "measured"
+    print(f"  {kind}: {name}, {concurrency} at a time: {speed:.0f} tokens/s", flush=True)
+    speeds.add(concurrency, {name: speed})
 
 
-def show(medians: Medians, cpu_s: Medians) -> None:
-    base = medians["engine, target only"]
+def show(measured: dict[str, Medians]) -> None:
+    speeds = measured["tokens_per_s"]
+    base = speeds["engine, target only"]
     heads = "".join(f"{concurrency:>9} at a time" for concurrency in CONCURRENCIES)
     print(f"\n{'tokens/s (and times the engine, target only)':<46}{heads}")
-    for name, speeds in medians.items():
-        cells = (f"{speeds[c]:>11.0f} ({speeds[c] / base[c]:.2f}x)" for c in CONCURRENCIES)
+    for name, by_concurrency in speeds.items():
+        cells = (f"{by_concurrency[c]:>11.0f} ({by_concurrency[c] / base[c]:.2f}x)" for c in CONCURRENCIES)
         print(f"{name:<46}{''.join(cells)}")
     for c in CONCURRENCIES:
-        share = medians["whole stack"][c] / medians["engine"][c]
+        share = speeds["whole stack"][c] / speeds["engine"][c]
         print(f"whole stack / engine alone, {c} at a time: {share:.2f}")
-        told = ", ".join(f"{part} {spent[c]:.2f}" for part, spent in cpu_s.items())
-        print(f"  CPU seconds per 1,000 tokens: {told}")
+        for title, key in (
+            ("CPU seconds per 1,000 tokens", "cpu_s_per_1000_tokens"),
+            ("the worker's engine, seconds per 1,000 tokens", "engine_thread_s_per_1000_tokens"),
+            ("tokens of a request in a step", "tokens_per_step"),
+        ):
+            told = ", ".join(f"{name} {values[c]:.2f}" for name, values in measured[key].items())
+            print(f"  {title}: {told}")
 
 
 def main() -> None:
@@ -223,13 +272,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one that warms up")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
-    medians, cpu_s = asyncio.run(measure(arguments.tokens, arguments.rounds))
-    show(medians, cpu_s)
+    measured = asyncio.run(measure(arguments.tokens, arguments.rounds))
+    show(measured)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(
-            json.dumps({"tokens_per_s": medians, "cpu_s_per_1000_tokens": cpu_s}, indent=1) + "\n"
-        )
+        arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class Settings(BaseSettings):
         60.0, "A request that waited this long runs before the others; 0: never", _S, ge=0
     )
     tick_interval_s: float = setting(
-        0.002, "The scheduler gathers events this long before it decides", _S, ge=0, le=1
+        0.002, "The scheduler gathers events this long between two decisions", _S, ge=0, le=1
     )
     step_credit: int = setting(32, "Steps that a worker may be ahead of the store", _S, ge=1, le=1024)
     lease_duration_s: float = setting(10.0, "A lease that is not renewed ends after this time", _S, gt=0)

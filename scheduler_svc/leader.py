@@ -94,6 +94,8 @@ class Leader:
         self._waiters: list[asyncio.Future[None]] = []
         self._store_down = False
         self._renewed = True
+        self._told_s = float("-inf")
+        """When the last tick was over."""
         tracing = telemetry.tracing()
         self._traces = None if tracing is None else RequestTraces(tracing, core, self.now_s())
         self.hub.restored(core.requests.values(), self.now_s())
@@ -194,6 +196,7 @@ class Leader:
                     waiter.cancel()
                 raise
             self._publish(tick, sessions, steps, reported, now_s)
+            self._told_s = self.now_s()
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
@@ -214,8 +217,9 @@ class Leader:
         except TimeoutError:
             return
         self._wake.clear()
-        # Whatever comes in the meantime joins this tick, and its one commit.
-        await asyncio.sleep(self._tick_interval_s)
+        # After a pause at once, for somebody waits for the answer. Otherwise what comes in the meantime joins
+        # this tick, and its one commit.
+        await asyncio.sleep(max(0.0, self._told_s + self._tick_interval_s - self.now_s()))
 
     async def _commit(self, encoded: bytes) -> None:
         retry_s = RETRY_FIRST_S

@@ -103,11 +103,14 @@ def _best_s(runner: Runner, rows: int, widths: Sequence[int], held: int, logits:
     """
     best = float("inf")
     on_gpu = runner.cache.device.type == "cuda"
+    # What one thread computes by itself is not to look slower for the processes that start beside it.
+    alone = runner.cache.device.type == "cpu" and torch.get_num_threads() == 1
+    now = time.thread_time if alone else time.perf_counter
     for _ in range(_REPEATS_ON_GPU if on_gpu else _REPEATS):
-        began = time.perf_counter()
+        began = now()
         for width in widths:
             tokens = torch.zeros((rows, width), dtype=torch.long, device=runner.cache.device)
             chosen = runner.forward(tokens, 0, [held] * rows, logits or width).argmax(-1)
         chosen.tolist()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, now() - began)
     return best
