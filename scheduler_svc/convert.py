@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 from google.protobuf import json_format
@@ -53,16 +54,12 @@ REVOKE_TO_PROTO = {
 
 def request_spec(spec: scheduler_pb2.RequestSpec) -> RequestSpec:
     """The gateway's spec as a record; sampling and stopping become readable JSON."""
-    params = {
-        "sampling": json_format.MessageToDict(spec.sampling, preserving_proto_field_name=True),
-        "stopping": json_format.MessageToDict(spec.stopping, preserving_proto_field_name=True),
-    }
     hint = spec.predicted_output_tokens if spec.HasField("predicted_output_tokens") else None
     return RequestSpec(
         request_id=spec.request_id,
         prompt=spec.prompt_token_ids,
         max_tokens=spec.stopping.max_tokens,
-        params_json=json.dumps(params, separators=(",", ":"), sort_keys=True),
+        params_json=_params_json(spec.sampling.SerializeToString(), spec.stopping.SerializeToString()),
         request_class=spec.request_class,
         priority=spec.priority,
         predicted_output_tokens=None if hint is None else float(hint),
@@ -72,6 +69,20 @@ def request_spec(spec: scheduler_pb2.RequestSpec) -> RequestSpec:
         digest=spec.digest.hex(),
         traceparent=spec.traceparent,
     )
+
+
+@lru_cache(maxsize=256)
+def _params_json(sampling: bytes, stopping: bytes) -> str:
+    """Of serialised messages. Most requests of a pool have the same few, and the library takes 0.1 ms."""
+    params = {
+        "sampling": json_format.MessageToDict(
+            generation_pb2.SamplingParams.FromString(sampling), preserving_proto_field_name=True
+        ),
+        "stopping": json_format.MessageToDict(
+            generation_pb2.StoppingParams.FromString(stopping), preserving_proto_field_name=True
+        ),
+    }
+    return json.dumps(params, separators=(",", ":"), sort_keys=True)
 
 
 def tenant_quota(request: scheduler_pb2.SubmitRequest) -> TenantQuota | None:
@@ -142,14 +153,23 @@ def _row_finish(finish: worker_pb2.RowFinish) -> RowFinish:
 
 
 def stopping_params(spec: RequestSpec) -> generation_pb2.StoppingParams:
-    """The stopping part of the stored parameters."""
-    params: dict[str, Any] = json.loads(spec.params_json)
-    return json_format.ParseDict(params.get("stopping", {}), generation_pb2.StoppingParams())
+    """The stopping part of the stored parameters. Not to be changed."""
+    return _params(spec.params_json)[1]
+
+
+@lru_cache(maxsize=256)
+def _params(params_json: str) -> tuple[generation_pb2.SamplingParams, generation_pb2.StoppingParams]:
+    """What `_params_json` was made of."""
+    params: dict[str, Any] = json.loads(params_json)
+    return (
+        json_format.ParseDict(params.get("sampling", {}), generation_pb2.SamplingParams()),
+        json_format.ParseDict(params.get("stopping", {}), generation_pb2.StoppingParams()),
+    )
 
 
 def grant(decided: Grant, output_crc32: int, traceparent: str = "") -> worker_pb2.LeaseGrant:
     request = decided.request
-    params: dict[str, Any] = json.loads(request.spec.params_json)
+    sampling, stopping = _params(request.spec.params_json)
     message = worker_pb2.LeaseGrant(
         lease_id=decided.lease_id,
         request_id=request.request_id,
@@ -161,8 +181,8 @@ def grant(decided: Grant, output_crc32: int, traceparent: str = "") -> worker_pb
         traceparent=traceparent,
         run_order=_run_order(request),
     )
-    json_format.ParseDict(params.get("sampling", {}), message.sampling)
-    message.stopping.CopyFrom(stopping_params(request.spec))
+    message.sampling.CopyFrom(sampling)
+    message.stopping.CopyFrom(stopping)
     if decided.has_context:
         message.prompt_token_ids = request.spec.prompt
         message.output_token_ids = bytes(request.output)

@@ -16,7 +16,7 @@ from laps.v1 import scheduler_pb2
 from scheduler_svc import convert
 from scheduler_svc.core.records import TOKEN_BYTES, Append, Request
 
-ABANDONED_AT_ONCE = 500
+ABANDONED_AT_ONCE = 100
 """Requests that are given up at once because nobody follows them. A gateway may have thousands, and after a
 crash of the scheduler none is followed yet."""
 MAX_PENDING_BYTES = 8 << 20

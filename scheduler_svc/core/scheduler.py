@@ -44,7 +44,7 @@ from scheduler_svc.core.tenants import Tenants
 _DEADLINE, _OVERDUE = "deadline", "overdue"
 _RESTORED_AT_ONCE = 500
 """Recovered requests that are taken over before the driver may do something else: some 10 ms."""
-_EXPIRED_AT_ONCE = 500
+_EXPIRED_AT_ONCE = 100
 """Timers that one tick lets go off: many requests can have the same deadline."""
 _TOLD_AT_ONCE = 100
 """Recovered requests whose records one tick writes anew."""
@@ -120,9 +120,10 @@ class Scheduler:
         return [self._board.live[name] for name in self._board.waiting.ordered()[:limit]]
 
     def backlog_s(self) -> float:
-        """Estimated seconds of service that all live requests still need, at most a second old."""
+        """Estimated seconds of service that all live requests still need, at most a second old, and of a long
+        queue a second more for each 10,000 of them: they are counted."""
         counted_s, backlog_s = self._backlog
-        if not counted_s <= self.view.now_s < counted_s + 1.0:
+        if not counted_s <= self.view.now_s < counted_s + 1.0 + len(self._board.live) / 10_000:
             backlog_s = sum(request.perceived_s for request in self._board.live.values())
             self._backlog = (self.view.now_s, backlog_s)
         return backlog_s

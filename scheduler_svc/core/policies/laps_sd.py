@@ -43,8 +43,10 @@ from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
-_RANKED_AT_ONCE = 500
-"""Requests that one tick ranks anew: a long queue must not make it a long tick."""
+_SHORT_QUEUE = 500
+"""So many live requests are ranked anew in one tick."""
+_RANKED_AT_ONCE = 100
+"""The same of a longer queue: it must not make a long tick, nor a long commit."""
 _ACCEPTANCE_PRIOR_TOKENS = 16.0
 """Drafted tokens that the class's acceptance weighs in the one that is told of a request."""
 _BUCKETS_PER_DOUBLING = 4
@@ -256,8 +258,9 @@ class LapsSd(Policy):
             self._to_rank = list(reversed(self._live))
         if not self._to_rank:
             return ()
-        names = self._to_rank[: -_RANKED_AT_ONCE - 1 : -1]
-        del self._to_rank[-_RANKED_AT_ONCE:]
+        at_once = _RANKED_AT_ONCE if len(self._live) > _SHORT_QUEUE else len(self._to_rank)
+        names = self._to_rank[: -at_once - 1 : -1]
+        del self._to_rank[-at_once:]
         requests = [self._live[name] for name in names if name in self._live]
         for request in requests:
             self._recall(request)

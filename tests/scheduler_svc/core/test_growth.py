@@ -34,14 +34,14 @@ def test_a_long_queue_is_ranked_anew_in_several_ticks() -> None:
     policy.knowledge.add("", 256.0, False, tokens=30, steps=10)
     policy._finishes = QUEUED
     moves: list[int] = []
-    while len(moves) < 10:
+    while len(moves) < 20:
         commit = core.tick(0.2).commit
         moves.append(len([move for move in commit.moves if move.level is not None]))
         core.check_invariants()
         if core.next_timer_s() != 0.2:
             break
     assert len(moves) > 1
-    assert max(moves) <= 500
+    assert max(moves) <= 100
     assert sum(moves) == core.waiting_requests
 
 
@@ -53,7 +53,7 @@ def test_a_recovered_queue_is_written_anew_in_several_ticks_and_runs_at_once() -
     first = again.tick(1.0)
     assert len(first.grants) == 2
     written = {request.request_id for request in first.commit.changed}
-    assert len(written) <= 502
+    assert len(written) <= 102
     while again.next_timer_s() == 1.0:
         written |= {request.request_id for request in again.tick(1.0).commit.changed}
     assert written == set(again.requests)
