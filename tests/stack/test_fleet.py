@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
 from laps import channels, runtime
@@ -22,7 +23,12 @@ from laps.errors import LapsError, Reason
 from tests.stack import reference
 from tests.stack.conftest import PATIENT
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("faults"),
+    pytest.mark.asyncio(loop_scope="session"),
+]
 
 LONG = 1200
 """Tokens: far more than are made between the first one's coming and the fault after it."""
@@ -30,17 +36,27 @@ DRAIN_S = 3.0
 """More than the fleet's processes are given; a process is killed after it elsewhere."""
 
 
-@pytest.fixture
-async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def one_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet]:
     # With so much credit the worker ends the request while its leader is away, which must cost no KV either.
-    fleet = Fleet(tmp_path / "fleet", workers=1, slots=2, step_credit=256)
+    fleet = Fleet(tmp_path_factory.mktemp("fleet") / "fleet", workers=1, slots=2, step_credit=256)
     try:
         await fleet.start()
-        async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
-            await asyncio.wait_for(client.generate("x", max_tokens=1), 120)
         yield fleet
     finally:
         await fleet.close()
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def fleet(one_fleet: Fleet) -> Fleet:
+    """Whole again, whatever was done to it before."""
+    for name in one_fleet.names:
+        if not one_fleet.runs(name):
+            one_fleet.start_again(name)
+        one_fleet.thaw(name)
+    async with AsyncClient(one_fleet.gateway_addresses[0], retry=PATIENT) as client:
+        await asyncio.wait_for(client.generate("x", max_tokens=1), 120)
+    return one_fleet
 
 
 class Stream:
@@ -116,7 +132,7 @@ async def test_a_standby_takes_over_and_no_kv_cache_is_lost(fleet: Fleet) -> Non
 async def test_whoever_is_stopped_in_order_hands_over_and_is_gone_in_time(fleet: Fleet) -> None:
     async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
         epoch, leader = await fleet.leader()
-        stream = await Stream(client, "long").begin()
+        stream = await Stream(client, "handed-over").begin()
         # Resigning is quicker than any expiry.
         assert await stopped(fleet, leader) == 0
         assert await fleet.until_led_anew(epoch, 30.0) is not None
