@@ -1,17 +1,21 @@
 """Does the order that the simulator foretells hold in reality?
 
-    python bench/reality.py [--requests 60] [--rounds 3] [--load 1.3] [--json OUT]
+    python bench/reality.py [--requests 120] [--rounds 5] [--load 1.3] [--json OUT]
 
 A burst of requests with the built-in pair goes through whole stacks that differ only in their policy, with
-the same arrivals; the stacks take turns in every round. The log of the pool under fcfs then becomes a
-workload, as by `laps workload pool`, which is replayed under each policy with the step time that its own
-run had. Printed: both mean latencies, the error of the foretold one, and both orders of the policies.
+the same arrivals; the stacks take turns in every round, and every round has a burst of its own, so that
+what two policies differ by is not one burst's luck. The log of the pool under fcfs then becomes a workload,
+as by `laps workload pool`, which is replayed under each policy with the step time that its own run had.
+Printed: both mean latencies (medians over the rounds), the error of the foretold one, both orders of the
+policies, and for every two of them the ratio of their means within a round: its geometric mean and twice
+its standard error. Two policies are told apart where that range leaves 1 out.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -38,6 +42,10 @@ POLICIES = ("fcfs", "srpt", "laps-sd")
 SLOTS = 2
 WARM_UP, MEASURED = "warm-up", "measured"
 LEAST_TOKENS, MOST_TOKENS = 8, 400
+
+
+SEED = 7
+"""Of the first round's burst; the next has the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,15 +129,15 @@ async def run_one(policy: str, planned: list[Planned], duration_s: float | None,
 
 
 async def measure(requests: int, rounds: int, load: float) -> dict[str, Any]:
-    planned = plan(requests, seed=7)
     # The first stack only tells how fast the machine is.
-    probe = await run_one("fcfs", planned[: 8 * SLOTS], None, load)
+    probe = await run_one("fcfs", plan(requests, SEED)[: 8 * SLOTS], None, load)
     work_s = probe.step_s * sum(job.steps for job in probe.workload)
-    tokens = sum(job.output_tokens for job in probe.workload)
-    duration_s = work_s / tokens * sum(each.tokens for each in planned) / SLOTS / load
+    token_s = work_s / sum(job.output_tokens for job in probe.workload)
     real: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     foretold: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for number in range(rounds):
+        planned = plan(requests, SEED + number)
+        duration_s = token_s * sum(each.tokens for each in planned) / SLOTS / load
         turn = POLICIES[number % len(POLICIES) :] + POLICIES[: number % len(POLICIES)]
         runs = {policy: await run_one(policy, planned, duration_s, load) for policy in turn}
         for policy, run in runs.items():
@@ -161,7 +169,23 @@ async def measure(requests: int, rounds: int, load: float) -> dict[str, Any]:
             }
             for policy in POLICIES
         },
+        "ratios": [
+            {
+                "of": first,
+                "to": second,
+                "real": ratio(real[first], real[second]),
+                "foretold": ratio(foretold[first], foretold[second]),
+            }
+            for first, second in itertools.combinations(reversed(POLICIES), 2)
+        ],
     }
+
+
+def ratio(firsts: list[float], seconds: list[float]) -> dict[str, float]:
+    """The geometric mean of first / second over the rounds, and twice its standard error, as a factor."""
+    logs = [math.log(first / second) for first, second in zip(firsts, seconds, strict=True)]
+    error = statistics.stdev(logs) / math.sqrt(len(logs))
+    return {"mean": math.exp(statistics.mean(logs)), "within_factor": math.exp(2.0 * error)}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -176,17 +200,25 @@ def show(report: dict[str, Any]) -> None:
         )
     orders = [sorted(rows, key=lambda policy: rows[policy][name]) for name in base]
     print(f"order, best first: real {', '.join(orders[0])}; foretold {', '.join(orders[1])}")
+    for row in report["ratios"]:
+        real, foretold = (
+            f"{row[name]['mean']:.3f} (times or over {row[name]['within_factor']:.3f})"
+            for name in ("real", "foretold")
+        )
+        print(f"{row['of']} / {row['to']}: real {real}, foretold {foretold}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--load", type=float, default=1.3, help="work that arrives over work that is done")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("at least two rounds: how much they differ is part of the result")
     report = asyncio.run(measure(arguments.requests, arguments.rounds, arguments.load))
     show(report)
     if arguments.json:

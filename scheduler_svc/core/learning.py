@@ -1,21 +1,18 @@
 """What `laps-sd` learns from finished requests: how long they get and how much is accepted.
 
-Everything is a handful of sums per class of request, so it can be stored and read as JSON, and
-a process that starts again goes on from there. Nothing here knows about queues or time.
+It makes estimates of the sums in `class_records`. Nothing here knows about queues or time.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from scheduler_svc.core.class_records import ClassRecord, Line, Moments, prediction_level
 
 MAX_CLASSES = 256
 """Classes kept apart; clients choose their names, so later ones share one entry."""
-FADE_AT = 5_000.0
-"""Requests of a record at which its sums are halved: the recent past counts more than the distant one."""
 OTHER_CLASSES = "(others)"
 MAX_ANSWERS = 10_000
 """Of `Knowledge.of_request` that are kept: clients choose their predictions."""
@@ -25,7 +22,14 @@ PRIOR_WEIGHT = 4.0
 """Before anything is learnt, predictions count as unbiased, with this log error, as firmly as after so
 many requests."""
 SHARED_WEIGHT = 8.0
-"""What is known of all requests weighs as so many requests of one class, and so on downwards."""
+"""What is known of all requests weighs as so many requests of one class."""
+LEVEL_WEIGHT = 24.0
+"""What the line of its class says of a prediction weighs as so many requests with predictions of its size."""
+LINE_RIDGE = 4.0
+"""Sum of squared deviations of log predictions that the slope of all classes weighs in that of one, and a
+slope of 0 in that of all."""
+LEAST_LINE_SLOPE, MOST_LINE_SLOPE = -1.0, 0.5
+"""At -1 a prediction says nothing about a request within its class."""
 SLOPE_RIDGE = 2.0
 """Sum of squared deviations of log tokens per step that the absence of a correlation weighs."""
 MAX_SLOPE = 2.0
@@ -39,141 +43,6 @@ PRIOR_STEP_VARIANCE = 1.5
 """Variance of the tokens of single steps within a request that the prior assumes."""
 SHARED_STEPS = 100.0
 """Steps that the mean over all classes weighs in the mean of one."""
-
-
-@dataclass(slots=True)
-class Moments:
-    """Count, mean and sum of squared deviations (Welford)."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def add(self, value: float) -> None:
-        self.count += 1.0
-        delta = value - self.mean
-        self.mean += delta / self.count
-        self.squares += delta * (value - self.mean)
-
-    def fade(self) -> None:
-        self.count /= 2.0
-        self.squares /= 2.0
-
-
-@dataclass(slots=True)
-class RateSpread:
-    """Sums of a one-way analysis of variance: how much tokens per step differ between the requests of a
-    class, and how much between the steps of one request (Searle, Casella and McCulloch, Variance
-    Components, 3.6; requests weigh by their steps)."""
-
-    requests: float = 0.0
-    steps: float = 0.0
-    squared_steps: float = 0.0
-    mean: float = 0.0
-    between: float = 0.0
-    """Sum over requests of steps * (own mean - class mean) ** 2."""
-    within: float = 0.0
-    """Sum over steps of (tokens - own mean) ** 2."""
-
-    def add(self, rate: float, steps: int, step_variance: float) -> None:
-        self.requests += 1.0
-        self.steps += steps
-        self.squared_steps += steps * steps
-        delta = rate - self.mean
-        self.mean += delta * steps / self.steps
-        self.between += steps * delta * (rate - self.mean)
-        self.within += steps * step_variance
-
-    def fade(self) -> None:
-        self.requests /= 2.0
-        self.steps /= 2.0
-        self.squared_steps /= 2.0
-        self.between /= 2.0
-        self.within /= 2.0
-
-
-@dataclass(slots=True)
-class ClassRecord:
-    """One class of requests."""
-
-    tokens: float = 0.0
-    steps: float = 0.0
-    log_error: Moments = field(default_factory=Moments)
-    """log(true length / predicted length)."""
-    log_rate: Moments = field(default_factory=Moments)
-    """log(tokens per step)."""
-    covariation: float = 0.0
-    """Sum of products of the deviations of those two."""
-    levels: dict[str, Moments] = field(default_factory=dict)
-    """`log_error` by level of the prediction (powers of two)."""
-    spread: RateSpread = field(default_factory=RateSpread)
-
-    def add(
-        self, level: str, tokens: int, steps: int, log_error: float, step_variance: float | None = None
-    ) -> None:
-        log_rate = math.log(max(0.2, tokens / steps))
-        rate_deviation = log_rate - self.log_rate.mean
-        self.log_error.add(log_error)
-        self.log_rate.add(log_rate)
-        self.covariation += rate_deviation * (log_error - self.log_error.mean)
-        self.levels.setdefault(level, Moments()).add(log_error)
-        self.tokens += tokens
-        self.steps += steps
-        if step_variance is not None:
-            self.spread.add(tokens / steps, steps, step_variance)
-        if self.log_error.count >= FADE_AT:
-            self.tokens /= 2.0
-            self.steps /= 2.0
-            self.covariation /= 2.0
-            for moments in (self.log_error, self.log_rate, *self.levels.values()):
-                moments.fade()
-            self.spread.fade()
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "requests": round(self.log_error.count, 3),
-                "tokens_per_step": round(self.tokens / self.steps, 4) if self.steps else None,
-                "tokens": self.tokens,
-                "steps": self.steps,
-                "log_error": asdict(self.log_error),
-                "log_rate": asdict(self.log_rate),
-                "covariation": self.covariation,
-                "levels": {level: asdict(moments) for level, moments in sorted(self.levels.items())},
-                "spread": asdict(self.spread),
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> ClassRecord:
-        """Raises ValueError for anything that `to_json` has not written."""
-        try:
-            entry = json.loads(text)
-            record = cls(
-                tokens=_number(entry["tokens"]),
-                steps=_number(entry["steps"]),
-                log_error=_moments(entry["log_error"]),
-                log_rate=_moments(entry["log_rate"]),
-                covariation=_number(entry["covariation"]),
-                levels={str(level): _moments(row) for level, row in entry["levels"].items()},
-                spread=RateSpread(
-                    **{name: _number(value) for name, value in entry.get("spread", {}).items()}
-                ),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record of a class: {error}") from error
-        return record
-
-
-def _moments(row: Any) -> Moments:
-    return Moments(_number(row["count"]), _number(row["mean"]), _number(row["squares"]))
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError("not a finite number")
-    return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +62,8 @@ class Knowledge:
         self._changed: set[str] = set()
         self._slope = 0.0
         self._slope_is_old = False
+        self._line_slope = 0.0
+        self._line_slope_is_old = False
         self._rate_steps = PRIOR_RATE_STEPS
         self._rate_steps_are_old = False
         self._of_requests: dict[tuple[str, float, bool], tuple[LengthBelief, float, float, float, float]] = {}
@@ -211,10 +82,10 @@ class Knowledge:
         if steps < 1:
             return
         name = self._name(request_class)
-        level = prediction_level(predicted_tokens, hinted)
-        log_error = math.log(max(1, tokens) / predicted_tokens)
-        self.classes.setdefault(name, ClassRecord()).add(level, tokens, steps, log_error, step_variance)
-        self.everything.add(level, tokens, steps, log_error)
+        self.classes.setdefault(name, ClassRecord()).add(
+            predicted_tokens, hinted, tokens, steps, step_variance
+        )
+        self.everything.add(predicted_tokens, hinted, tokens, steps)
         self._changed.add(name)
         self._forget_answers()
 
@@ -238,7 +109,7 @@ class Knowledge:
         return answer
 
     def _forget_answers(self) -> None:
-        self._slope_is_old = self._rate_steps_are_old = True
+        self._slope_is_old = self._line_slope_is_old = self._rate_steps_are_old = True
         self._of_requests.clear()
 
     def requests(self, request_class: str) -> float:
@@ -247,20 +118,40 @@ class Knowledge:
         return 0.0 if record is None else record.log_error.count
 
     def length(self, request_class: str, predicted_tokens: float, hinted: bool) -> LengthBelief:
-        """The prediction corrected by what predictions of its level and class turned out to be.
+        """The prediction corrected by what predictions of its size and class turned out to be.
 
-        A normal-inverse-gamma posterior of log(true / predicted), where all requests are the
-        prior of the class and the class that of the level (Gelman et al., Bayesian Data Analysis, 3.3).
+        A normal-inverse-gamma posterior of log(true / predicted), with all requests as the prior of the class
+        (Gelman et al., Bayesian Data Analysis, 3.3). Within a class the error falls with the prediction: the
+        longest predictions are mostly those that are too long. A line through the class's errors over
+        log(predicted) takes that out, and is the prior of what predictions of that size turned out to be.
         """
         mean, variance = 0.0, PRIOR_LOG_SD**2
         mean, variance = _update(mean, variance, self.everything.log_error, PRIOR_WEIGHT)
+        slope = at = 0.0
         record = self.classes.get(self._name(request_class))
         if record is not None:
-            mean, variance = _update(mean, variance, record.log_error, SHARED_WEIGHT)
+            errors = record.log_error
+            line = record.by_prediction
+            if hinted and line.count > 0.0:
+                slope, at = self._slope_of(line), line.at
+                errors = line.residuals(slope)
+            mean, variance = _update(mean, variance, errors, SHARED_WEIGHT)
             level = record.levels.get(prediction_level(predicted_tokens, hinted))
             if level is not None:
-                mean, variance = _update(mean, variance, level, SHARED_WEIGHT)
+                off_line = Moments(level.count, level.mean - slope * (level.at - at), level.squares)
+                mean, variance = _update(mean, variance, off_line, LEVEL_WEIGHT)
+            mean += slope * (math.log(predicted_tokens) - at)
         return LengthBelief(predicted_tokens * math.exp(mean), math.sqrt(variance))
+
+    def _slope_of(self, line: Line) -> float:
+        """Of a class's line: its own, shrunk to that of all classes (a ridge regression)."""
+        if self._line_slope_is_old:
+            covariation = sum(record.by_prediction.covariation for record in self.classes.values())
+            squares = LINE_RIDGE + sum(record.by_prediction.at_squares for record in self.classes.values())
+            self._line_slope = covariation / squares
+            self._line_slope_is_old = False
+        slope = (line.covariation + LINE_RIDGE * self._line_slope) / (line.at_squares + LINE_RIDGE)
+        return min(MOST_LINE_SLOPE, max(LEAST_LINE_SLOPE, slope))
 
     def tokens_per_step(self, request_class: str) -> float:
         """Mean of the class, shrunk to that of all requests."""
@@ -325,12 +216,6 @@ class Knowledge:
         if request_class in self.classes or len(self.classes) < MAX_CLASSES:
             return request_class
         return OTHER_CLASSES
-
-
-def prediction_level(predicted_tokens: float, hinted: bool) -> str:
-    """The power of two next to the prediction; guesses of our own are kept apart from the client's."""
-    power = round(math.log2(max(1.0, predicted_tokens)))
-    return f"~{2**power}" if hinted else f"guess {2**power}"
 
 
 def _update(mean: float, variance: float, seen: Moments, weight: float) -> tuple[float, float]:

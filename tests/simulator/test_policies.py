@@ -52,6 +52,24 @@ def test_it_learns_what_a_coarse_predictor_does_not_know() -> None:
     assert best_s - means["laps-sd"] >= 0.2 * (best_s - means["oracle"])
 
 
+def test_long_tails_that_nobody_foretells_do_not_hold_up_the_others() -> None:
+    mix = with_coarse_predictions(make_mix(CHAT_MIX, jobs=600, seed=81), seed=81)
+    means = {
+        policy: simulate(mix, policy, 4, 0.9, switch_ms=0.5).mean_latency_s
+        for policy in ("sjf", "srpt", "las", "fastserve", "laps-sd")
+    }
+    assert means["laps-sd"] <= min(means[policy] for policy in means if policy != "laps-sd")
+
+
+def test_bad_predictions_are_mended_by_what_their_class_is_like() -> None:
+    mix = make_mix(jobs=500, seed=42)
+    means = {
+        policy: simulate(mix, policy, 1, 0.9, switch_ms=0.5, length_error=0.8, seed=1).mean_latency_s
+        for policy in ("sjf", "srpt", "laps-sd")
+    }
+    assert means["laps-sd"] <= 0.95 * min(means["sjf"], means["srpt"])
+
+
 def test_costly_switches_with_long_queues_do_not_make_it_thrash() -> None:
     mix = make_mix(CHAT_MIX, jobs=700, seed=62)
     means = {

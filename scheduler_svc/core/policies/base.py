@@ -19,6 +19,8 @@ from scheduler_svc.core.records import Request
 
 PRIOR_TOKENS_PER_STEP = 2.0
 PRIOR_STEPS = 10.0
+ACCEPTANCE_PRIOR_TOKENS = 16.0
+"""Drafted tokens that what is likely weighs in the acceptance that is told of a request."""
 UNKNOWN_OUTPUT_TOKENS = 256.0
 """Guess for a request without any prediction, cut to its max_tokens."""
 LEAST_RANK = -1e12
@@ -119,6 +121,15 @@ def estimate(request: Request, pool: PoolView) -> None:
     emitted = request.output_tokens
     per_step = (PRIOR_STEPS * PRIOR_TOKENS_PER_STEP + emitted) / (PRIOR_STEPS + request.steps)
     length = max(predicted_tokens(request), emitted + 1.0)
-    request.acceptance_estimate = min(1.0, max(0.0, (per_step - 1.0) / pool.draft_tokens))
+    request.acceptance_estimate = acceptance(request, PRIOR_TOKENS_PER_STEP, pool)
     request.predicted_output_tokens = length
     request.perceived_s = (length - emitted) / per_step * pool.step_s
+
+
+def acceptance(request: Request, likely_tokens_per_step: float, pool: PoolView) -> float:
+    """Share of its drafted tokens that the target keeps, shrunk to what such a rate makes likely. Engines
+    choose how much they draft, so a request's own tokens per step do not tell it."""
+    likely = min(1.0, max(0.0, (likely_tokens_per_step - 1.0) / pool.draft_tokens))
+    return (ACCEPTANCE_PRIOR_TOKENS * likely + request.accepted_tokens) / (
+        ACCEPTANCE_PRIOR_TOKENS + request.drafted_tokens
+    )

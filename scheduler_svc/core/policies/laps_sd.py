@@ -5,12 +5,14 @@ Rule.
    `(k0 * class mean + own tokens) / (k0 + own steps)`. The class mean is learnt from finished requests, and
    so is k0: how much steps of one request differ over how much requests of one class differ.
 2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size
-   turned out to be in its class, with the log-error that they had. Where well accepted requests are also
-   longer than predicted, acceptance says less about service than it seems to: the correction
-   `(rate / typical rate) ** slope`, slope learnt, takes that out again.
-3. Rank: `max(corrected length - emitted, 1) / tokens per step` steps, in seconds. A request that outlives
-   its prediction keeps the front: lengths have bounds, so it is mostly about to end, and two such requests
-   would otherwise swap places.
+   turned out to be in its class, with the log-error that they had (`learning.Knowledge.length`). Where
+   well accepted requests are also longer than predicted, acceptance says less about service than it
+   seems to: the correction `(rate / typical rate) ** slope`, slope learnt, takes that out again.
+3. Rank: `max(L - emitted, 0.8 * log_sd * L, overrun * (emitted - L), 1) / tokens per step` steps, in
+   seconds, L being the corrected length. The first is what the prediction leaves. The second is what a
+   request that reaches a prediction with that error still needs in the mean. The third is for one that has
+   outlived it: the longer past, the longer still, as with all long tails; but it starts small, since
+   lengths often have bounds, so that no request is set aside just before its end.
 4. Levels: the rank cut at `first_threshold_s * threshold_growth ** i`. They follow the rank, so they show
    where a request stands without coarsening the order. A request is perceptible while it is within its
    predicted length and the log-error of that length is at most `perceptible_log_sd`.
@@ -26,9 +28,9 @@ exchange in 5 after Smith (1956). The rest is ours, with what was measured in do
 nothing; every other event O(slots), and O(log n) for the place in the queue; ranks of waiting
 requests change only when they all do, after every n/8 finished requests.
 
-Parameters: `caution` (factor), `levels` (count), `first_threshold_s` (seconds), `threshold_growth` (factor),
-`perceptible_log_sd` (natural logarithm), `least_finishes` (finished requests between two re-rankings of
-all). Choose it: it is the default.
+Parameters: `caution` (factor), `overrun` (factor), `levels` (count), `first_threshold_s` (seconds),
+`threshold_growth` (factor), `perceptible_log_sd` (natural logarithm), `least_finishes` (finished requests
+between two re-rankings of all). Choose it: it is the default.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 
-from scheduler_svc.core.learning import ClassRecord, Knowledge, LengthBelief, mean_excess_tokens
-from scheduler_svc.core.policies.base import Policy, predicted_tokens
+from scheduler_svc.core.class_records import ClassRecord
+from scheduler_svc.core.learning import Knowledge, LengthBelief, mean_excess_tokens
+from scheduler_svc.core.policies.base import Policy, acceptance, predicted_tokens
 from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
@@ -47,8 +50,8 @@ _SHORT_QUEUE = 500
 """So many live requests are ranked anew in one tick."""
 _RANKED_AT_ONCE = 100
 """The same of a longer queue: it must not make a long tick, nor a long commit."""
-_ACCEPTANCE_PRIOR_TOKENS = 16.0
-"""Drafted tokens that the class's acceptance weighs in the one that is told of a request."""
+_MEAN_EXCESS = math.sqrt(2.0 / math.pi)
+"""By how many standard deviations a normal variable above its median exceeds it in the mean."""
 _BUCKETS_PER_DOUBLING = 4
 _BUCKETS = 96
 
@@ -126,6 +129,7 @@ class LapsSd(Policy):
     def __init__(
         self,
         caution: float = 8.0,
+        overrun: float = 0.3,
         levels: int = 6,
         first_threshold_s: float = 0.5,
         threshold_growth: float = 2.0,
@@ -133,14 +137,17 @@ class LapsSd(Policy):
         least_finishes: int = 16,
     ) -> None:
         super().__init__()
-        if min(first_threshold_s, perceptible_log_sd) <= 0.0 or caution < 0.0:
-            raise ValueError("first_threshold_s and perceptible_log_sd must be above 0, caution at least 0")
+        if min(first_threshold_s, perceptible_log_sd) <= 0.0 or min(caution, overrun) < 0.0:
+            raise ValueError(
+                "first_threshold_s and perceptible_log_sd must be above 0, caution and overrun at least 0"
+            )
         if levels < 1 or least_finishes < 1 or threshold_growth <= 1.0:
             raise ValueError("levels and least_finishes must be at least 1, threshold_growth above 1")
         self.level_thresholds_s = tuple(first_threshold_s * threshold_growth**i for i in range(levels - 1))
         self.order = f"laps-sd: seconds of service, levels from {list(self.level_thresholds_s)} s on"
         self.knowledge = Knowledge()
         self._caution = caution
+        self._overrun = overrun
         self._perceptible_log_sd = perceptible_log_sd
         self._least_finishes = least_finishes
         self._finishes = 0
@@ -180,11 +187,7 @@ class LapsSd(Policy):
         emitted = request.output_tokens
         left_tokens = mean_excess_tokens(length_tokens, _belief(request).length.log_sd, emitted)
         left_tokens = max(1.0, min(left_tokens, float(request.spec.max_tokens - emitted)))
-        # Engines choose how much they draft, so tokens per step do not tell the share that was accepted.
-        likely = min(1.0, max(0.0, (_belief(request).class_rate - 1.0) / self.pool.draft_tokens))
-        request.acceptance_estimate = (_ACCEPTANCE_PRIOR_TOKENS * likely + request.accepted_tokens) / (
-            _ACCEPTANCE_PRIOR_TOKENS + request.drafted_tokens
-        )
+        request.acceptance_estimate = acceptance(request, _belief(request).class_rate, self.pool)
         request.predicted_output_tokens = max(length_tokens, emitted + 1.0)
         request.perceived_s = left_tokens / rate * self.pool.step_s
 
@@ -224,8 +227,14 @@ class LapsSd(Policy):
         length_tokens = length.median_tokens
         if belief.slope > 0.0:
             length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
-        most_tokens = request.spec.max_tokens
-        left_tokens = (length_tokens if length_tokens < most_tokens else most_tokens) - emitted
+        left_tokens = length_tokens - emitted
+        unsure_tokens = _MEAN_EXCESS * length.log_sd * length_tokens
+        if left_tokens < unsure_tokens:
+            overrun_tokens = -self._overrun * left_tokens
+            left_tokens = unsure_tokens if unsure_tokens > overrun_tokens else overrun_tokens
+        most_tokens = request.spec.max_tokens - emitted
+        if left_tokens > most_tokens:
+            left_tokens = most_tokens
         rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * self.pool.step_s
         request.rank = rank
         request.level = bisect_right(self.level_thresholds_s, rank)

@@ -84,7 +84,7 @@ def test_preemption_weighs_its_price() -> None:
             assert "switching costs" in long.preempted_because
 
 
-def test_a_request_that_outlives_its_prediction_is_not_perceptible_and_keeps_its_slot() -> None:
+def test_a_request_that_outlives_its_prediction_is_not_perceptible_and_keeps_its_slot_for_a_while() -> None:
     core, fake = core_with(LapsSd()), FakeWorker("w", 1)
     core.worker_joined(worker(), [], 0.0)
     outlived, _ = core.submit(spec("a", max_tokens=4000, predicted_output_tokens=10.0), 0.0)
@@ -96,6 +96,10 @@ def test_a_request_that_outlives_its_prediction_is_not_perceptible_and_keeps_its
     assert not outlived.perceptible
     core.submit(spec("b", max_tokens=4000, predicted_output_tokens=5.0), 1.0)
     assert not core.tick(1.0).grants
+    for step in range(200):
+        core.report(fake.step(2), 1.1 + step * 0.032)
+    core.submit(spec("c", max_tokens=4000, predicted_output_tokens=5.0), 9.0)
+    assert core.tick(9.0).grants, "40 times its prediction: nobody knows how long it will be"
 
 
 def test_well_accepted_requests_go_first() -> None:
@@ -114,7 +118,14 @@ def test_well_accepted_requests_go_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"first_threshold_s": 0.0}, {"levels": 0}, {"caution": -1.0}, {"threshold_growth": 1.0}]
+    "wrong",
+    [
+        {"first_threshold_s": 0.0},
+        {"levels": 0},
+        {"caution": -1.0},
+        {"overrun": -1.0},
+        {"threshold_growth": 1.0},
+    ],
 )
 def test_parameters_are_checked(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

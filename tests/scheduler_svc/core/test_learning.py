@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from scheduler_svc.core import learning
-from scheduler_svc.core.learning import ClassRecord, Knowledge, mean_excess_tokens, prediction_level
+from scheduler_svc.core import class_records, learning
+from scheduler_svc.core.class_records import ClassRecord, prediction_level
+from scheduler_svc.core.learning import Knowledge, mean_excess_tokens
 
 
 def taught(error: float = 0.0, bias: float = 1.0, requests: int = 300) -> Knowledge:
@@ -33,6 +34,27 @@ def test_a_bias_is_corrected_and_the_error_is_known() -> None:
     exact = taught().length("chat", 200.0, True)
     assert exact.median_tokens == pytest.approx(200.0, rel=0.02)
     assert exact.log_sd < 0.05
+
+
+def test_the_longest_predictions_of_a_class_are_mostly_too_long() -> None:
+    """Lengths of log-sd 0.5 around 100, predicted with log-error 0.8: what a prediction tells is known."""
+    knowledge, dice = Knowledge(), random.Random(2)
+    for _ in range(300):
+        tokens = max(1, round(100.0 * math.exp(0.5 * dice.gauss(0, 1))))
+        knowledge.add("chat", max(1.0, tokens * math.exp(0.8 * dice.gauss(0, 1))), True, tokens, tokens)
+    share = 0.5**2 / (0.5**2 + 0.8**2)
+    for predicted in (25.0, 100.0, 400.0, 1600.0):
+        belief = knowledge.length("chat", predicted, True)
+        assert belief.median_tokens == pytest.approx(100.0 * (predicted / 100.0) ** share, rel=0.25)
+        assert belief.log_sd == pytest.approx(0.8 * math.sqrt(share), rel=0.2)
+
+
+def test_guesses_of_our_own_do_not_bend_the_first_prediction() -> None:
+    knowledge = Knowledge()
+    for number in range(100):
+        knowledge.add("other", 50.0 + 10 * number, True, 500, 250)
+        knowledge.add("chat", 256.0, False, 256, 128)
+    assert knowledge.length("chat", 20.0, True).median_tokens == pytest.approx(20.0, rel=0.3)
 
 
 def test_an_unknown_class_takes_after_all_requests() -> None:
@@ -67,7 +89,7 @@ def test_what_is_not_a_record_is_refused(text: str) -> None:
 
 
 def test_old_requests_fade_and_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "FADE_AT", 100.0)
+    monkeypatch.setattr(class_records, "FADE_AT", 100.0)
     monkeypatch.setattr(learning, "MAX_CLASSES", 3)
     knowledge = Knowledge()
     for number in range(1000):
