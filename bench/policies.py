@@ -1,6 +1,7 @@
 """The policies compared: every cell of workloads x slots x load x switch cost x length prediction.
 
-    python bench/policies.py run [--quick] [--data FOLDER]   adds what is missing to results/policies.json
+    python bench/policies.py run [--quick] [--jobs 2] [--data FOLDER]
+                                                             adds what is missing to results/policies.json
     python bench/policies_tables.py [--failing]              prints the tables of all cells (Markdown)
     python bench/policies.py starvation [--data FOLDER]      what the starvation bound costs
     python bench/policies.py agreement [--data FOLDER]       compares with an independent simulator
@@ -12,8 +13,11 @@ carries a hash of the code that its policy runs; those of other code are run ane
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 from _cells import (
@@ -32,7 +36,6 @@ from _cells import (
 from rich.progress import Progress
 
 from simulator.replay import simulate
-from simulator.workload import Workload
 
 AGREEMENT = (
     ("specbench_draft68m_poisson", 1, 0.9, (20.068, 13.918, 13.333, 8.198)),
@@ -57,13 +60,40 @@ def main() -> None:
     """Compares the policies."""
 
 
+_workload = cache(workload_of)
+
+
+def _replayed(run: tuple[str, Cell, str, Path]) -> tuple[str, dict[str, Any]]:
+    """The key and the row of one replay."""
+    key, cell, policy, data = run
+    result = simulate(
+        _workload(cell.workload, data),
+        policy,
+        cell.slots,
+        cell.load,
+        switch_ms=cell.switch_ms,
+        seed=SEED,
+        length_error=cell.error,
+    )
+    figures = {name: round(value, 4) for name, value in result.summary().items()}
+    return key, {"code": code_of(policy), **figures}
+
+
 @main.command()
 @click.option("--quick", is_flag=True, help="A slice: load 0.9 at 8 and 32 slots.")
 @click.option("--slots", type=int, multiple=True, help="Only cells with so many slots; may be repeated.")
 @click.option("--load", type=float, multiple=True, help="Only cells at this load; may be repeated.")
+@click.option("--jobs", type=int, default=1, show_default=True, help="Replays at once.")
 @click.option("--mixes-only", is_flag=True, help="Generated workloads only; needs no data.")
 @DATA
-def run(quick: bool, slots: tuple[int, ...], load: tuple[float, ...], mixes_only: bool, data: Path) -> None:
+def run(
+    quick: bool,
+    slots: tuple[int, ...],
+    load: tuple[float, ...],
+    jobs: int,
+    mixes_only: bool,
+    data: Path,
+) -> None:
     """Run what is missing."""
     results = load_results()
     wanted: dict[str, tuple[Cell, str]] = {}
@@ -80,23 +110,11 @@ def run(quick: bool, slots: tuple[int, ...], load: tuple[float, ...], mixes_only
             for policy in policies:
                 if cell.key(policy) not in results:
                     wanted.setdefault(cell.key(policy), (cell, policy))
-    workloads: dict[str, Workload] = {}
-    with Progress() as progress:
-        task = progress.add_task("replaying", total=len(wanted))
-        for done, (key, (cell, policy)) in enumerate(wanted.items(), 1):
-            if cell.workload not in workloads:
-                workloads[cell.workload] = workload_of(cell.workload, data)
-            result = simulate(
-                workloads[cell.workload],
-                policy,
-                cell.slots,
-                cell.load,
-                switch_ms=cell.switch_ms,
-                seed=SEED,
-                length_error=cell.error,
-            )
-            figures = {name: round(value, 4) for name, value in result.summary().items()}
-            results[key] = {"code": code_of(policy), **figures}
+    runs = [(key, cell, policy, data) for key, (cell, policy) in wanted.items()]
+    with Progress() as progress, multiprocessing.Pool(jobs) as pool:
+        task = progress.add_task("replaying", total=len(runs))
+        for done, (key, row) in enumerate(pool.imap(_replayed, runs), 1):
+            results[key] = row
             progress.update(task, advance=1, description=key)
             if done % 20 == 0:
                 save_results(results)
