@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import click
-from policies import POLICIES, code_of
+from _cells import POLICIES, code_of
 
 from simulator.mixes import WIDE_MIX, make_mix, with_coarse_predictions
 from simulator.plots import draw_curves, draw_timeline
