@@ -232,7 +232,7 @@ class LapsSd(Policy):
         if left_tokens < unsure_tokens:
             overrun_tokens = -self._overrun * left_tokens
             left_tokens = unsure_tokens if unsure_tokens > overrun_tokens else overrun_tokens
-        most_tokens = request.spec.max_tokens - emitted
+        most_tokens = float(request.spec.max_tokens - emitted)
         if left_tokens > most_tokens:
             left_tokens = most_tokens
         rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * self.pool.step_s
