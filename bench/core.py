@@ -87,7 +87,7 @@ class Bed:
         if tick.commit:
             self._packer.pack(tick.commit, self.now_s)
         packed_s = at()
-        self._hub.published(tick.commit.appended)
+        self._hub.published(tick.commit.emitted)
         self._hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
             self._hub.follow(self._follower, request, 0)

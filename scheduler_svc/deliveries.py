@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from laps.v1 import scheduler_pb2
 from scheduler_svc import convert
-from scheduler_svc.core.records import TOKEN_BYTES, Append, Request
+from scheduler_svc.core.records import TOKEN_BYTES, Emitted, Request
 
 ABANDONED_AT_ONCE = 100
 """Requests that are given up at once because nobody follows them. A gateway may have thousands, and after a
@@ -31,32 +32,31 @@ class Follower:
     gateway_id: str
     followed: set[str] = field(default_factory=set)
     overrun: bool = False
-    _rows: dict[str, Append] = field(default_factory=dict)
+    _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """By request: output tokens before, and packed tokens."""
+    _logprobs: dict[str, bytes] = field(default_factory=dict)
     _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
     _unknown: list[str] = field(default_factory=list)
     _pending_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def add_tokens(self, entry: Append) -> None:
+    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
         """Queues stored tokens; rows of one request that were not sent yet become one."""
-        rows, request_id = self._rows, entry.request_id
-        added_bytes = len(entry.token_ids) + len(entry.logprobs)
-        if request_id in rows:
-            row = rows[request_id]
-            if entry.offset == row.offset + len(row.token_ids) // TOKEN_BYTES:
+        rows = self._rows
+        self._pending_bytes += len(token_ids) + len(logprobs)
+        row = rows.get(request_id)
+        if row is not None:
+            before, waiting = row
+            waiting_logprobs = self._logprobs.pop(request_id, b"")
+            if offset == before + len(waiting) // TOKEN_BYTES:
                 # Serialised messages of one repeated field: joined bytes are the joined message.
-                entry = Append(
-                    request_id,
-                    entry.entry,
-                    row.offset,
-                    row.token_ids + entry.token_ids,
-                    row.logprobs + entry.logprobs,
-                )
+                offset, token_ids, logprobs = before, waiting + token_ids, waiting_logprobs + logprobs
             else:
                 # The gateway has followed anew, from here on: what waited for it is part of that.
-                added_bytes -= len(row.token_ids) + len(row.logprobs)
-        rows[request_id] = entry
-        self._pending_bytes += added_bytes
+                self._pending_bytes -= len(waiting) + len(waiting_logprobs)
+        rows[request_id] = offset, token_ids
+        if logprobs:
+            self._logprobs[request_id] = logprobs
         if self._pending_bytes > MAX_PENDING_BYTES:
             self.overrun = True
         self._wake.set()
@@ -76,20 +76,22 @@ class Follower:
             self._wake.clear()
             await self._wake.wait()
         rows, self._rows = self._rows, {}
+        logprobs, self._logprobs = self._logprobs, {}
         completions, self._completions = self._completions, {}
         unknown, self._unknown = self._unknown, []
         self._pending_bytes = 0
         message = scheduler_pb2.DeliverResponse(
             request_ids=rows.keys(),
-            offsets=[row.offset for row in rows.values()],
-            counts=[len(row.token_ids) // TOKEN_BYTES for row in rows.values()],
-            token_ids=b"".join(row.token_ids for row in rows.values()),
+            offsets=[offset for offset, _ in rows.values()],
+            counts=[len(token_ids) // TOKEN_BYTES for _, token_ids in rows.values()],
+            token_ids=b"".join([token_ids for _, token_ids in rows.values()]),
             completions=completions.values(),
             unknown=unknown,
         )
-        for index, row in enumerate(rows.values()):
-            if row.logprobs:
-                message.logprobs[index].MergeFromString(row.logprobs)
+        if logprobs:
+            for index, request_id in enumerate(rows):
+                if request_id in logprobs:
+                    message.logprobs[index].MergeFromString(logprobs[request_id])
         return message
 
 
@@ -123,7 +125,7 @@ class DeliveryHub:
         if stored > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
             found = _first_logprobs(logprobs, stored - offset)
-            follower.add_tokens(Append(request_id, 0, offset, output, found))
+            follower.add_tokens(request_id, offset, output, found)
         follower.followed.add(request_id)
         self._followers.setdefault(request_id, set()).add(follower)
         self._orphan_due_s.pop(request_id, None)
@@ -175,14 +177,15 @@ class DeliveryHub:
                 abandoned.append(request_id)
         return abandoned
 
-    def published(self, appended: Iterable[Append]) -> None:
-        """The commit that holds these is stored."""
+    def published(
+        self, emitted: Sequence[Emitted], logprobs: Mapping[int, bytes] = MappingProxyType({})
+    ) -> None:
+        """The commit that holds these is stored. `logprobs`: by place in `emitted`."""
         stored_tokens, followers = self._stored_tokens, self._followers
-        for entry in appended:
-            request_id = entry.request_id
-            stored_tokens[request_id] = entry.offset + len(entry.token_ids) // TOKEN_BYTES
+        for place, (request_id, offset, token_ids) in enumerate(emitted):
+            stored_tokens[request_id] = offset + len(token_ids) // TOKEN_BYTES
             for follower in followers.get(request_id, ()):
-                follower.add_tokens(entry)
+                follower.add_tokens(request_id, offset, token_ids, logprobs.get(place, b""))
 
     def finished(self, requests: Iterable[Request]) -> None:
         """The commit that ends these is stored."""

@@ -250,7 +250,7 @@ class Leader:
         reported: list[str],
         now_s: float,
     ) -> None:
-        self.hub.published(tick.commit.appended)
+        self.hub.published(tick.commit.emitted, tick.commit.logprobs)
         self.hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
             self.hub.submitted(request, now_s)

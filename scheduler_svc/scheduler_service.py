@@ -13,7 +13,7 @@ from laps import errors, telemetry
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import checks, convert
-from scheduler_svc.core.records import TOKEN_BYTES, Append, Refused, Request
+from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.metrics import kv_cache_utilization
@@ -144,7 +144,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             return
         tokens, logprobs = await self._terms.store.read_log(request_id, offset)
         if tokens:
-            follower.add_tokens(Append(request_id, 0, offset, tokens, logprobs))
+            follower.add_tokens(request_id, offset, tokens, logprobs)
         follower.add_completion(
             scheduler_pb2.Completion(
                 request_id=request_id,
@@ -167,8 +167,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def ReadRequest(
         self, request: scheduler_pb2.ReadRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scheduler_pb2.ReadRequestResponse:
-        await self._terms.leader_or_abort(context)
+        leader = await self._terms.leader_or_abort(context)
         found = await self._read_or_abort(request.request_id, context)
+        if (live := leader.core.get(request.request_id)) is not None:
+            # What is stored but not in its log yet: whoever has read it in a stream shall find it here too.
+            stored_bytes = leader.hub.stored_tokens(request.request_id) * TOKEN_BYTES
+            found.output += live.output[len(found.output) : stored_bytes]
         response = scheduler_pb2.ReadRequestResponse(
             request=inspector_proto.request_to_proto(found, self._terms.pool),
             stopping=convert.stopping_params(found.spec),

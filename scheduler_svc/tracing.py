@@ -34,12 +34,12 @@ class RequestTraces:
         for request in commit.submitted:
             self._commit(request, "acknowledged", decided_s, stored_s)
             self._queue(request, request.arrival_s)
-        for append in commit.appended:
-            if (span := self._open.get(append.request_id)) is not None:
-                tokens = len(append.token_ids) // TOKEN_BYTES
+        for request_id, offset, token_ids in commit.emitted:
+            if (span := self._open.get(request_id)) is not None:
+                tokens = len(token_ids) // TOKEN_BYTES
                 span.add_event(
                     "commit",
-                    {"tokens": tokens, "offset": append.offset, "stored_ms": (stored_s - decided_s) * 1e3},
+                    {"tokens": tokens, "offset": offset, "stored_ms": (stored_s - decided_s) * 1e3},
                     nanoseconds(stored_s),
                 )
         ended = {request.request_id: request for request in commit.finished}

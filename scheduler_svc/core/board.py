@@ -230,5 +230,5 @@ class Board:
         self.pool.live = len(self.live)
         self.policy.finished(request)
         self.ledger.finished(request)
-        self.retention.keep(Retained(request.request_id, request.spec.digest, now_s))
+        self.retention.keep(Retained(request.request_id, request.spec.digest, now_s), self.ledger.tick)
         self.ended.append(request)

@@ -8,6 +8,7 @@ from scheduler_svc.core.records import (
     TOKEN_BYTES,
     Append,
     Commit,
+    Emitted,
     Event,
     Grant,
     QueueMove,
@@ -29,9 +30,13 @@ class Ledger:
     def __init__(self, record_interval_s: float) -> None:
         self._record_interval_s = record_interval_s
         self._running = 0
-        self._unwritten: list[tuple[float, int, Request]] = []
-        """Heap of (when the record was written, arrival, request): did steps since then, and the record was
+        self._unwritten: list[tuple[int, int, Request]] = []
+        """Heap of (tick that wrote the record, arrival, request): did steps since then, and the record was
         not old enough to be written again. Entries of records that were written since are dead."""
+        self.tick = 1
+        """Number of the tick that is being collected."""
+        self.logged_tick = -1
+        """All output of the ticks up to this one is in the token logs."""
         self._reset()
 
     def _reset(self) -> None:
@@ -45,6 +50,8 @@ class Ledger:
         self.stepped: dict[str, Request] = {}
         """Did a step: the record is written if something visible changed or it has become old."""
         self._finished: dict[str, Request] = {}
+        self.emitted: list[Emitted] = []
+        self._logprobs: dict[int, bytes] = {}
         self._appended: list[Append] = []
         self._moves: dict[str, QueueMove] = {}
         self._leases: dict[str, float | None] = {}
@@ -59,12 +66,15 @@ class Ledger:
         """Its record is to be written in any case."""
         self._changed[request.request_id] = request
 
-    def append_with_logprobs(self, request: Request, offset: int, logprobs: bytes) -> None:
-        """Its output grew from `offset` tokens on. Log probabilities are opaque to us, so rows
-        that carry some get a log entry of their own instead of being merged."""
+    def logprobs_of_last(self, request: Request, offset: int, logprobs: bytes) -> None:
+        """The last of `emitted` is what `request` grew by from `offset` on, and these belong to it. They are
+        opaque to us, so each such row becomes a log entry of its own, at once: the journal has no place for
+        them."""
+        self._logprobs[len(self.emitted) - 1] = logprobs
         self._flush(request, until=offset)
         request.book.unlogged_from = offset
         self._flush(request, logprobs=logprobs)
+        self.changed(request)
 
     def finished(self, request: Request) -> None:
         self._flush(request)
@@ -125,8 +135,8 @@ class Ledger:
                 book.unwritten = False
             elif not book.unwritten:
                 book.unwritten = True
-                heappush(unwritten, (book.written_s, request.arrival_seq, request))
-        while unwritten and unwritten[0][0] + interval_s <= now_s:
+                heappush(unwritten, (book.written_tick, request.arrival_seq, request))
+        while unwritten and (_is_dead(unwritten[0]) or unwritten[0][2].book.written_s + interval_s <= now_s):
             entry = heappop(unwritten)
             if not _is_dead(entry):
                 entry[2].book.unwritten = False
@@ -136,35 +146,39 @@ class Ledger:
     def next_record_s(self) -> float | None:
         """When the next record must be written even if nothing happens until then: what is stored
         is never older than the record interval."""
+        oldest = self._oldest_unwritten()
+        return None if oldest is None else oldest.book.written_s + self._interval_s()
+
+    def _oldest_unwritten(self) -> Request | None:
         unwritten = self._unwritten
         while unwritten and _is_dead(unwritten[0]):
             heappop(unwritten)
-        return unwritten[0][0] + self._interval_s() if unwritten else None
+        return unwritten[0][2] if unwritten else None
 
     def _interval_s(self) -> float:
         return max(self._record_interval_s, self._running / MAX_RECORDS_PER_S)
 
     def take(self, now_s: float) -> Tick:
         """Everything collected; the ledger is empty afterwards."""
-        appended = self._appended
-        for request in self.stepped.values():
-            # `_flush`, inlined: this runs for every running request in every tick.
-            start = request.book.unlogged_from
-            if start >= 0:
-                request.book.unlogged_from = -1
-                request.log_entries += 1
-                tokens = bytes(memoryview(request.output)[start * TOKEN_BYTES :])
-                appended.append(Append(request.spec.request_id, request.log_entries, start, tokens))
         new_or_ended = self._submitted.keys() | self._finished.keys()
         changed = [request for request_id, request in self._changed.items() if request_id not in new_or_ended]
         for request in (*self._submitted.values(), *changed):
+            # What a record tells of its log is so: it is written together with it.
+            self._flush(request)
             book = request.book
             book.written_s = now_s
+            book.written_tick = self.tick
             book.unwritten = False
             book.written_level = request.level
             book.written_perceptible = request.perceptible
+        oldest = self._oldest_unwritten()
+        self.logged_tick = self.tick if oldest is None else oldest.book.written_tick
         commit = Commit(
+            tick=self.tick,
+            logged_tick=self.logged_tick,
             submitted=list(self._submitted.values()),
+            emitted=self.emitted,
+            logprobs=self._logprobs,
             appended=self._appended,
             changed=changed,
             moves=list(self._moves.values()),
@@ -178,6 +192,7 @@ class Ledger:
             learnt=self.learnt,
         )
         tick = Tick(commit=commit, grants=list(self.grants.values()), revokes=self._revokes)
+        self.tick += 1
         self._reset()
         return tick
 
@@ -194,9 +209,9 @@ class Ledger:
             self._appended.append(Append(request.request_id, request.log_entries, start, tokens, logprobs))
 
 
-def _is_dead(entry: tuple[float, int, Request]) -> bool:
+def _is_dead(entry: tuple[int, int, Request]) -> bool:
     book = entry[2].book
-    return not book.unwritten or book.written_s != entry[0] or entry[2].state is RequestState.FINISHED
+    return not book.unwritten or book.written_tick != entry[0] or entry[2].state is RequestState.FINISHED
 
 
 def _ending(request: Request) -> str:

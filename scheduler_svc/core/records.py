@@ -90,8 +90,10 @@ class Bookkeeping:
     """What the scheduler keeps about a live request for itself; not stored."""
 
     unlogged_from: int = -1
-    """Output tokens before those that the next commit appends; -1: none are waiting for it."""
+    """Output tokens before those that are not in its log yet but in the journal; -1: all are in the log."""
     written_s: float = float("-inf")
+    written_tick: int = 0
+    """The tick that wrote its record last, and with it all of its output to its log."""
     written_level: int = -1
     written_perceptible: bool = False
     unwritten: bool = False
@@ -291,10 +293,14 @@ class Revoke:
 # --- What must be stored -------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+Emitted = tuple[str, int, bytes]
+"""Output of one request: its id, its output tokens before these, and these, packed. A plain tuple: one
+is made for every row of every report."""
+
+
+@dataclass(frozen=True, slots=True)
 class Append:
-    """Entry `entry` (from 1) of a request's token log. Not frozen: one is made per request and
-    tick, and a frozen one costs three times as much to make."""
+    """Entry `entry` (from 1) of a request's token log."""
 
     request_id: str
     entry: int
@@ -327,8 +333,17 @@ class Event:
 class Commit:
     """Everything durable that one tick changed. Written in one atomic call."""
 
+    tick: int = 0
+    """Number of the tick, from 1 in each leadership; 0: not known."""
+    logged_tick: int = -1
+    """With this commit, all output of the ticks up to this one is in the token logs; -1: not known."""
     submitted: list[Request] = field(default_factory=list)
+    emitted: list[Emitted] = field(default_factory=list)
+    """All output of this tick. What of it is not appended to its log yet, the journal keeps until it is."""
+    logprobs: dict[int, bytes] = field(default_factory=dict)
+    """Log probabilities of entries of `emitted`, by their place in it."""
     appended: list[Append] = field(default_factory=list)
+    """Of requests whose record is written, or that have log probabilities."""
     changed: list[Request] = field(default_factory=list)
     """Live requests whose record is to be written anew (not those submitted or finished)."""
     moves: list[QueueMove] = field(default_factory=list)
@@ -346,7 +361,8 @@ class Commit:
     """What the policy has learnt, by name; merged into what is stored."""
 
     def __bool__(self) -> bool:
-        return any(getattr(self, entry.name) for entry in fields(self))
+        numbers = ("tick", "logged_tick")
+        return any(getattr(self, entry.name) for entry in fields(self) if entry.name not in numbers)
 
 
 @dataclass(slots=True)

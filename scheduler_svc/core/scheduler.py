@@ -159,6 +159,9 @@ class Scheduler:
             self.view.live = number
             if not self._readmit(request, in_order and request.state is RequestState.QUEUED):
                 self._untold.append(request)
+            if request.book.unlogged_from >= 0:
+                # Before this leadership writes its own journal the old one must be in the logs.
+                self._ledger.changed(request)
             if request.output_tokens >= request.spec.max_tokens:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
             if number % _RESTORED_AT_ONCE == 0:
@@ -343,7 +346,7 @@ class Scheduler:
             self._tenants.remove(request.spec)
             self._timers.remove((_DEADLINE, request.request_id))
             self._timers.remove((_OVERDUE, request.request_id))
-        self._ledger.forgotten.extend(self._retention.forget(now_s))
+        self._ledger.forgotten.extend(self._retention.forget(now_s, self._ledger.logged_tick))
         if now_s - self._learnt_s >= self.settings.learnt_interval_s:
             self._learnt_s = now_s
             self._ledger.learnt.update(self.policy.learnt())
@@ -392,7 +395,7 @@ class Scheduler:
         if self._untold:
             instants.append(self.view.now_s)
         for instant_s in (
-            self._retention.next_timer_s(),
+            self._retention.next_timer_s(self._ledger.logged_tick),
             self.policy.next_due_s(),
             self._ledger.next_record_s(),
         ):

@@ -127,7 +127,8 @@ def _apply_rows(
     outside: frozenset[int],
 ) -> None:
     leases = board.leases
-    stepped = board.ledger.stepped
+    ledger = board.ledger
+    stepped, emitted_rows = ledger.stepped, ledger.emitted
     worker_id = worker.worker_id
     step_s = report.step_s
     tokens = report.token_ids
@@ -191,13 +192,15 @@ def _apply_rows(
         stepped[spec.request_id] = request
         if emitted:
             total_emitted += emitted
-            output += tokens[begin_byte:end_byte]
+            new = tokens[begin_byte:end_byte]
+            output += new
+            emitted_rows.append((spec.request_id, offset, new))
             if request.first_token_s is None:
                 request.first_token_s = now_s
                 request.cached_tokens = min(report.cached_tokens.get(row, 0), request.spec.prompt_tokens)
             request.last_token_s = now_s
             if row in logprobs:
-                board.ledger.append_with_logprobs(request, offset, logprobs[row])
+                ledger.logprobs_of_last(request, offset, logprobs[row])
             elif request.book.unlogged_from < 0:
                 request.book.unlogged_from = offset
         if not left_bytes or row in finishes:

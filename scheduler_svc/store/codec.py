@@ -103,8 +103,8 @@ _STATES = {state.value: state for state in RequestState}
 
 LEADING_FIELDS = (
     Field("state", "queued, running, preempted or finished", str, _STATES.__getitem__),
-    _int("log_entries", "entries of the token log when this record was written; see `progress`"),
-    _int("output_tokens", "tokens in the log when this record was written; see `progress`"),
+    _int("log_entries", "entries of its token log"),
+    _int("output_tokens", "tokens in its log; a running request may have more in the journal"),
     _text("queue", "level whose queue it waits in, empty: none; written by the commit function"),
     _int("priority", "higher runs before lower"),
     _int("arrival_seq", "order of acceptance"),
@@ -399,7 +399,7 @@ _CHANGING = tuple(
 )
 """Place in `REQUEST_FIELDS`, name, the text of what a new `Request` has anyway, and decoder."""
 _written_once = itemgetter(*(_PLACES[f.name] for f in SPEC_FIELDS))
-_progress = itemgetter(*(_PLACES[name] for name in ("log_entries", "priority", "arrival_seq")))
+_counts = itemgetter(*(_PLACES[name] for name in ("log_entries", "priority", "arrival_seq")))
 
 
 def request_from_fields(
@@ -432,7 +432,7 @@ def request_from_values(
         digest,
         traceparent,
     ) = _written_once(values)
-    log_entries, priority, arrival_seq = _progress(values)
+    log_entries, priority, arrival_seq = _counts(values)
     request = Request(
         RequestSpec(
             request_id,

@@ -3,7 +3,7 @@
 Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is atomic.
 
   Key, after laps:{POOL}:  Type        Members or fields
-  meta                     hash        schema, timeline, commit_seq, commit_digest, committed_ms, policy, level_thresholds_s, levels, backlog_us
+  meta                     hash        schema, timeline, commit_seq, commit_digest, committed_ms, journal_seq, journal_from, resumed_seq, policy, level_thresholds_s, levels, backlog_us
   leader                   hash        epoch, holder, address, expires_ms
   epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began, and its term's random name
   stopped                  hash        only while the pool is stopped: by, reason, at_ms, what was seen and what was stored
@@ -17,7 +17,7 @@ Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is
   prompt:REQUEST           string      prompt token ids, decimal
   params:REQUEST           string      sampling and stopping parameters, JSON
   tokens:REQUEST           stream      the token log: id ENTRY-0 from 1, fields offset, tokens, logprobs
-  progress                 hash        by request_id, live ones that have output: 'ENTRIES TOKENS' of its log
+  journal                  stream      output that is in no token log yet: id SEQ-0 of its commit, field rows
   events                   stream      kind, request_id, worker_id, detail; the last EVENTS_KEPT or so
   learnt                   hash        what the policy has learnt, by name
 
@@ -26,7 +26,7 @@ checks the epoch first, then everything else, and only then changes anything: a 
 no trace. Refusals are error replies that begin with a code (errors.py).
 ]]
 
-local SCHEMA = '1'
+local SCHEMA = '2'
 local EVENTS_KEPT = '10000'
 local EPOCHS_KEPT = 1000
 local PRIORITY_STEP = 1e10      -- distance in score between two priorities
@@ -219,9 +219,9 @@ end)
 register('laps_resume', function(prefix, args)
   local stopped = redis.call('HMGET', prefix .. 'stopped', 'seen_timeline', 'seen_epoch')
   if not stopped[1] then return 0 end
-  local timeline, epoch = history(prefix)
+  local timeline, epoch, commit_seq = history(prefix)
   timeline = math.max(timeline, tonumber(stopped[1])) + 1
-  redis.call('HSET', prefix .. 'meta', 'timeline', timeline)
+  redis.call('HSET', prefix .. 'meta', 'timeline', timeline, 'resumed_seq', commit_seq)
   redis.call('HSET', prefix .. 'leader', 'epoch', math.max(epoch, tonumber(stopped[2])))
   redis.call('DEL', prefix .. 'stopped', prefix .. 'epochs')
   event(prefix, 'pool_resumed', 'timeline ' .. timeline .. ' by ' .. args[1])
@@ -271,59 +271,30 @@ local function set_fields(record, fields)
   end
 end
 
--- How far each log is stored, of the requests in `ids`: by id 'ENTRIES TOKENS', as in `progress`. For a
--- request that has no line there the record in its hash is right.
-local function read_progress(prefix, ids)
-  local lines = {}
-  for first = 1, #ids, BATCH do
-    local last = math.min(first + BATCH - 1, #ids)
-    for i, line in ipairs(redis.call('HMGET', prefix .. 'progress', unpack(ids, first, last))) do
-      if line then lines[ids[first + i - 1]] = line end
+-- Checks log entries: each is the next one. `appended` is id, number, offset, how many tokens, tokens, logprobs, ...
+local function check_log(appended, requests)
+  for i = 1, #appended, 6 do
+    local record, number, offset = requests.unfinished(appended[i]), appended[i + 1], appended[i + 2]
+    if number > record.entries + 1 then
+      refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. record.entries .. ' of ' .. record.id)
+    elseif number ~= record.entries + 1 or offset ~= record.tokens then
+      refuse('LOG_CONFLICT', 'entry ' .. number .. ' at ' .. offset .. ' of ' .. record.id .. ', whose log is stored to ' ..
+        record.entries .. ' ' .. record.tokens)
     end
-  end
-  return lines
-end
-
--- An entry that is not the next one must be a stored one, and the same.
-local function check_stored(prefix, id, line, number, offset, tokens, logprobs)
-  local last = tonumber(string.match(line, '^%d+'))
-  if number > last + 1 then refuse('LOG_GAP', 'entry ' .. number .. ' after ' .. last .. ' of ' .. id) end
-  local found = redis.call('XRANGE', prefix .. 'tokens:' .. id, number .. '-0', number .. '-0')[1]
-  local stored = {}
-  for i = 1, found and #found[2] or 0, 2 do stored[found[2][i]] = found[2][i + 1] end
-  if tonumber(stored.offset) ~= offset or stored.tokens ~= tokens or (stored.logprobs or '') ~= logprobs then
-    refuse('LOG_CONFLICT', 'entry ' .. number .. ' at ' .. offset .. ' of ' .. id .. ', whose log is stored to ' .. line)
+    record.entries, record.tokens, record.grown = number, offset + appended[i + 3], true
   end
 end
 
--- Checks log entries: each is new and the next one, or it is there already and the same. `appended` is
--- id, the log's line in `progress` before and after, number, offset, tokens, logprobs, ... Returns
--- where in it the new ones begin, and ids and lines to be written to `progress`.
-local function check_log(prefix, appended, lines, requests)
-  local new, grown = {}, {}
-  for i = 1, #appended, 7 do
-    local id = appended[i]
-    local line = lines[id]
-    if not line then
-      local record = requests.known(id)
-      line = record.entries .. ' ' .. record.tokens
-    end
-    if line == appended[i + 1] then
-      if requests.all[id] and requests.all[id].finished then refuse('ALREADY_FINISHED', id) end
-      line = appended[i + 2]
-      new[#new + 1] = i
-      local n = #grown
-      grown[n + 1], grown[n + 2] = id, line
-    else
-      check_stored(prefix, id, line, unpack(appended, i + 3, i + 6))
-    end
-    lines[id] = line
+-- Whoever writes a request's record knows how far its log goes.
+local function check_end(record, entries, tokens)
+  if record.entries ~= entries or record.tokens ~= tokens then
+    refuse('LOG_CONFLICT', 'the log of ' .. record.id .. ' is stored to ' .. record.entries .. ' ' .. record.tokens ..
+      ', it was written to ' .. entries .. ' ' .. tokens)
   end
-  return new, grown
 end
 
--- args: epoch, holder, seq, the greatest seq that this leader knows to be stored, digest, and the
--- commit packed by packing.py. Returns {seq, 1}, or {seq, 0} if this very commit was stored already.
+-- args: epoch, holder, seq, the greatest seq that this leader knows to be stored, digest, the commit packed by
+-- packing.py, and the journal's entry, '' for none. Returns {seq, 1}, or {seq, 0} if this very commit was stored already.
 register('laps_commit', function(prefix, args)
   local seq, acknowledged, digest = tonumber(args[3]), tonumber(args[4]), args[5]
   fence(prefix, tonumber(args[1]), args[2])
@@ -335,7 +306,7 @@ register('laps_commit', function(prefix, args)
   if seq == stored_seq and digest == meta[2] then return { seq, 0 } end
   if seq <= stored_seq then refuse('SEQ_CONFLICT', 'commit ' .. seq .. ' when ' .. stored_seq .. ' is stored, with other content') end
   if seq > stored_seq + 1 then refuse('SEQ_GAP', 'commit ' .. seq .. ' after ' .. stored_seq) end
-  local now, submitted, logged, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt =
+  local now, submitted, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt, journal_from =
     unpack(cmsgpack.unpack(args[6]), 1, 14)
 
   -- Check. Nothing is written here.
@@ -347,10 +318,10 @@ register('laps_commit', function(prefix, args)
     requests.add(id, { entries = 0, tokens = 0, queue = '', arrival_seq = new[2], priority = new[3], perceived_s = 0,
       perceives_s = new[4], fields = new[7] })
   end
-  local lines = read_progress(prefix, logged) -- of all in appended, changed and finished
-  local new_entries, grown = check_log(prefix, appended, lines, requests)
-  for _, change in ipairs(changed) do -- id, perceived_s, fields
+  check_log(appended, requests)
+  for _, change in ipairs(changed) do -- id, perceived_s, fields, entries and tokens of its log
     local record = unfinished(change[1])
+    check_end(record, change[4], change[5])
     record.perceives_s = change[2]
     set_fields(record, change[3])
   end
@@ -366,8 +337,9 @@ register('laps_commit', function(prefix, args)
   for i = 2, #leased, 2 do -- expiry_ms, id, ...
     if not requests.all[leased[i]] and not redis.call('ZSCORE', prefix .. 'live', leased[i]) then unfinished(leased[i]) end
   end
-  for _, ending in ipairs(finished) do -- id, finished_ms, fields
+  for _, ending in ipairs(finished) do -- id, finished_ms, fields, entries and tokens of its log
     local record = unfinished(ending[1])
+    check_end(record, ending[4], ending[5])
     record.finished, record.finishes, record.perceives_s = true, ending[2], 0
     set_fields(record, ending[3])
   end
@@ -382,15 +354,22 @@ register('laps_commit', function(prefix, args)
     redis.call('SET', prefix .. 'params:' .. new[1], new[6])
     redis.call('ZADD', prefix .. 'live', new[2], new[1])
   end
-  for _, i in ipairs(new_entries) do
-    local key, entry_id = prefix .. 'tokens:' .. appended[i], appended[i + 3] .. '-0'
-    if appended[i + 6] == '' then
-      redis.call('XADD', key, entry_id, 'offset', appended[i + 4], 'tokens', appended[i + 5])
+  for i = 1, #appended, 6 do
+    local key, entry_id = prefix .. 'tokens:' .. appended[i], appended[i + 1] .. '-0'
+    if appended[i + 5] == '' then
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4])
     else
-      redis.call('XADD', key, entry_id, 'offset', appended[i + 4], 'tokens', appended[i + 5], 'logprobs', appended[i + 6])
+      redis.call('XADD', key, entry_id, 'offset', appended[i + 2], 'tokens', appended[i + 4], 'logprobs', appended[i + 5])
     end
   end
-  call_batched('HSET', prefix .. 'progress', grown)
+  if args[7] ~= '' then
+    redis.call('XADD', prefix .. 'journal', seq .. '-0', 'rows', args[7])
+    redis.call('HSET', prefix .. 'meta', 'journal_seq', seq)
+  end
+  if journal_from then
+    redis.call('XTRIM', prefix .. 'journal', 'MINID', journal_from)
+    redis.call('HSET', prefix .. 'meta', 'journal_from', journal_from)
+  end
   call_batched('ZADD', prefix .. 'leases', leased)
   call_batched('ZREM', prefix .. 'leases', unleased)
   local backlog_us = tonumber(meta[3] or 0)
@@ -409,16 +388,14 @@ register('laps_commit', function(prefix, args)
     if record.perceives_s then
       backlog_us = backlog_us + microseconds(record.perceives_s) - microseconds(record.perceived_s)
     end
-    if record.fields and lines[id] then
-      local entries, tokens = string.match(lines[id], '^(%d+) (%d+)$')
+    if record.grown then
       local n = #fields
-      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', entries, 'output_tokens', tokens
+      fields[n + 1], fields[n + 2], fields[n + 3], fields[n + 4] = 'log_entries', record.entries, 'output_tokens', record.tokens
     end
     if #fields > 0 then redis.call('HSET', record.key, unpack(fields)) end
     if record.finishes then
       redis.call('ZREM', prefix .. 'live', id)
       redis.call('ZREM', prefix .. 'leases', id)
-      redis.call('HDEL', prefix .. 'progress', id)
       redis.call('ZADD', prefix .. 'finished', record.finishes, id)
     end
     if record.forgotten then

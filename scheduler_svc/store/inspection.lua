@@ -20,19 +20,8 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
--- How far a live request's log is stored is not in its hash at every step, but in `progress`.
-local function progress(prefix, id)
-  local line = redis.call('HGET', prefix .. 'progress', id)
-  if line then return string.match(line, '^(%d+) (%d+)$') end
-end
-
 local function request(prefix, id)
-  local fields = redis.call('HGETALL', prefix .. 'request:' .. id)
-  local entries, tokens = progress(prefix, id)
-  if entries then
-    for _, value in ipairs { 'log_entries', entries, 'output_tokens', tokens } do fields[#fields + 1] = value end
-  end
-  return fields
+  return redis.call('HGETALL', prefix .. 'request:' .. id)
 end
 
 -- args: requests to return per level, and of the running ones; requests to pass over at the front of

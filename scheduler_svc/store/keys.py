@@ -96,11 +96,10 @@ def tokens(pool: str, request_id: str) -> str:
     return f"{prefix(pool)}tokens:{request_id}"
 
 
-def progress(pool: str) -> str:
-    """Hash. How far the token log of each live request is stored, by request_id: `ENTRIES TOKENS`.
-    In one key, so that a step of many requests is checked and noted by two commands. Read by: commit,
-    recovery, inspection."""
-    return prefix(pool) + "progress"
+def journal(pool: str) -> str:
+    """Stream. Output that is stored but not in its token log yet: one entry a commit, id its number, field
+    rows (MessagePack: [[request_id, offset, packed token ids], ...]). Read by: recovery."""
+    return prefix(pool) + "journal"
 
 
 def events(pool: str) -> str:

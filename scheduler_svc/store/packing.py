@@ -1,5 +1,9 @@
 """Packs a tick's commit into the one argument of the commit function.
 
+Output that is not in its log yet goes into the journal: one entry for the whole tick, packed without
+looking at it. A log grows only when its request's record is written, a few times a second; so a tick of
+many requests is one write.
+
 Packing happens at the tick, at once: the records go on changing while the store is asked.
 Of a request that was written before only what has changed is packed. That is safe because
 the store takes commits only in unbroken sequence, so what was packed before has been stored.
@@ -9,16 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import msgpack
 
-from scheduler_svc.core.records import TOKEN_BYTES, Commit, Event, QueueMove, Request
+from scheduler_svc.core.records import TOKEN_BYTES, Commit, Emitted, Event, QueueMove, Request
 from scheduler_svc.store import codec
 
-_HEAD = struct.Struct(">QQ")
+_HEAD = struct.Struct(">QQI")
 _PERCEIVED = codec.CHANGING_NAMES.index("perceived_s")
 _COLUMNS = tuple(zip(codec.CHANGING_NAMES, codec.CHANGING_ENCODERS, strict=True))
 
@@ -31,12 +36,26 @@ class Packed:
     seq: int
     digest: str
     body: bytes
+    journal: bytes
+    """Empty: nothing of this tick goes into the journal."""
 
 
 def unpack(encoded: bytes) -> Packed:
-    epoch, seq = _HEAD.unpack_from(encoded)
+    epoch, seq, body_bytes = _HEAD.unpack_from(encoded)
     digest = hashlib.blake2b(encoded, digest_size=8).hexdigest()
-    return Packed(epoch, seq, digest, encoded[_HEAD.size :])
+    end = _HEAD.size + body_bytes
+    return Packed(epoch, seq, digest, encoded[_HEAD.size : end], encoded[end:])
+
+
+def journal_rows(packed: bytes) -> list[Emitted]:
+    """What a journal entry holds. Raises ValueError for what was not packed here."""
+    try:
+        rows = msgpack.unpackb(packed, raw=True)
+        return [
+            (request_id.decode(), int(offset), bytes(token_ids)) for request_id, offset, token_ids in rows
+        ]
+    except (AttributeError, TypeError, ValueError, msgpack.UnpackException) as error:
+        raise ValueError(f"no journal entry: {type(error).__name__}") from error
 
 
 class CommitPacker:
@@ -46,6 +65,10 @@ class CommitPacker:
         self.epoch = epoch
         self.last_seq = last_seq
         """Of the last commit that was packed."""
+        self._journal: deque[tuple[int, int]] = deque()
+        """(tick, number) of this leadership's commits in the journal."""
+        self._journal_from = -1
+        """The commit from which on the journal is kept, as it was packed last; 0: it is empty."""
         self._written: dict[str, tuple[Any, ...]] = {}
         """Values of the changing fields as they were packed last, of live requests that have changed."""
         # Valkey's decoder does not know the newer type for bytes.
@@ -56,25 +79,20 @@ class CommitPacker:
         submitted = [self._submission(request) for request in commit.submitted]
         finished_ids = {request.request_id for request in commit.finished}
         appended: list[str | int | bytes] = []
-        logged: dict[str, None] = {}
         for entry in commit.appended:
-            logged[entry.request_id] = None
-            number, offset = entry.entry, entry.offset
             appended += (
                 entry.request_id,
-                f"{number - 1} {offset}",
-                f"{number} {offset + len(entry.token_ids) // TOKEN_BYTES}",
-                number,
-                offset,
+                entry.entry,
+                entry.offset,
+                len(entry.token_ids) // TOKEN_BYTES,
                 codec.tokens_to_text(entry.token_ids),
                 entry.logprobs,
             )
-        for request in (*commit.changed, *commit.finished):
-            logged[request.request_id] = None
+        self.last_seq += 1
+        journal = self._journaled(commit)
         body = (
             _ms(now_s),
             submitted,
-            list(logged),
             appended,
             [self._change(request) for request in commit.changed if request.request_id not in finished_ids],
             [_move(move) for move in commit.moves],
@@ -89,6 +107,7 @@ class CommitPacker:
             commit.workers_gone,
             [_event(event) for event in commit.events],
             [text for item in commit.learnt.items() for text in item],
+            self._keep_journal_from(commit),
         )
         if commit.moves:
             # A move writes level and rank by itself: what is known of them here would be too old.
@@ -96,9 +115,28 @@ class CommitPacker:
             for move in commit.moves:
                 if move.level is not None and move.request_id not in changed_ids:
                     self._written.pop(move.request_id, None)
-        self.last_seq += 1
         packed: bytes = self._pack(body)
-        return _HEAD.pack(self.epoch, self.last_seq) + packed
+        return _HEAD.pack(self.epoch, self.last_seq, len(packed)) + packed + journal
+
+    def _journaled(self, commit: Commit) -> bytes:
+        if not commit.emitted or commit.logged_tick >= commit.tick:
+            return b""
+        self._journal.append((commit.tick, self.last_seq))
+        packed: bytes = self._pack(commit.emitted)
+        return packed
+
+    def _keep_journal_from(self, commit: Commit) -> int | bool:
+        """The first commit whose output is still needed; False: nothing has changed about that."""
+        if commit.logged_tick < 0:
+            return False
+        journal = self._journal
+        while journal and journal[0][0] <= commit.logged_tick:
+            journal.popleft()
+        first = journal[0][1] if journal else 0
+        if first == self._journal_from:
+            return False
+        self._journal_from = first
+        return first or self.last_seq + 1
 
     def _submission(self, request: Request) -> tuple[Any, ...]:
         # Not kept in `_written`: of the many that only wait it would cost more memory than it saves.
@@ -124,13 +162,15 @@ class CommitPacker:
             for (name, encode), value, old in zip(_COLUMNS, values, before, strict=True):
                 if value is not old and value != old:
                     fields += name, encode(value)
-        return request.request_id, float(values[_PERCEIVED]), fields
+        # The store compares its log with how far it is known here to go.
+        perceived_s = float(values[_PERCEIVED])
+        return request.request_id, perceived_s, fields, request.log_entries, request.output_tokens
 
     def _ending(self, request: Request, now_s: float) -> tuple[Any, ...]:
-        _, _, fields = self._change(request)
+        _, _, fields, entries, tokens = self._change(request)
         del self._written[request.request_id]
         ended_s = now_s if request.finished_s is None else request.finished_s
-        return request.request_id, _ms(ended_s), fields
+        return request.request_id, _ms(ended_s), fields, entries, tokens
 
 
 def _ms(instant_s: float) -> int:

@@ -20,15 +20,15 @@ local function register(name, body)
   }
 end
 
--- The answers of a command that takes many names: of the ids with `prefix` before each.
-local function of_each(command, key, prefix, ids)
-  local answers = {}
+-- The strings at the ids with `prefix` before each.
+local function get_each(prefix, ids)
+  local strings = {}
   for first = 1, #ids, BATCH do
-    local names = { key }
+    local names = {}
     for i = first, math.min(first + BATCH - 1, #ids) do names[#names + 1] = prefix .. ids[i] end
-    for i, answer in ipairs(redis.call(command, unpack(names))) do answers[first + i - 1] = answer end
+    for i, found in ipairs(redis.call('MGET', unpack(names))) do strings[first + i - 1] = found end
   end
-  return answers
+  return strings
 end
 
 -- args: position of the first one among the live requests; how many of these to look at; names of fields.
@@ -41,18 +41,17 @@ register('laps_load_waiting', function(prefix, args)
   names[width + 1], names[width + 2] = 'state', 'log_entries'
   local waiting, fields, others = {}, {}, {}
   local ids = redis.call('ZRANGE', prefix .. 'live', first, first + count - 1)
-  local logs = of_each('HMGET', prefix .. 'progress', '', ids)
-  for i, id in ipairs(ids) do
+  for _, id in ipairs(ids) do
     local values = redis.call('HMGET', prefix .. 'request:' .. id, unpack(names))
-    if values[width + 1] == 'queued' and values[width + 2] == '0' and not logs[i] then
+    if values[width + 1] == 'queued' and values[width + 2] == '0' then
       waiting[#waiting + 1] = id
       fields[#waiting] = values
     else
       others[#others + 1] = id
     end
   end
-  local prompts = of_each('MGET', nil, prefix .. 'prompt:', waiting)
-  local params = of_each('MGET', nil, prefix .. 'params:', waiting)
+  local prompts = get_each(prefix .. 'prompt:', waiting)
+  local params = get_each(prefix .. 'params:', waiting)
   local rows, places, texts, place_of = {}, {}, {}, {}
   local n = 0
   for i, id in ipairs(waiting) do
@@ -81,9 +80,6 @@ register('laps_load_requests', function(prefix, args)
   for i = #names + 2, #args do
     local id = args[i]
     local values, log = redis.call('HMGET', prefix .. 'request:' .. id, unpack(names)), {}
-    -- How far a live request's log is stored is not in its hash at every step, but in `progress`.
-    local line = redis.call('HGET', prefix .. 'progress', id)
-    if line then values[at.log_entries], values[at.output_tokens] = string.match(line, '^(%d+) (%d+)$') end
     if values[at.log_entries] ~= '0' then
       for k, item in ipairs(redis.call('XRANGE', prefix .. 'tokens:' .. id, '-', '+')) do log[k] = item[2][4] end
     end
@@ -105,4 +101,14 @@ register('laps_load_finished', function(prefix, args)
     all[#all + 1] = redis.call('HMGET', prefix .. 'request:' .. id, unpack(args, 3))
   end
   return all
+end)
+
+-- args: id of the journal's entry after which to begin ('-': the first), how many. Returns {meta's journal_seq, journal_from
+-- and resumed_seq, {commit, rows, ...}}.
+register('laps_journal', function(prefix, args)
+  local meta, entries = redis.call('HMGET', prefix .. 'meta', 'journal_seq', 'journal_from', 'resumed_seq'), {}
+  for i, entry in ipairs(redis.call('XRANGE', prefix .. 'journal', args[1], '+', 'COUNT', args[2])) do
+    entries[2 * i - 1], entries[2 * i] = tonumber(string.match(entry[1], '^%d+')), entry[2][2]
+  end
+  return { tonumber(meta[1] or 0), tonumber(meta[2] or 0), tonumber(meta[3] or 0), entries }
 end)

@@ -10,10 +10,12 @@ from operator import attrgetter
 from typing import Any, Literal, cast
 
 from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
-from scheduler_svc.store import codec, keys
+from scheduler_svc.store import codec, keys, packing
 from scheduler_svc.store.connection import Reader
 from scheduler_svc.store.errors import LogConflict
 
+BATCH_JOURNAL_ENTRIES = 20
+"""Per call. One may hold a row of every running request."""
 BATCH_REQUESTS = 500
 """Requests per call: some 10 ms in which the store does nothing else."""
 BATCH_LOGS = 100
@@ -24,11 +26,57 @@ CALLS_AHEAD = 2
 
 async def recover(reader: Reader, pool: str) -> Recovered:
     learnt = await reader.read(reader.redis.hgetall(keys.learnt(pool)))
+    requests = await read_live(reader)
+    await replay_journal(reader, requests)
     return Recovered(
-        requests=await read_live(reader),
+        requests=requests,
         retained=await read_retained(reader),
         learnt={name.decode(): value.decode() for name, value in learnt.items()},
     )
+
+
+async def replay_journal(reader: Reader, requests: list[Request]) -> None:
+    """Continues the output of live requests by what is stored but not in their logs yet.
+
+    Raises:
+        LogConflict: a part of it is missing, and no operator has accepted that since.
+    """
+    by_id = {request.request_id: request for request in requests}
+    after, last_seq = "-", 0
+    while True:
+        journal_seq, journal_from, resumed_seq, entries = await reader.ask(
+            "laps_journal", after, BATCH_JOURNAL_ENTRIES, raw=True
+        )
+        for seq, rows in packing.pairs(entries):
+            last_seq, after = seq, f"({seq}-0"
+            try:
+                emitted = packing.journal_rows(rows)
+            except ValueError as error:
+                raise LogConflict(f"the journal's entry {seq} cannot be read: {error}") from error
+            for request_id, offset, token_ids in emitted:
+                request = by_id.get(request_id)
+                if request is None or _continue(request, offset, token_ids) or seq <= resumed_seq:
+                    continue
+                raise LogConflict(
+                    f"the journal's entry {seq} goes on at {offset} of request {request_id}, of which "
+                    f"{request.output_tokens} tokens are stored"
+                )
+        if len(entries) < 2 * BATCH_JOURNAL_ENTRIES:
+            break
+    if max(journal_from, resumed_seq + 1) <= journal_seq != last_seq:
+        raise LogConflict(f"the journal ends with commit {last_seq}, its last entry was of {journal_seq}")
+
+
+def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
+    """By a row of the journal, which its log may hold already. False: what comes before it is missing."""
+    known_bytes = len(request.output) - offset * TOKEN_BYTES
+    if known_bytes < 0:
+        return False
+    if len(token_ids) > known_bytes:
+        if request.book.unlogged_from < 0:
+            request.book.unlogged_from = request.output_tokens
+        request.output += token_ids[known_bytes:]
+    return True
 
 
 async def read_live(reader: Reader) -> list[Request]:

@@ -254,6 +254,7 @@ class Store:
             self.seen.commit_seq,
             packed.digest,
             packed.body,
+            packed.journal,
         )
         self.seen = replace(self.seen, commit_seq=max(self.seen.commit_seq, packed.seq))
         return bool(new)

@@ -192,17 +192,14 @@ class Chaos:
             return True
         if not self._still_leads(leader):
             return False
-        running = [
-            name
-            for name in keys.leases
-            if len(keys.tokens.get(name, ())) > 1 and name in leader.core.requests
-        ]
+        running = [name for name in keys.leases if keys.tokens.get(name) and name in leader.core.requests]
         if not running:
             return False
         request_id = self._rng.choice(running)
         log = keys.tokens[request_id]
         log.pop()
-        keys.progress[request_id] = f"{log[-1].number} {log[-1].offset + len(log[-1].tokens.split())}"
+        tokens = log[-1].offset + len(log[-1].tokens.split()) if log else 0
+        keys.request[request_id] |= {"log_entries": str(len(log)), "output_tokens": str(tokens)}
         world.trace("store", f"LOSES the last entry of the log of {request_id}")
         world.history.damaged.add(request_id)
         return True

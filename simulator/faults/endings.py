@@ -108,7 +108,7 @@ def check_end(world: World, readers: list[asyncio.Task[Any]]) -> None:
 def _check_store(world: World) -> None:
     keys, history = world.server.model.keys, world.history
     require = history.require
-    for name in ("live", "leases", "progress"):
+    for name in ("live", "leases"):
         left = getattr(keys, name)
         require(not left, f"the store still has {name}: {sorted(left)}")
     for level, waiting in keys.queues.items():

@@ -6,12 +6,15 @@ client or a gateway is shown. It knows what each request's output must be, so it
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from scheduler_svc.core.records import TOKEN_BYTES
 from scheduler_svc.core.steps import MAX_REFUSED_ROWS
+from scheduler_svc.store.packing import journal_rows
 from simulator.faults.model import output_of
 from simulator.faults.store_model import Keys, unpack_body
 
@@ -31,6 +34,8 @@ class Life:
     stored_s: float
     stored_tokens: int = 0
     entries: int = 0
+    logged_tokens: int = 0
+    """Those in its log; the journal may hold more."""
     ended: str = ""
     """Its finish reason, once that is stored."""
     ended_s: float = 0.0
@@ -125,9 +130,16 @@ class History:
                 continue
             log = keys.tokens.get(request_id, [])
             life.entries = len(log)
-            life.stored_tokens = sum(len(entry.tokens.split()) for entry in log)
+            life.logged_tokens = sum(len(entry.tokens.split()) for entry in log)
+            life.stored_tokens = life.logged_tokens
             life.ended = stored.get("finish_reason", "") if stored["state"] == "finished" else ""
             life.forgotten = False
+        for _, rows in keys.journal:
+            for request_id, offset, token_ids in journal_rows(rows):
+                found = self.lives.get(request_id)
+                # What comes after a hole is lost with it.
+                if found is not None and offset <= found.stored_tokens:
+                    found.stored_tokens = max(found.stored_tokens, offset + len(token_ids) // TOKEN_BYTES)
         self.damaged.clear()
 
     # --- What the store does -------------------------------------------------------------------
@@ -138,7 +150,7 @@ class History:
         self.epoch = epoch
         self._trace("store", f"{holder} leads, epoch {epoch}")
 
-    def committed(self, epoch: int, seq: int, body: bytes) -> None:
+    def committed(self, epoch: int, seq: int, body: bytes, journal: bytes) -> None:
         """The store has just carried out a new commit."""
         self.counts.commits += 1
         self.require(epoch == self.epoch, f"a leader of epoch {epoch} wrote in epoch {self.epoch}")
@@ -147,14 +159,19 @@ class History:
         fields = unpack_body(body)
         for new in fields[1]:
             self._submitted(new)
-        appended = fields[3]
-        for at in range(0, len(appended), 7):
-            self._appended(appended[at], *appended[at + 3 : at + 6])
-        for ending in fields[8]:
+        for request_id, offset, token_ids in journal_rows(journal) if journal else ():
+            self._journaled(
+                request_id, offset, list(struct.unpack(f"<{len(token_ids) // TOKEN_BYTES}I", token_ids))
+            )
+        appended = fields[2]
+        for at in range(0, len(appended), 6):
+            request_id, entry, offset, _, text, _ = appended[at : at + 6]
+            self._appended(request_id, entry, offset, text)
+        for ending in fields[7]:
             self._finished(ending[0], ending[2])
-        for request_id in fields[9]:
+        for request_id in fields[8]:
             self.lives[request_id].forgotten = True
-        for event in fields[12]:
+        for event in fields[11]:
             self.counts.preemptions += event[1] == "preempted"
             if event[1] == "row_refused":
                 self.counts.rows_refused += 1
@@ -162,8 +179,8 @@ class History:
                 self.require(self.lied_about[request_id] > 0, f"a row of {request_id} was refused: {event}")
         self._trace(
             "store",
-            f"commit {epoch}/{seq}: +{len(fields[1])} requests, {len(appended) // 7} entries, "
-            f"{len(fields[8])} ended",
+            f"commit {epoch}/{seq}: +{len(fields[1])} requests, {len(appended) // 6} entries, "
+            f"{len(journal)} bytes of journal, {len(fields[7])} ended",
         )
 
     def _submitted(self, new: Sequence[Any]) -> None:
@@ -188,22 +205,32 @@ class History:
         tokens = [int(token) for token in text.split()]
         if request_id in self.damaged:
             self.violated(f"entry {entry} of {request_id} was taken, though entries before it are lost")
-        if entry <= life.entries:
-            # The store compares what is there; so do we.
-            self.require(tokens == life.expected[offset : offset + len(tokens)], f"entry {entry} rewritten")
-            return
-        self.require(not life.ended, f"{request_id} grew after its end")
         self.require(
-            entry == life.entries + 1 and offset == life.stored_tokens,
+            entry == life.entries + 1 and offset == life.logged_tokens,
             f"gap in the log of {request_id}: entry {entry} at {offset} after {life.entries}, "
-            f"{life.stored_tokens} tokens",
+            f"{life.logged_tokens} tokens",
         )
-        right = life.expected[offset : offset + len(tokens)]
+        life.entries, life.logged_tokens = entry, offset + len(tokens)
+        # What of them the journal has told already must be the same; it is compared with the model's output.
+        self._grew(life, offset, tokens)
+
+    def _journaled(self, request_id: str, offset: int, tokens: list[int]) -> None:
+        life = self.lives[request_id]
         self.require(
-            tokens == right, f"{request_id} at {offset}: stored {tokens}, the model's output is {right}"
+            offset == life.stored_tokens,
+            f"gap in the journal: {request_id} goes on at {offset} after {life.stored_tokens} tokens",
         )
-        life.entries, life.stored_tokens = entry, offset + len(tokens)
-        self.counts.tokens += len(tokens)
+        self._grew(life, offset, tokens)
+
+    def _grew(self, life: Life, offset: int, tokens: list[int]) -> None:
+        self.require(not life.ended, f"{life.request_id} grew after its end")
+        end = offset + len(tokens)
+        right = life.expected[offset:end]
+        self.require(
+            tokens == right, f"{life.request_id} at {offset}: stored {tokens}, the model's output is {right}"
+        )
+        self.counts.tokens += max(0, end - life.stored_tokens)
+        life.stored_tokens = max(end, life.stored_tokens)
 
     def _finished(self, request_id: str, fields: Sequence[str]) -> None:
         life = self.lives[request_id]
@@ -211,6 +238,10 @@ class History:
         reason = values.get("finish_reason", "")
         self.require(not life.ended, f"{request_id} ended twice: {life.ended}, then {reason}")
         self.require(bool(reason), f"{request_id} ended without a reason")
+        self.require(
+            life.logged_tokens == life.stored_tokens or request_id in self.damaged,
+            f"{request_id} ended with {life.stored_tokens} tokens, its log has {life.logged_tokens}",
+        )
         life.ended, life.ended_s = reason, self._now_s()
         self.counts.ends[reason] = self.counts.ends.get(reason, 0) + 1
         self._trace("store", f"{request_id} ends: {reason} after {life.stored_tokens} tokens")

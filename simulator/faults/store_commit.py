@@ -42,7 +42,8 @@ class Keys:
     prompt: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, list[Entry]] = field(default_factory=dict)
-    progress: dict[str, str] = field(default_factory=dict)
+    journal: list[tuple[int, bytes]] = field(default_factory=list)
+    """Commit numbers and rows as packed."""
     learnt: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,6 +55,7 @@ class _Record:
     finished: bool = False
     entries: int = 0
     tokens: int = 0
+    grown: bool = False
     queue: str = ""
     priority: int = 0
     arrival_seq: int = 0
@@ -72,19 +74,16 @@ class _Record:
 class CommitCall:
     """A call of `laps_commit` that has passed the fence and the sequence."""
 
-    def __init__(self, keys: Keys, body: list[Any], check_log: bool) -> None:
+    def __init__(self, keys: Keys, seq: int, body: list[Any], journal: bytes, check_log: bool) -> None:
         self.keys = keys
-        (self.now, self.submitted, self.logged, self.appended, self.changed, self.moves, self.leased) = body[
-            :7
-        ]
-        (self.unleased, self.finished, self.forgotten, self.workers, self.gone, self.events, self.learnt) = (
-            body[7:]
-        )
+        self.seq = seq
+        self.journal = journal
+        self.now, self.submitted, self.appended, self.changed, self.moves, self.leased = body[:6]
+        self.unleased, self.finished, self.forgotten, self.workers, self.gone, self.events = body[6:12]
+        self.learnt, self.journal_from = body[12:]
         self._check_log = check_log
         self.records: dict[str, _Record] = {}
-        self.lines: dict[str, str] = {}
         self.new_entries: list[tuple[str, Entry]] = []
-        self.grown: dict[str, str] = {}
         self.levels = int(keys.meta.get("levels", "0"))
 
     def _known(self, request_id: str) -> _Record:
@@ -122,10 +121,10 @@ class CommitCall:
                 perceives_s=perceives_s,
                 fields=list(fields),
             )
-        self.lines = {i: self.keys.progress[i] for i in self.logged if i in self.keys.progress}
         self._check_entries()
-        for request_id, perceives_s, fields in self.changed:
+        for request_id, perceives_s, fields, entries, tokens in self.changed:
             record = self._unfinished(request_id)
+            self._check_end(record, entries, tokens)
             record.perceives_s = perceives_s
             record.set_fields(list(fields))
         for move in self.moves:
@@ -138,8 +137,9 @@ class CommitCall:
         for request_id in self.leased[1::2]:
             if request_id not in self.records and request_id not in self.keys.live:
                 self._unfinished(request_id)
-        for request_id, finishes, fields in self.finished:
+        for request_id, finishes, fields, entries, tokens in self.finished:
             record = self._unfinished(request_id)
+            self._check_end(record, entries, tokens)
             record.finished, record.finishes, record.perceives_s = True, finishes, 0.0
             record.set_fields(list(fields))
         for request_id in self.forgotten:
@@ -148,29 +148,23 @@ class CommitCall:
             self.records[request_id].forgotten = True
 
     def _check_entries(self) -> None:
-        for request_id, before, after, number, offset, tokens, logprobs in _sevens(self.appended):
-            line = self.lines.get(request_id)
-            if line is None:
-                record = self._known(request_id)
-                line = f"{record.entries} {record.tokens}"
-            if line == before or not self._check_log:
-                if request_id in self.records and self.records[request_id].finished:
-                    raise Refusal(f"ALREADY_FINISHED {request_id}")
-                line = self.grown[request_id] = after
-                self.new_entries.append((request_id, Entry(number, offset, tokens, logprobs)))
-            else:
-                self._check_stored(request_id, line, Entry(number, offset, tokens, logprobs))
-            self.lines[request_id] = line
+        for request_id, number, offset, count, tokens, logprobs in _sixes(self.appended):
+            record = self._unfinished(request_id)
+            if self._check_log and number > record.entries + 1:
+                raise Refusal(f"LOG_GAP entry {number} after {record.entries} of {request_id}")
+            if self._check_log and (number, offset) != (record.entries + 1, record.tokens):
+                raise Refusal(
+                    f"LOG_CONFLICT entry {number} at {offset} of {request_id}, whose log is stored to "
+                    f"{record.entries} {record.tokens}"
+                )
+            record.entries, record.tokens, record.grown = number, offset + count, True
+            self.new_entries.append((request_id, Entry(number, offset, tokens, logprobs)))
 
-    def _check_stored(self, request_id: str, line: str, entry: Entry) -> None:
-        last = int(line.split()[0])
-        if entry.number > last + 1:
-            raise Refusal(f"LOG_GAP entry {entry.number} after {last} of {request_id}")
-        log = self.keys.tokens.get(request_id, [])
-        if next((stored for stored in log if stored.number == entry.number), None) != entry:
+    def _check_end(self, record: _Record, entries: int, tokens: int) -> None:
+        if self._check_log and (record.entries, record.tokens) != (entries, tokens):
             raise Refusal(
-                f"LOG_CONFLICT entry {entry.number} at {entry.offset} of {request_id}, "
-                f"whose log is stored to {line}"
+                f"LOG_CONFLICT the log of {record.id} is stored to {record.entries} {record.tokens}, "
+                f"it was written to {entries} {tokens}"
             )
 
     def write(self) -> None:
@@ -180,7 +174,12 @@ class CommitCall:
             keys.live[request_id] = float(arrival_seq)
         for request_id, entry in self.new_entries:
             keys.tokens.setdefault(request_id, []).append(entry)
-        keys.progress.update(self.grown)
+        if self.journal:
+            keys.journal.append((self.seq, self.journal))
+            keys.meta["journal_seq"] = str(self.seq)
+        if self.journal_from:
+            keys.journal[:] = [entry for entry in keys.journal if entry[0] >= self.journal_from]
+            keys.meta["journal_from"] = str(self.journal_from)
         for expiry_ms, request_id in zip(self.leased[::2], self.leased[1::2], strict=True):
             keys.leases[request_id] = float(expiry_ms)
         for request_id in self.unleased:
@@ -211,14 +210,13 @@ class CommitCall:
         backlog_us = 0
         if record.perceives_s is not None:
             backlog_us = _microseconds(record.perceives_s) - _microseconds(record.perceived_s)
-        if record.fields is not None and record.id in self.lines:
-            entries, tokens = self.lines[record.id].split()
-            fields += "log_entries", entries, "output_tokens", tokens
+        if record.grown:
+            fields += "log_entries", str(record.entries), "output_tokens", str(record.tokens)
         if fields:
             stored = keys.request.setdefault(record.id, {})
             stored.update(zip(fields[::2], fields[1::2], strict=True))
         if record.finishes is not None:
-            for kind in (keys.live, keys.leases, keys.progress):
+            for kind in (keys.live, keys.leases):
                 kind.pop(record.id, None)
             keys.finished[record.id] = float(record.finishes)
         if record.forgotten:
@@ -239,9 +237,9 @@ class CommitCall:
             keys.worker.pop(worker_id, None)
 
 
-def _sevens(flat: list[Any]) -> Iterable[tuple[Any, ...]]:
+def _sixes(flat: list[Any]) -> Iterable[tuple[Any, ...]]:
     iterator = iter(flat)
-    return zip(*[iterator] * 7, strict=True)
+    return zip(*[iterator] * 6, strict=True)
 
 
 def _microseconds(seconds: float) -> int:

@@ -15,7 +15,7 @@ from simulator.faults.store_commit import CommitCall, Entry, Keys, Refusal
 
 __all__ = ["ALL_CHECKS", "Entry", "Keys", "Refusal", "StoreModel", "unpack_body"]
 
-SCHEMA = "1"
+SCHEMA = "2"
 ALL_CHECKS = frozenset({"fence", "log", "digest", "stopped", "term"})
 """What can be switched off, to see that its absence is noticed."""
 
@@ -35,7 +35,7 @@ class StoreModel:
         self.keys = Keys()
         self._now_ms = now_ms
         self._checks = checks
-        self._functions: dict[str, Callable[[list[str], bytes], Any]] = {
+        self._functions: dict[str, Callable[[list[str], list[bytes]], Any]] = {
             "laps_lead": self._lead,
             "laps_renew": self._renew,
             "laps_resign": self._resign,
@@ -51,10 +51,8 @@ class StoreModel:
 
     def call(self, function: str, *args: str | bytes | int | float) -> Any:
         """A function that writes. Raises Refusal, and has then changed nothing."""
-        body = args[-1] if args and isinstance(args[-1], bytes) else b""
-        plain = args[:-1] if body else args
-        texts = [a.decode("utf-8", "surrogateescape") if isinstance(a, bytes) else str(a) for a in plain]
-        return self._functions[function](texts, body)
+        texts = [a.decode("utf-8", "surrogateescape") if isinstance(a, bytes) else str(a) for a in args]
+        return self._functions[function](texts, [a for a in args if isinstance(a, bytes)])
 
     # --- Leadership ---------------------------------------------------------------------------
 
@@ -94,7 +92,7 @@ class StoreModel:
             )
         return timeline, epoch, commit_seq
 
-    def _lead(self, args: list[str], _: bytes) -> Any:
+    def _lead(self, args: list[str], _: list[bytes]) -> Any:
         holder, address, ttl_ms = args[0], args[1], int(args[2])
         keys = self.keys
         if keys.meta.get("schema", SCHEMA) != SCHEMA:
@@ -121,26 +119,26 @@ class StoreModel:
         keys.leases.clear()
         return [1, epoch, expires, commit_seq, timeline, args[7].encode()]
 
-    def _renew(self, args: list[str], _: bytes) -> Any:
+    def _renew(self, args: list[str], _: list[bytes]) -> Any:
         self._fence(int(args[0]), args[1])
         self._check_history(args[3:7])
         expires = self._now_ms() + int(args[2])
         self.keys.leader["expires_ms"] = str(expires)
         return expires
 
-    def _resign(self, args: list[str], _: bytes) -> Any:
+    def _resign(self, args: list[str], _: list[bytes]) -> Any:
         leader = self.keys.leader
         if leader.get("epoch") != args[0] or leader.get("holder") != args[1]:
             return 0
         leader.update(holder="", address="", expires_ms="0")
         return 1
 
-    def _describe(self, args: list[str], _: bytes) -> Any:
+    def _describe(self, args: list[str], _: list[bytes]) -> Any:
         self._fence(int(args[0]), args[1])
         self.keys.meta.update(policy=args[2], level_thresholds_s=args[3])
         return b"OK"
 
-    def _stop(self, args: list[str], _: bytes) -> Any:
+    def _stop(self, args: list[str], _: list[bytes]) -> Any:
         keys, stopped = self.keys, self.keys.stopped
         timeline, epoch, commit_seq = self._history()
         seen = int(args[2]), int(args[3]), int(args[4])
@@ -163,20 +161,20 @@ class StoreModel:
         keys.leader |= {"epoch": fenced, "holder": "", "address": "", "expires_ms": "0"}
         return 1
 
-    def _resume(self, args: list[str], _: bytes) -> Any:
+    def _resume(self, args: list[str], _: list[bytes]) -> Any:
         keys = self.keys
         if not keys.stopped:
             return 0
-        timeline, epoch, _seq = self._history()
+        timeline, epoch, commit_seq = self._history()
         timeline = max(timeline, int(keys.stopped["seen_timeline"])) + 1
-        keys.meta["timeline"] = str(timeline)
+        keys.meta |= {"timeline": str(timeline), "resumed_seq": str(commit_seq)}
         keys.leader["epoch"] = str(max(epoch, int(keys.stopped["seen_epoch"])))
         keys.stopped, keys.epochs = {}, {}
         return timeline
 
     # --- Commit -------------------------------------------------------------------------------
 
-    def _commit(self, args: list[str], body: bytes) -> Any:
+    def _commit(self, args: list[str], packed: list[bytes]) -> Any:
         seq, acknowledged, digest = int(args[2]), int(args[3]), args[4]
         self._fence(int(args[0]), args[1])
         meta = self.keys.meta
@@ -192,7 +190,8 @@ class StoreModel:
             raise Refusal(f"SEQ_CONFLICT commit {seq} when {stored_seq} is stored, with other content")
         if seq > stored_seq + 1:
             raise Refusal(f"SEQ_GAP commit {seq} after {stored_seq}")
-        commit = CommitCall(self.keys, unpack_body(body), "log" in self._checks)
+        body, journal = packed
+        commit = CommitCall(self.keys, seq, unpack_body(body), journal, "log" in self._checks)
         commit.check()
         commit.write()
         meta["commit_seq"], meta["commit_digest"] = str(seq), digest

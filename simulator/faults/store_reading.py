@@ -16,18 +16,12 @@ def ask(keys: Keys, function: str, *args: str | int) -> Any:
         return _load_requests(keys, list(map(str, args[1:names])), list(map(str, args[names:])))
     if function == "laps_load_finished":
         return _load_finished(keys, int(args[0]), int(args[1]), *map(str, args[2:]))
+    if function == "laps_journal":
+        return _journal(keys, str(args[0]), int(args[1]))
     if function == "laps_read":
         request_id, offset, limit, whole = args
         return _read(keys, str(request_id), int(offset), int(limit), bool(whole))
     raise NotImplementedError(function)
-
-
-def _current(keys: Keys, request_id: str) -> dict[str, str]:
-    """A request's hash, with how far its log is stored now."""
-    stored = dict(keys.request.get(request_id, {}))
-    if request_id in keys.progress:
-        stored["log_entries"], stored["output_tokens"] = keys.progress[request_id].split()
-    return stored
 
 
 def _load_waiting(keys: Keys, first: int, count: int, *names: str) -> Any:
@@ -37,8 +31,7 @@ def _load_waiting(keys: Keys, first: int, count: int, *names: str) -> Any:
     others: list[str] = []
     for request_id in _in_order(keys.live)[first : first + count]:
         stored = keys.request.get(request_id, {})
-        logged = stored.get("log_entries") != "0" or request_id in keys.progress
-        if stored.get("state") != "queued" or logged:
+        if stored.get("state") != "queued" or stored.get("log_entries") != "0":
             others.append(request_id)
             continue
         rows += request_id, *(stored.get(name, False) for name in names), keys.prompt.get(request_id, False)
@@ -52,7 +45,7 @@ def _load_waiting(keys: Keys, first: int, count: int, *names: str) -> Any:
 def _load_requests(keys: Keys, names: list[str], request_ids: list[str]) -> Any:
     flat: list[Any] = []
     for request_id in request_ids:
-        stored = _current(keys, request_id)
+        stored = keys.request.get(request_id, {})
         log = [entry.tokens for entry in keys.tokens.get(request_id, [])]
         flat += request_id, [stored.get(name, False) for name in names]
         flat += keys.prompt.get(request_id, ""), keys.params.get(request_id, "{}"), log
@@ -77,10 +70,17 @@ def _read(keys: Keys, request_id: str, offset: int, limit: int, whole: bool) -> 
     flat: list[Any] = []
     for entry in log[first : first + limit]:
         flat += entry.number, entry.offset, entry.tokens.encode(), _bytes(entry)
-    hashed = [text.encode() for item in _current(keys, request_id).items() for text in item]
+    hashed = [text.encode() for item in keys.request.get(request_id, {}).items() for text in item]
     prompt = keys.prompt.get(request_id, "").encode() if whole else b""
     params = keys.params.get(request_id, "{}").encode() if whole else b""
     return [hashed, flat, prompt, params]
+
+
+def _journal(keys: Keys, after: str, count: int) -> Any:
+    first = 0 if after == "-" else int(after[1:].split("-")[0]) + 1
+    entries = [entry for entry in keys.journal if entry[0] >= first][:count]
+    meta = [int(keys.meta.get(name, "0")) for name in ("journal_seq", "journal_from", "resumed_seq")]
+    return [*meta, [value for entry in entries for value in entry]]
 
 
 def _bytes(entry: Entry) -> bytes:

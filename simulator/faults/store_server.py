@@ -79,7 +79,7 @@ class StoreServer:
             raise
         if function == "laps_commit":
             if reply[1]:
-                self._history.committed(int(args[0]), int(args[2]), args[5])
+                self._history.committed(int(args[0]), int(args[2]), args[5], args[6])
             else:
                 self._history.counts.commits_repeated += 1
         elif function == "laps_lead" and reply[0]:

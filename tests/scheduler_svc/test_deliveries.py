@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
-from scheduler_svc.core.records import Append, FinishReason, Request, RequestSpec
+from scheduler_svc.core.records import FinishReason, Request, RequestSpec
 from scheduler_svc.deliveries import ABANDONED_AT_ONCE, MAX_PENDING_BYTES, DeliveryHub, Follower
 
 GATEWAY_GRACE_S = 5.0
@@ -59,7 +59,7 @@ def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
                 request.output[:] = pack(ahead)
                 hub.follow(follower, request, offset_here)
             if count:
-                hub.published([Append("a", number + 1, stored, pack(tokens[stored : stored + count]))])
+                hub.published([("a", stored, pack(tokens[stored : stored + count]))])
                 stored += count
         expected = tokens[offset_here:]
         if expected:
@@ -78,7 +78,7 @@ async def test_logprobs_of_joined_rows_are_joined() -> None:
 
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.follow(follower, request, 0)
-    hub.published([Append("a", 1, 0, pack([7]), packed(-1.0)), Append("a", 2, 1, pack([8]), packed(-2.0))])
+    hub.published([("a", 0, pack([7])), ("a", 1, pack([8]))], {0: packed(-1.0), 1: packed(-2.0)})
     message = await follower.next_message()
     assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0]
 
@@ -88,7 +88,7 @@ async def test_the_end_comes_after_the_last_tokens() -> None:
     hub.follow(follower, request, 0)
     request.output[:] = pack([7])
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
-    hub.published([Append("a", 1, 0, pack([7]))])
+    hub.published([("a", 0, pack([7]))])
     hub.finished([request])
     message = await follower.next_message()
     assert list(message.request_ids) == ["a"]
@@ -164,9 +164,9 @@ def test_many_who_were_left_alone_are_given_up_a_few_at_a_time() -> None:
 def test_a_gateway_that_reads_nothing_is_noticed() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
     hub.follow(follower, make_request(), 0)
-    hub.published([Append("a", 1, 0, bytes(MAX_PENDING_BYTES))])
+    hub.published([("a", 0, bytes(MAX_PENDING_BYTES))])
     assert not follower.overrun
-    hub.published([Append("a", 2, MAX_PENDING_BYTES // 4, bytes(4))])
+    hub.published([("a", MAX_PENDING_BYTES // 4, bytes(4))])
     assert follower.overrun
 
 
@@ -178,10 +178,10 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
-    hub.published([Append("a", 1, 0, pack([10]), logprobs(-1.0))])
+    hub.published([("a", 0, pack([10]))], {0: logprobs(-1.0)})
     # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
     hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
-    hub.published([Append("a", 2, 1, pack([11, 12]), logprobs(-2.0, -3.0))])
+    hub.published([("a", 1, pack([11, 12]))], {0: logprobs(-2.0, -3.0)})
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert unpack(message.token_ids) == [10, 11, 12]
     assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0, -3.0]
@@ -192,12 +192,12 @@ async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
-    hub.published([Append("a", 1, 0, pack([10, 11, 12]))])
+    hub.published([("a", 0, pack([10, 11, 12]))])
     hub.follow(follower, request, 0)
     hub.unfollow(follower, request, "a", 0.0)
     hub.follow(follower, request, offset)
     request.output += pack([13])
-    hub.published([Append("a", 2, 3, pack([13]))])
+    hub.published([("a", 3, pack([13]))])
     (row,) = await take(follower)
     first = 0 if offset == 3 else offset
     assert row == ("a", first, [10, 11, 12, 13][first:])

@@ -33,7 +33,7 @@ class FakeStore:
         self.stored: list[bytes] = []
 
     def encode(self, commit: Commit, now_s: float) -> bytes:
-        return repr([(a.request_id, a.offset, len(a.token_ids)) for a in commit.appended]).encode()
+        return repr([(name, offset, len(ids)) for name, offset, ids in commit.emitted]).encode()
 
     async def commit(self, encoded: bytes) -> bool:
         self.calls.append(encoded)

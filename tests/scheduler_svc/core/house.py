@@ -153,6 +153,8 @@ class Store:
     def __init__(self) -> None:
         self.live: dict[str, dict[str, Any]] = {}
         self.logs: dict[str, list[tuple[int, bytes]]] = {}
+        self.journal: list[tuple[int, str, int, bytes]] = []
+        """Tick, request, offset and tokens of what may be in no log yet."""
         self.waiting: dict[str, tuple[int, float]] = {}
         self.leases: dict[str, float] = {}
         self.finished: dict[str, tuple[str, FinishReason, float]] = {}
@@ -171,6 +173,14 @@ class Store:
             assert append.offset == sum(len(tokens) // 4 for _, tokens in log), "a gap in the tokens"
             assert append.token_ids
             log.append((append.offset, append.token_ids))
+        for request_id, offset, token_ids in commit.emitted:
+            assert token_ids
+            self.journal.append((commit.tick, request_id, offset, token_ids))
+        self.journal = [row for row in self.journal if row[0] > commit.logged_tick]
+        for request in (*commit.changed, *commit.finished):
+            assert request.log_entries == len(self.logs[request.request_id])
+            logged = b"".join(tokens for _, tokens in self.logs[request.request_id])
+            assert logged == bytes(request.output), "a record is written without its log"
         for request in commit.changed:
             assert request.request_id in self.live, "a change of what is not there"
             assert request.request_id not in {done.request_id for done in commit.finished}
@@ -205,6 +215,7 @@ class Store:
         for request_id in commit.forgotten:
             del self.finished[request_id]
             del self.logs[request_id]
+            assert request_id not in {row[1] for row in self.journal}, "forgotten before its output is"
             # Its id may be used anew from here on, and that request ends once as well.
             self.ever_finished.discard(request_id)
         self.learnt.update(commit.learnt)
@@ -229,7 +240,14 @@ class Store:
         }
 
     def output(self, request_id: str) -> bytes:
-        return b"".join(tokens for _, tokens in self.logs[request_id])
+        """Its log, and what the journal has beyond it."""
+        output = b"".join(tokens for _, tokens in self.logs[request_id])
+        for _, name, offset, token_ids in self.journal:
+            if name == request_id:
+                known_bytes = len(output) - 4 * offset
+                assert known_bytes >= 0, "a gap between log and journal"
+                output += token_ids[known_bytes:]
+        return output
 
     def recover(self) -> Recovered:
         requests = []
@@ -238,6 +256,9 @@ class Store:
             request.level, request.rank = self.waiting.get(request_id, (request.level, request.rank))
             request.output = bytearray(self.output(request_id))
             request.log_entries = len(self.logs[request_id])
+            logged_bytes = sum(len(tokens) for _, tokens in self.logs[request_id])
+            if len(request.output) > logged_bytes:
+                request.book.unlogged_from = logged_bytes // 4
             requests.append(request)
         retained = [Retained(name, digest, at_s) for name, (digest, _, at_s) in self.finished.items()]
         self.leases.clear()

@@ -97,7 +97,12 @@ def test_several_steps_in_one_tick_make_one_log_entry_unless_they_carry_logprobs
     with_logprobs.logprobs = {0: b"x"}
     core.report(with_logprobs, 0.1)
     core.report(fake.step(1), 0.1)
-    appended = core.tick(0.2).commit.appended
+    commit = core.tick(0.2).commit
+    assert [(offset, len(token_ids) // 4) for _, offset, token_ids in commit.emitted] == [
+        (0, 2), (2, 1), (3, 1), (4, 1)
+    ]  # fmt: skip
+    assert commit.logprobs == {2: b"x"}
+    appended = commit.appended
     assert [(entry.entry, entry.offset, len(entry.token_ids) // 4, entry.logprobs) for entry in appended] == [
         (1, 0, 3, b""),
         (2, 3, 1, b"x"),
@@ -113,7 +118,7 @@ def test_steps_without_tokens_are_steps() -> None:
     core.report(fake.step(0), 0.1)
     assert request.steps == 1
     assert request.first_token_s is None
-    assert not core.tick(0.1).commit.appended
+    assert not core.tick(0.1).commit.emitted
 
 
 def test_a_stop_carries_what_matched() -> None:

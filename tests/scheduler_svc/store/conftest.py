@@ -75,7 +75,7 @@ def inspector(store: Store) -> Inspector:
 @pytest.fixture
 async def raw(server: LocalServer) -> AsyncIterator[Redis]:
     """What an operator's redis-cli would see."""
-    client = Redis.from_url(server.url, decode_responses=True, protocol=2)
+    client = Redis.from_url(server.url, decode_responses=True, encoding_errors="surrogateescape", protocol=2)
     yield client
     await client.aclose()
 
@@ -123,7 +123,9 @@ def dump(server: LocalServer) -> Callable[[str], dict[str, Any]]:
     """Everything that a pool has in the store, for comparing."""
 
     def dump(pool: str) -> dict[str, Any]:
-        with redis.Redis.from_url(server.url, decode_responses=True, protocol=2) as client:
+        with redis.Redis.from_url(
+            server.url, decode_responses=True, encoding_errors="surrogateescape", protocol=2
+        ) as client:
             return dump_pool(client, pool)
 
     return dump

@@ -135,33 +135,94 @@ async def test_a_request_ends_once(leading, apply, make_request, dump):
     assert dump(leading.pool) == before
 
 
-async def test_a_repeated_log_entry_that_is_equal_changes_nothing(leading, apply, make_request, tokens):
-    await apply(leading, submitted=[make_request()])
-    await apply(
-        leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 2, 2, tokens(9))]
-    )
-    await apply(
-        leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp"), Append("req-1", 3, 3, tokens(1))]
-    )
-    found = await leading.read_request("req-1")
-    assert (found.output, found.log_entries) == (tokens(7, 8, 9, 1), 3)
+def logged(request, log_entries, output):
+    """With so much output, all of it in its log."""
+    request.log_entries, request.output = log_entries, bytearray(output)
+    return request
 
 
-async def test_the_record_of_an_ended_request_tells_how_far_its_log_goes(
-    leading, apply, make_request, tokens, dump
+async def test_the_record_tells_how_far_its_log_goes(leading, apply, make_request, tokens, dump):
+    request = make_request()
+    await apply(leading, submitted=[request])
+    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8), b"lp")])
+    stored = dump(leading.pool)["request:req-1"]
+    assert (stored["log_entries"], stored["output_tokens"]) == ("1", "2")
+    logged(request, 2, tokens(7, 8, 9))
+    await apply(leading, appended=[Append("req-1", 2, 2, tokens(9))], finished=[finish(request)])
+    stored = dump(leading.pool)["request:req-1"]
+    assert (stored["log_entries"], stored["output_tokens"]) == ("2", "3")
+
+
+@pytest.mark.parametrize("how", ["changed", "finished"])
+async def test_a_log_that_lost_its_end_is_an_alarm_when_its_record_is_written(
+    leading, apply, make_request, tokens, raw, dump, how
 ):
     request = make_request()
     await apply(leading, submitted=[request])
-    await apply(leading, appended=[Append("req-1", 1, 0, tokens(7, 8))])
-    assert dump(leading.pool)["progress"] == {"req-1": "1 2"}
-    await apply(leading, appended=[Append("req-1", 2, 2, tokens(9))], finished=[finish(request)])
-    stored = dump(leading.pool)
-    assert "progress" not in stored
-    assert (stored["request:req-1"]["log_entries"], stored["request:req-1"]["output_tokens"]) == ("2", "3")
+    entries = [Append("req-1", 1, 0, tokens(7)), Append("req-1", 2, 1, tokens(8))]
+    await apply(leading, appended=entries, changed=[logged(request, 2, tokens(7, 8))])
+    key = f"laps:{{{leading.pool}}}:request:req-1"
+    await raw.hset(key, mapping={"log_entries": 1, "output_tokens": 1})
+    before = dump(leading.pool)
+    with pytest.raises(LogConflict, match="stored to 1 1, it was written to 2 2"):
+        await apply(leading, **{how: [finish(request) if how == "finished" else request]})
+    assert dump(leading.pool) == before
+
+
+async def test_the_journal_holds_what_is_in_no_log_yet(leading, apply, make_request, tokens, dump):
+    request = make_request()
+    await apply(leading, tick=1, logged_tick=1, submitted=[request])
+    await apply(leading, tick=2, logged_tick=1, emitted=[("req-1", 0, tokens(7, 8))])
+    await apply(leading, tick=3, logged_tick=1, emitted=[("req-1", 2, tokens(9))])
+    assert len(dump(leading.pool)["journal"]) == 2
+    [found] = (await leading.recover()).requests
+    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9), 0, 0)
+    logged(request, 1, tokens(7, 8, 9))
+    # Part of it is in its log: only the rest is taken from the journal.
+    await apply(leading, tick=4, logged_tick=2, appended=[Append("req-1", 1, 0, tokens(7, 8))])
+    assert len(dump(leading.pool)["journal"]) == 1
+    [found] = (await leading.recover()).requests
+    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9), 2, 1)
+    await apply(
+        leading, tick=5, logged_tick=5, emitted=[("req-1", 3, tokens(1))],
+        appended=[Append("req-1", 2, 2, tokens(9, 1))],
+    )  # fmt: skip
+    assert not dump(leading.pool)["journal"]
+    [found] = (await leading.recover()).requests
+    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9, 1), -1, 2)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+async def test_a_journal_that_lost_an_entry_is_an_alarm_until_an_operator_accepts_it(
+    leading, apply, make_request, tokens, raw, lost
+):
+    await apply(leading, tick=1, logged_tick=1, submitted=[make_request()])
+    for place in range(3):
+        await apply(leading, tick=2 + place, logged_tick=1, emitted=[("req-1", place, tokens(place))])
+    journal = f"laps:{{{leading.pool}}}:journal"
+    entries = await raw.xrange(journal)
+    await raw.xdel(journal, entries[lost][0])
+    with pytest.raises(LogConflict, match="the journal"):
+        await leading.recover()
+    await leading.stop_pool("a", "the journal lost something", leading.seen)
+    assert await leading.resume_pool("operator") == 2
+    [found] = (await leading.recover()).requests
+    assert found.output == tokens(*range(lost)), "what follows a hole is lost with it"
+
+
+async def test_a_damaged_journal_is_an_alarm(leading, apply, make_request, tokens, raw):
+    await apply(leading, tick=1, logged_tick=0, submitted=[make_request()], emitted=[("req-1", 0, tokens(7))])
+    journal = f"laps:{{{leading.pool}}}:journal"
+    [(entry_id, _)] = await raw.xrange(journal)
+    await raw.xdel(journal, entry_id)
+    await raw.delete(journal)
+    await raw.xadd(journal, {"rows": "no rows"}, id=entry_id)
+    with pytest.raises(LogConflict, match="cannot be read"):
+        await leading.recover()
 
 
 async def test_submitted_run_and_ended_in_one_tick(leading, apply, make_request, tokens, dump):
-    request = finish(make_request())
+    request = logged(finish(make_request()), 1, tokens(7))
     await apply(
         leading,
         submitted=[request],
@@ -172,7 +233,7 @@ async def test_submitted_run_and_ended_in_one_tick(leading, apply, make_request,
     )
     stored = dump(leading.pool)
     assert "live" not in stored
-    assert "progress" not in stored
+    assert "journal" not in stored
     assert [name for name, _ in stored["finished"]] == ["req-1"]
     found = await leading.read_request("req-1")
     assert (found.state, found.output, found.finish_reason) == (

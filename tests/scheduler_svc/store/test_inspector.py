@@ -58,6 +58,12 @@ def worker(slots=2):
     )
 
 
+def logged(request, output, log_entries=1):
+    """With so much output, all of it in its log."""
+    request.log_entries, request.output = log_entries, bytearray(output)
+    return request
+
+
 async def test_an_empty_pool(inspector):
     snapshot = await inspector.snapshot()
     assert (snapshot.queues.epoch, snapshot.queues.waiting, snapshot.queues.leader) == (0, 0, "")
@@ -78,7 +84,7 @@ async def test_the_picture_is_what_the_keys_hold(leading, apply, make_request, t
     )
     await apply(
         leading,
-        changed=[run(requests[5], slot=1)],
+        changed=[run(logged(requests[5], tokens(4, 5, 6)), slot=1)],
         leased=[("req-6", far_s)],
         appended=[Append("req-6", 1, 0, tokens(4, 5, 6))],
     )
@@ -348,7 +354,8 @@ async def test_a_timeline_tells_a_life(leading, apply, make_request, tokens, ins
     running = await inspector.timeline("req-1")
     assert (running.position, running.tokens_per_entry) == (None, [1, 3, 2, 1])
     assert running.request.fields["leased_s"] == pytest.approx(now_s + 1)
-    await apply(leading, finished=[finish(request)], events=[Event("finished", "req-1", "w-1", "length")])
+    finish(logged(request, tokens(5, 6, 7, 8, 9, 9, 1), log_entries=4))
+    await apply(leading, finished=[request], events=[Event("finished", "req-1", "w-1", "length")])
     await apply(leading, events=[Event("leased", "req-2") for _ in range(5)])
     ended = await inspector.timeline("req-1")
     assert [(event.kind, event.worker_id, event.detail) for event in ended.events] == [

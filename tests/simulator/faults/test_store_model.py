@@ -66,6 +66,8 @@ class Both:
         assert _of_model(self.model) == _of_server(self.client, self.pool)
 
     def compare_readings(self, request_ids: list[str]) -> None:
+        for after in ("-", "(3-0"):
+            self._compare_reading("laps_journal", after, 4)
         self._compare_reading("laps_load_waiting", 0, 500, *FIELDS)
         self._compare_reading("laps_load_finished", 0, 500, *FIELDS)
         live = [name for name in request_ids if name in self.model.keys.live]
@@ -109,7 +111,6 @@ def _of_model(model: StoreModel) -> dict[str, Any]:
         "leader": stored.leader,
         "epochs": stored.epochs,
         "stopped": stored.stopped,
-        "progress": stored.progress,
         "learnt": stored.learnt,
     }
     found |= {name: dict(fields) for name, fields in hashes.items() if fields}
@@ -117,6 +118,8 @@ def _of_model(model: StoreModel) -> dict[str, Any]:
         found |= {f"{kind}:{name}": value for name, value in getattr(stored, kind).items()}
     for name, log in stored.tokens.items():
         found[f"tokens:{name}"] = log
+    if stored.journal:
+        found["journal"] = stored.journal
     found.get("leader", {}).pop("expires_ms", None)
     found.get("stopped", {}).pop("at_ms", None)
     return found
@@ -136,6 +139,10 @@ def _of_server(client: redis.Redis, pool: str) -> dict[str, Any]:
             }
         elif kind == b"hash":
             found[name] = {field.decode(): value.decode() for field, value in client.hgetall(key).items()}
+        elif name == "journal":
+            entries = client.xrange(key)
+            if entries:  # a stream that was trimmed to nothing is still a key
+                found[name] = [(int(at.split(b"-")[0]), fields[b"rows"]) for at, fields in entries]
         elif kind == b"stream":
             found[name] = [_entry(number, fields) for number, fields in client.xrange(key)]
         else:
@@ -196,14 +203,16 @@ class Maker:
         submitted = [self._submission(i) for i in some(0.15, new)]
         live = {*stored.live, *(each[0] for each in submitted)}
         appended: list[Any] = []
-        logged = set()
         for request_id in some(0.3, live):
             for _ in range(rng.choice((1, 1, 2))):
                 appended += self._entry(request_id)
-                logged.add(request_id)
-        changed = [[i, rng.uniform(0.0, 9.0), ["steps", str(rng.randint(0, 9))]] for i in some(0.15, live)]
-        finished = [[i, NOW_MS + rng.randint(0, 5), ["state", "finished"]] for i in some(0.08, live)]
-        logged |= {entry[0] for entry in (*changed, *finished)}
+        changed = [
+            [i, rng.uniform(0.0, 9.0), ["steps", str(rng.randint(0, 9))], *self._end(i)]
+            for i in some(0.15, live)
+        ]
+        finished = [
+            [i, NOW_MS + rng.randint(0, 5), ["state", "finished"], *self._end(i)] for i in some(0.08, live)
+        ]
         moves = [self._move(i) for i in some(0.2, live)]
         leased = [value for i in some(0.15, live) for value in (NOW_MS + rng.randint(0, 9), i)]
         workers = [
@@ -213,8 +222,9 @@ class Maker:
         ]
         gone = ["w1"] if rng.random() < 0.05 else []
         unleased, forgotten = some(0.1, live), some(0.2, stored.finished)
-        body = [NOW_MS, submitted, sorted(logged), appended, changed, moves, leased, unleased, finished]
+        body = [NOW_MS, submitted, appended, changed, moves, leased, unleased, finished]
         body += [forgotten, workers, gone, [["kind", "leased"]], ["k", str(rng.randint(0, 9))]]
+        body.append(rng.choice((False, False, max(1, self.seq - 2), self.seq + 2)))
         packed = msgpack.Packer(use_bin_type=False).pack(body)
         seq = self.mostly(self.seq + 1, self.seq, self.seq + 2, 1)
         digest = self.mostly(uuid.UUID(int=rng.getrandbits(128)).hex, "same")
@@ -227,6 +237,7 @@ class Maker:
             acknowledged,
             digest,
             packed,
+            rng.choice((b"", rng.randbytes(8))),
         )
         return self.last
 
@@ -237,6 +248,11 @@ class Maker:
         values = ("queued", "0", "0", "", str(priority), str(arrival), repr(perceived_s), "d")
         fields = [text for pair in zip(FIELDS, values, strict=True) for text in pair]
         return [request_id, arrival, priority, perceived_s, "1 2 3", "{}", fields]
+
+    def _end(self, request_id: str) -> tuple[int, int]:
+        """Entries and tokens of its log."""
+        log = self.logs.get(request_id, [0])
+        return self.mostly(len(log) - 1, len(log)), self.mostly(log[-1], log[-1] + 1)
 
     def _entry(self, request_id: str) -> list[Any]:
         rng = self.rng
@@ -250,10 +266,9 @@ class Maker:
         logprobs = rng.choice((b"", b"", struct.pack("<d", rng.random())))
         return [
             request_id,
-            f"{number - 1} {offset}",
-            f"{number} {offset + count}",
             number,
             offset,
+            count,
             tokens,
             logprobs,
         ]
@@ -309,7 +324,7 @@ def test_the_same_calls_get_the_same_answers_and_leave_the_same_keys(client: red
             both.compare_keys()
             both.compare_readings(maker.ids)
     both.compare_keys()
-    assert answers.get("taken", 0) > 20, answers
+    assert answers.get("taken", 0) > 10, answers
 
 
 def test_every_refusal_is_met(client: redis.Redis) -> None:
