@@ -230,10 +230,10 @@ class Scheduler:
                 f"of {self._fleet.context_tokens} tokens",
             )
         settings, board = self.settings, self._board
-        if len(board.waiting) >= settings.max_queued_requests:
-            raise self._refusal(
-                "QUEUE_FULL", f"{len(board.waiting)} requests are waiting already", retry=True
-            )
+        # Those whose worker has not let go of them yet will wait as well: several may come back at once.
+        waiting = len(board.waiting) + len(board.releasing)
+        if waiting >= settings.max_queued_requests:
+            raise self._refusal("QUEUE_FULL", f"{waiting} requests are waiting already", retry=True)
         if board.waiting_prompt_tokens + spec.prompt_tokens > settings.max_queued_tokens:
             raise self._refusal(
                 "QUEUE_TOKENS_FULL",
