@@ -125,8 +125,9 @@ class CommitPacker:
         packed: bytes = self._pack(commit.emitted)
         return packed
 
-    def _keep_journal_from(self, commit: Commit) -> int | bool:
-        """The first commit whose output is still needed; False: nothing has changed about that."""
+    def _keep_journal_from(self, commit: Commit) -> Any:
+        """The first commit whose output is still needed, a number; False: nothing has changed about that."""
+        # Any: where the type is "a number or False", compiled code makes a number of False.
         if commit.logged_tick < 0:
             return False
         journal = self._journal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_what_is_compiled_is_there() -> None:
     names = compiled_modules()
     assert all((ROOT / name).is_file() for name in names)
     assert {"scheduler_svc/core/steps.py", "scheduler_svc/store/packing.py"} <= set(names)
+
+
+def test_no_type_says_a_number_or_false() -> None:
+    """Compiled, such a value is a number, and the store's functions tell False from 0."""
+    told = [
+        name
+        for name in compiled_modules()
+        if re.search(r"int \| bool|bool \| int", (ROOT / name).read_text())
+    ]
+    assert not told
 
 
 def test_a_scheduler_that_must_run_compiled_says_what_is_missing(

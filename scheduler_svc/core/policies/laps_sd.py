@@ -234,7 +234,7 @@ class LapsSd(Policy):
             left_tokens = unsure_tokens if unsure_tokens > overrun_tokens else overrun_tokens
         most_tokens = float(request.spec.max_tokens - emitted)
         if left_tokens > most_tokens:
-            left_tokens = float(most_tokens)
+            left_tokens = most_tokens
         rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * self.pool.step_s
         request.rank = rank
         request.level = bisect_right(self.level_thresholds_s, rank)
