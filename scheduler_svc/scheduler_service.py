@@ -169,7 +169,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> scheduler_pb2.ReadRequestResponse:
         leader = await self._terms.leader_or_abort(context)
         found = await self._read_or_abort(request.request_id, context)
-        if (live := leader.core.get(request.request_id)) is not None:
+        while (live := leader.core.get(request.request_id)) is None and found.finish_reason is None:
+            # It has ended since it was read. What is read once that is stored has all of its output.
+            await self._terms.settled_or_abort(leader, context)
+            found = await self._read_or_abort(request.request_id, context)
+        if live is not None:
             # What is stored but not in its log yet: whoever has read it in a stream shall find it here too.
             stored_bytes = leader.hub.stored_tokens(request.request_id) * TOKEN_BYTES
             found.output += live.output[len(found.output) : stored_bytes]

@@ -119,10 +119,16 @@ class CommitPacker:
         return _HEAD.pack(self.epoch, self.last_seq, len(packed)) + packed + journal
 
     def _journaled(self, commit: Commit) -> bytes:
-        if not commit.emitted or commit.logged_tick >= commit.tick:
+        if commit.logged_tick >= commit.tick:
+            return b""
+        rows = commit.emitted
+        if commit.logprobs:
+            # They are in their logs already, together with what the journal has no place for.
+            rows = [row for place, row in enumerate(rows) if place not in commit.logprobs]
+        if not rows:
             return b""
         self._journal.append((commit.tick, self.last_seq))
-        packed: bytes = self._pack(commit.emitted)
+        packed: bytes = self._pack(rows)
         return packed
 
     def _keep_journal_from(self, commit: Commit) -> Any:
