@@ -1,5 +1,5 @@
-"""Five times the capacity, at its short setting: what is admitted keeps its latency, the rest is told when to
-come back, memory stays flat, and who does not read harms nobody."""
+"""Five times the capacity, at its short setting: what is admitted is served, the rest is told when to come back,
+memory stays flat, and who does not read harms nobody. What the latencies are the long setting judges."""
 
 from __future__ import annotations
 
@@ -23,4 +23,6 @@ def test_overload(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(out.read_text())
     assert figures["5x"]["refused"] > 0
+    assert figures["5x"]["admitted"] + figures["5x"]["refused"] == figures["5x"]["offered"]
+    assert figures["latency_ratio"]["p50"] > 0
     assert figures["slow_reader_tokens"] == 600
