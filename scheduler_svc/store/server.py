@@ -119,6 +119,9 @@ class LocalServer:
             "save": "",
             "appendonly": "no" if self._appendfsync is None else "yes",
             "appendfsync": self._appendfsync or "no",
+            # By itself it writes its file anew whenever that has doubled: with a long queue about every
+            # minute. It stands still for the fork each time, and then copies every page that it writes to.
+            "auto-aof-rewrite-min-size": "512mb",
             "maxmemory-policy": "noeviction",
             **self._settings,
         }

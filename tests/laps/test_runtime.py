@@ -134,3 +134,28 @@ def test_of_few_loaded_objects_the_collector_goes_on_to_take_care():
     with runtime.LoadedObjects().loading():
         Knot()
     assert gc.get_freeze_count() == frozen
+
+
+def test_however_many_objects_stay_the_collector_looks_at_few_at_once():
+    thresholds, enabled = gc.get_threshold(), gc.isenabled()
+    looked_at = []
+
+    def seen(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            young = range(info["generation"] + 1)
+            looked_at.append(sum(len(gc.get_objects(generation)) for generation in young))
+
+    runtime.spare_collector()
+    gc.enable()
+    gc.callbacks.append(seen)
+    try:
+        stay = [[] for _ in range(200_000)]
+    finally:
+        gc.callbacks.remove(seen)
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+        if not enabled:
+            gc.disable()
+    assert len(stay) == 200_000
+    assert len(looked_at) > 10
+    assert max(looked_at) < 30_000
