@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from transformers.utils import logging as transformers_logging
 from laps.client import AsyncClient
 from laps.settings import BUILT_IN_DRAFT, BUILT_IN_TARGET, Settings
 from laps.stack import Stack
-from worker_svc.engine import Engine, EngineConfig, EngineRequest, StoppingConfig, load_pair
+from worker_svc.engine import EngineRequest, StoppingConfig, load_pair
+from worker_svc.main import make_engine
 
 KINDS = ("code", "topic", "licence")
 CONCURRENCIES = (1, 8)
@@ -78,10 +80,11 @@ class Transformers:
 
 
 class EngineAlone:
-    def __init__(self, speculate: bool) -> None:
+    """Set as the worker sets it."""
+
+    def __init__(self, settings: Settings, speculate: bool) -> None:
         pair = load_pair(BUILT_IN_TARGET, BUILT_IN_DRAFT if speculate else None)
-        config = EngineConfig(slots=max(CONCURRENCIES), threads=1, prompt_lookup=speculate)
-        self.engine = Engine(pair, config)
+        self.engine = make_engine(settings if speculate else replace(settings, lookup_tokens=0), pair)
         self.engine.calibrate()
         self.row_steps = 0
 
@@ -90,7 +93,11 @@ class EngineAlone:
             stopping = StoppingConfig(max_tokens=tokens, ignore_eos=True)
             self.engine.add(EngineRequest(str(number), prompt, stopping=stopping))
         while self.engine.running:
-            self.row_steps += len(self.engine.step().request_ids)
+            result = self.engine.step()
+            self.row_steps += len(result.request_ids)
+            for request_id, finish in zip(result.request_ids, result.finish, strict=True):
+                if finish is not None:
+                    self.engine.drop(request_id)
 
 
 def tokens_per_s(
@@ -196,17 +203,17 @@ async def measure(tokens: int, rounds: int) -> dict[str, Medians]:
     transformers_logging.set_verbosity_error()
     prompts = load_prompts(max(CONCURRENCIES))
     thousands = len(prompts) * tokens / 1000
-    engine = EngineAlone(speculate=True)
+    settings = Settings(workers=1, slots=max(CONCURRENCIES), threads=1)
+    engine = EngineAlone(settings, speculate=True)
     runners = {
         "transformers generate": Transformers(assisted=False).run,
         "transformers assisted": Transformers(assisted=True).run,
-        "engine, target only": EngineAlone(speculate=False).run,
+        "engine, target only": EngineAlone(settings, speculate=False).run,
         "engine": engine.run,
     }
     speeds, cpu_s, waits_s, gains = Figures(), Figures(), Figures(), Figures()
     with tempfile.TemporaryDirectory(prefix="laps-bench-") as folder:
-        settings = Settings(data_dir=Path(folder), workers=1, slots=max(CONCURRENCIES), threads=1)
-        stack = Stack(settings, any_ports=True)
+        stack = Stack(replace(settings, data_dir=Path(folder)), any_ports=True)
         async with stack, AsyncClient(stack.gateway_address) as client:
             worker_pid = psutil.Process(stack.children["worker-0"].pid).pid
             for round_number in range(rounds + 1):

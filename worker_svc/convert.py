@@ -107,7 +107,7 @@ def step_costs(costs: StepCosts, draft_tokens: int, switch_s: float) -> worker_p
     """
     return worker_pb2.StepCosts(
         draft_token_s=costs.draft_s(draft_tokens),
-        verify_s=costs.verify_s + costs.other_s,
+        verify_s=costs.verify_s,
         prefill_token_s=costs.prefill_s_per_token,
         switch_s=switch_s,
     )

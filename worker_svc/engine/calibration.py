@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from .clock import BusyClock
 from .config import EngineConfig
 from .costs import PrefillCost, StepCosts
 from .forward import Runner
 
-_REPEATS = 3
+_ROUNDS = 3
 # On a GPU the first passes of a shape are those in which it is recorded and checked.
-_REPEATS_ON_GPU = 6
+_ROUNDS_ON_GPU = 6
+_FIRST_ROUND_SHARE_ON_GPU = 0.5
 _HELD_TOKENS = 128
 _LONG_TOKENS = 1024
 _CHUNK_TOKENS = 128
@@ -21,35 +23,92 @@ _CHUNK_TOKENS = 128
 _LENGTHS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Passes of the given widths one after another over `rows` rows that hold `held` tokens, with the choice
+    of a token after each. logits: positions whose logits are wanted, 0 for all.
+    """
+
+    runner: Runner
+    rows: int
+    widths: tuple[int, ...]
+    held: int
+    logits: int = 0
+
+    def seconds(self, clock: BusyClock) -> float:
+        began_s = clock.now_s()
+        for width in self.widths:
+            tokens = torch.zeros((self.rows, width), dtype=torch.long, device=self.runner.cache.device)
+            held = [self.held] * self.rows
+            chosen = self.runner.forward(tokens, 0, held, self.logits or width).argmax(-1)
+        chosen.tolist()
+        return clock.now_s() - began_s
+
+
 @torch.inference_mode()
 def calibrate(
-    runners: Sequence[Runner], config: EngineConfig, context_tokens: int, costs: StepCosts, budget_s: float
+    runners: Sequence[Runner],
+    clock: BusyClock,
+    config: EngineConfig,
+    context_tokens: int,
+    costs: StepCosts,
+    budget_s: float,
 ) -> None:
-    """Fills the cost tables at 1, 2, 4 ... slots rows and the draft lengths that may be asked for, best of a
-    few runs, within the budget.
+    """Fills the cost tables at 1, 2, 4 ... slots rows and the draft lengths that may be asked for, within the
+    budget, each entry the best of a few rounds.
 
-    The caches' contents are overwritten. Points that the budget leaves out are estimated from the others.
+    All sizes take their turn in each round: a phase in which the machine is slower must not make some of them
+    look dearer than the others, for by their ratios drafts are chosen. The caches' contents are overwritten.
+    Sizes that the budget leaves out are estimated from the others.
     """
     held = min(_HELD_TOKENS, context_tokens // 2)
-    deadline = time.perf_counter() + budget_s
     lengths = _lengths(config, len(runners))
     points = [(rows, length) for rows in _batch_sizes(config.slots) for length in lengths]
     # The corners first: four points are enough for a fit, and the fit should not have to guess beyond them.
     extremes = (1, config.slots), (0, lengths[-1])
     points.sort(key=lambda point: (point[0] not in extremes[0]) + (point[1] not in extremes[1]))
-    for count, (rows, length) in enumerate(points):
-        if count >= 4 and time.perf_counter() > deadline:
-            break
-        costs.verify.set(rows, length + 1, _best_s(runners[0], rows, [length + 1], held))
-        if 0 < length <= config.draft_tokens and len(runners) > 1:
-            costs.draft.set(rows, length, _best_s(runners[1], rows, [2] + [1] * (length - 1), held))
+    verify = {(rows, length): _Probe(runners[0], rows, (length + 1,), held) for rows, length in points}
+    draft = {
+        (rows, length): _Probe(runners[1], rows, (2,) + (1,) * (length - 1), held)
+        for rows, length in points
+        if 0 < length <= config.draft_tokens and len(runners) > 1
+    }
+    kv = _KvProbes(runners[0], min(4, config.slots), min(4, lengths[-1]), held, context_tokens - lengths[-1])
+    prefills = [_PrefillProbes(runner, context_tokens) for runner in runners]
+    needed = [*kv.probes, *(probe for prefill in prefills for probe in prefill.probes)]
+    optional: list[_Probe] = []
+    for count, point in enumerate(points):
+        chosen = needed if count < 4 else optional
+        chosen.extend(table[point] for table in (verify, draft) if point in table)
+    best_s = _best_of_rounds(needed, optional, clock, budget_s)
+    for table, probes in ((costs.verify, verify), (costs.draft, draft)):
+        for (rows, length), probe in probes.items():
+            if probe in best_s:
+                table.set(rows, length + (table is costs.verify), best_s[probe])
     costs.held_tokens = held
-    long = min(_LONG_TOKENS, context_tokens - lengths[-1] - 1)
-    costs.kv_s = _kv_s(runners[0], min(4, config.slots), min(4, lengths[-1]), held, long)
-    _measure_prefill(runners[0], costs.prefill, context_tokens)
-    if len(runners) > 1:
-        _measure_prefill(runners[1], costs.draft_prefill, context_tokens)
+    costs.kv_s = kv.slopes(best_s)
+    for prefill, cost in zip(prefills, (costs.prefill, costs.draft_prefill), strict=False):
+        prefill.fill(cost, best_s)
     costs.calibrated = True
+
+
+def _best_of_rounds(
+    needed: Sequence[_Probe], optional: Sequence[_Probe], clock: BusyClock, budget_s: float
+) -> dict[_Probe, float]:
+    """The least seconds of each probe, of those that are optional as far as the budget goes."""
+    on_gpu = clock.device.type == "cuda"
+    rounds = _ROUNDS_ON_GPU if on_gpu else _ROUNDS
+    first_round_s = budget_s * (_FIRST_ROUND_SHARE_ON_GPU if on_gpu else 1 / rounds)
+    began_s = clock.now_s()
+    best_s = {probe: probe.seconds(clock) for probe in needed}
+    for probe in optional:
+        if clock.now_s() - began_s > first_round_s:
+            break
+        best_s[probe] = probe.seconds(clock)
+    for _ in range(rounds - 1):
+        for probe, known_s in best_s.items():
+            best_s[probe] = min(known_s, probe.seconds(clock))
+    return best_s
 
 
 def _batch_sizes(slots: int) -> list[int]:
@@ -66,51 +125,48 @@ def _lengths(config: EngineConfig, models: int) -> list[int]:
     return sorted({length for length in _LENGTHS if length < longest} | {longest})
 
 
-def _kv_s(runner: Runner, rows: int, drafted: int, held: int, long: int) -> tuple[float, float]:
-    """Seconds for each row and token of KV, as (a, b) in a + b * width; zeros where the context is too short
-    to tell.
+class _KvProbes:
+    """What each row and token of KV costs: two widths, each behind few and behind many tokens. None where the
+    context is too short to tell.
     """
-    if long < 2 * held:
-        return 0.0, 0.0
-    widths = (1, drafted + 1)
-    slopes = [
-        (_best_s(runner, rows, [width], long) - _best_s(runner, rows, [width], held)) / (rows * (long - held))
-        for width in widths
-    ]
-    if drafted == 0:
-        return max(slopes[0], 0.0), 0.0
-    by_width = max((slopes[1] - slopes[0]) / drafted, 0.0)
-    return max(slopes[0] - by_width, 0.0), by_width
+
+    def __init__(self, runner: Runner, rows: int, drafted: int, held: int, limit_tokens: int) -> None:
+        long = min(_LONG_TOKENS, limit_tokens - 1)
+        self._drafted = drafted
+        self._row_tokens = rows * (long - held)
+        widths = (1, drafted + 1) if drafted else (1,)
+        self._pairs = [
+            (_Probe(runner, rows, (width,), long), _Probe(runner, rows, (width,), held)) for width in widths
+        ]
+        if long < 2 * held:
+            self._pairs = []
+        self.probes = [probe for pair in self._pairs for probe in pair]
+
+    def slopes(self, best_s: dict[_Probe, float]) -> tuple[float, float]:
+        """Seconds for each row and token, as (a, b) in a + b * width."""
+        slopes = [(best_s[late] - best_s[early]) / self._row_tokens for late, early in self._pairs]
+        if not slopes:
+            return 0.0, 0.0
+        if len(slopes) == 1:
+            return max(slopes[0], 0.0), 0.0
+        by_width = max((slopes[1] - slopes[0]) / self._drafted, 0.0)
+        return max(slopes[0] - by_width, 0.0), by_width
 
 
-def _measure_prefill(runner: Runner, cost: PrefillCost, context_tokens: int) -> None:
+class _PrefillProbes:
     """Three chunks tell the three parts: a short one, a long one, and the long one behind many tokens."""
-    long = min(_CHUNK_TOKENS, context_tokens // 2)
-    short = max(1, long // 8)
-    start = min(_LONG_TOKENS, context_tokens - long)
-    short_s, long_s, late_s = (
-        _best_s(runner, 1, [width], held, logits=1) for width, held in ((short, 0), (long, 0), (long, start))
-    )
-    pair_s = max(late_s - long_s, 0.0) / (long * start)
-    token_s = max((long_s - short_s) / (long - short) - 0.5 * (long + short) * pair_s, 0.1 * long_s / long)
-    cost.set(short_s - short * token_s - 0.5 * short * short * pair_s, token_s, pair_s)
 
+    def __init__(self, runner: Runner, context_tokens: int) -> None:
+        self._long = min(_CHUNK_TOKENS, context_tokens // 2)
+        self._short = max(1, self._long // 8)
+        self._start = min(_LONG_TOKENS, context_tokens - self._long)
+        chunks = (self._short, 0), (self._long, 0), (self._long, self._start)
+        self.probes = [_Probe(runner, 1, (width,), held, logits=1) for width, held in chunks]
 
-def _best_s(runner: Runner, rows: int, widths: Sequence[int], held: int, logits: int = 0) -> float:
-    """Seconds of passes of the given widths one after another, with the choice of a token after each.
-
-    logits: positions whose logits are wanted, 0 for all.
-    """
-    best = float("inf")
-    on_gpu = runner.cache.device.type == "cuda"
-    # What one thread computes by itself is not to look slower for the processes that start beside it.
-    alone = runner.cache.device.type == "cpu" and torch.get_num_threads() == 1
-    now = time.thread_time if alone else time.perf_counter
-    for _ in range(_REPEATS_ON_GPU if on_gpu else _REPEATS):
-        began = now()
-        for width in widths:
-            tokens = torch.zeros((rows, width), dtype=torch.long, device=runner.cache.device)
-            chosen = runner.forward(tokens, 0, [held] * rows, logits or width).argmax(-1)
-        chosen.tolist()
-        best = min(best, now() - began)
-    return best
+    def fill(self, cost: PrefillCost, best_s: dict[_Probe, float]) -> None:
+        short_s, long_s, late_s = (best_s[probe] for probe in self.probes)
+        short, long = self._short, self._long
+        pair_s = max(late_s - long_s, 0.0) / (long * self._start)
+        slope_s = (long_s - short_s) / (long - short) - 0.5 * (long + short) * pair_s
+        token_s = max(slope_s, 0.1 * long_s / long)
+        cost.set(short_s - short * token_s - 0.5 * short * short * pair_s, token_s, pair_s)

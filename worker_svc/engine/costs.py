@@ -121,6 +121,9 @@ class StepCosts:
     - slowdown: how much slower than at the calibration the machine is now (median of the last steps); the
       tables hold seconds at the speed of the calibration.
     - other_s: what a step takes beside drafting and verifying (median of the last steps).
+    - stretch: how much longer a step takes than its thread works, which waits now and then for a core or for
+      the interpreter's lock (median of the last steps). Drafts are chosen by work alone: what a step waits
+      would only blur the differences between sizes. What the scheduler is told is in seconds that pass.
     - calibrated: whether the tables can judge lengths that were not tried.
     - batch, drafted, modelled, reach_tokens: rows of the last step, its draft length, that of the draft model
       alone (lookups cost no model), and its longest KV.
@@ -133,6 +136,7 @@ class StepCosts:
         self.held_tokens = 0
         self.kv_s = (0.0, 0.0)
         self.slowdown = 1.0
+        self.stretch = 1.0
         self.prefill = PrefillCost()
         self.draft_prefill = PrefillCost()
         self.calibrated = False
@@ -142,6 +146,7 @@ class StepCosts:
         self.reach_tokens = 0
         self._ratios: deque[float] = deque(maxlen=_SPEED_STEPS)
         self._others: deque[float] = deque(maxlen=_OTHER_STEPS)
+        self._stretches: deque[float] = deque(maxlen=_OTHER_STEPS)
 
     def draft_s(self, draft_tokens: int) -> float:
         """Seconds per drafted token (T_ssm) for one who takes every step to draft `draft_tokens` (n): chosen
@@ -151,22 +156,25 @@ class StepCosts:
         if draft_tokens == 0:
             return 0.0
         modelled = self.modelled if self._others else draft_tokens
-        return self.slowdown * self._draft_s(self.batch, modelled) / draft_tokens
+        return self.stretch * self.slowdown * self._draft_s(self.batch, modelled) / draft_tokens
 
     @property
     def verify_s(self) -> float:
-        """Seconds to verify the present batch at its present draft length (T_llm)."""
-        return self.slowdown * self._verify_s(self.batch, self.drafted, self.reach_tokens)
+        """Seconds to verify the present batch at its present draft length, with all else that the step does
+        but drafting (T_llm).
+        """
+        verify_s = self.slowdown * self._verify_s(self.batch, self.drafted, self.reach_tokens)
+        return self.stretch * (verify_s + self.other_s)
 
     @property
     def prefill_s_per_token(self) -> float:
         """Seconds per prompt token, in chunks of a usual size."""
-        return self.prefill.seconds(_USUAL_CHUNK_TOKENS) / _USUAL_CHUNK_TOKENS
+        return self.stretch * self.prefill.seconds(_USUAL_CHUNK_TOKENS) / _USUAL_CHUNK_TOKENS
 
     def step_s(self, rows: int, drafted: int, modelled: int | None = None, reach_tokens: int = 0) -> float:
-        """Seconds expected of a step without prefill over `rows` rows, the longest holding `reach_tokens`,
-        whose longest draft has `drafted` tokens, and the longest of the draft model `modelled` (None: as
-        many).
+        """Busy seconds expected of a step without prefill over `rows` rows, the longest holding
+        `reach_tokens`, whose longest draft has `drafted` tokens, and the longest of the draft model
+        `modelled` (None: as many).
         """
         return self.slowdown * self._model_s(rows, drafted, modelled, reach_tokens) + self.other_s
 
@@ -188,8 +196,12 @@ class StepCosts:
         other_s: float,
         modelled: int | None = None,
         reach_tokens: int = 0,
+        passed_s: float | None = None,
     ) -> None:
-        """Learns from a step: first the speed of the machine, then what is particular to this size."""
+        """Learns from a step: first the speed of the machine, then what is particular to this size.
+
+        passed_s: the time that passed in it, where that is more than the busy seconds of its parts.
+        """
         modelled = drafted if modelled is None else modelled
         self.batch, self.drafted, self.modelled, self.reach_tokens = rows, drafted, modelled, reach_tokens
         expected_s = self._model_s(rows, drafted, modelled, reach_tokens)
@@ -207,6 +219,9 @@ class StepCosts:
         )
         self._others.append(max(other_s, 0.0))
         self.other_s = statistics.median(self._others)
+        busy_s = draft_s + verify_s + other_s
+        self._stretches.append(max(passed_s / busy_s, 1.0) if passed_s and busy_s > 0 else 1.0)
+        self.stretch = statistics.median(self._stretches)
 
     def _model_s(self, rows: int, drafted: int, modelled: int | None, reach_tokens: int) -> float:
         drafting = self._draft_s(rows, drafted if modelled is None else modelled)

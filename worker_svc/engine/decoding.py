@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .adaptive import Drafter, RowPlan
-from .clock import PhaseClock
+from .clock import BusyClock, PhaseClock
 from .forward import Runner
 from .results import TokenLogprob
 from .rows import DRAFT, TARGET, Row
@@ -26,13 +26,17 @@ from .transfers import fetch, upload
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """tokens[i]: what row i emits, accepted[i] drafted tokens and one more. Times in seconds."""
+    """tokens[i]: what row i emits, accepted[i] drafted tokens and one more. Times in seconds; those that are
+    busy are without what the thread waited for a core or for the interpreter's lock.
+    """
 
     tokens: list[list[int]]
     accepted: list[int]
     logprobs: list[list[TokenLogprob] | None]
     draft_s: float
     verify_s: float
+    busy_draft_s: float
+    busy_verify_s: float
 
 
 class Decoder:
@@ -43,14 +47,14 @@ class Decoder:
         target: Runner,
         draft: Runner | None,
         vocabulary_size: int,
-        device: torch.device,
+        clock: BusyClock,
         seed: int | None,
     ) -> None:
         self._target = target
         self._draft = draft
         self._vocabulary_size = vocabulary_size
-        self._device = device
-        self._clock = PhaseClock(device)
+        self._device = device = clock.device
+        self._clock = PhaseClock(clock)
         self._generator = torch.Generator(device=device)
         if seed is None:
             self._generator.seed()
@@ -103,6 +107,8 @@ class Decoder:
             logprobs,
             self._clock.seconds(began, proposed),
             self._clock.seconds(proposed, verified),
+            self._clock.busy_s(began, proposed),
+            self._clock.busy_s(proposed, verified),
         )
 
     def _propose(

@@ -23,6 +23,7 @@ from .admission import checked_tokens, new_row
 from .budget import MARGIN_TOKENS, KvBudget, fitting_context
 from .cache import LayerShape, SlotCache, lazy_memory
 from .calibration import calibrate
+from .clock import BusyClock
 from .config import MAX_DRAFT_TOKENS, EngineConfig, EngineRequest
 from .costs import StepCosts
 from .decoding import Decoded, Decoder
@@ -78,16 +79,17 @@ class Engine:
         # What the check of the runners has left.
         self._residency.shrink()
         self.kv_budget = KvBudget(caches, self.config, limit_bytes)
+        self._clock = BusyClock(pair.device, alone=pair.group is None)
         self._decoder = Decoder(
             runners[0],
             runners[1] if len(runners) > 1 else None,
             pair.vocabulary_size,
-            pair.device,
+            self._clock,
             self.config.seed,
         )
         self.costs = StepCosts()
         share = self._share if self.config.prefix_sharing else lambda row: 0
-        self._prefiller = Prefiller(runners, self.costs, pair.device, share)
+        self._prefiller = Prefiller(runners, self.costs, self._clock, share)
         self._planner = Planner(self._prefiller, self.costs, self.config, pair.draft is not None)
         self._acceptance = AcceptanceEstimate()
         self._lookup_priors = shared_priors()
@@ -204,7 +206,7 @@ class Engine:
         """One iteration: prefill what is new, up to `prefill_tokens`, then draft and verify for all that are
         ready.
         """
-        began = time.perf_counter()
+        began, busy_began = time.perf_counter(), self._clock.now_s()
         switched = sum(row.entered for row in self._running.values())
         for row in self._running.values():
             row.entered = False
@@ -224,25 +226,34 @@ class Engine:
                 switch_s=switch_s,
                 kv=self._kv_usage(),
             )
-        arranging = time.perf_counter()
+        arranging, busy_arranging = time.perf_counter(), self._clock.now_s()
         batch, moved = self._residency.arrange(ready)
         arranged_s = time.perf_counter() - arranging if moved or switched else 0.0
+        busy_arranged_s = self._clock.now_s() - busy_arranging if moved or switched else 0.0
         switch_s += arranged_s
-        plans, caught_up = self._planner.plan(batch, limit_s - prefill.seconds)
+        plans, caught_up = self._planner.plan(batch, limit_s - prefill.busy_s)
         expected_s = prefill.seconds + caught_up.seconds + arranged_s
         drafted = max(plan.length for plan in plans)
         modelled = max(plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans)
         reach_tokens = max(len(row.tokens) for row in batch)
-        expected_s += self.costs.step_s(len(batch), drafted, modelled, reach_tokens)
+        expected_s += self.costs.stretch * self.costs.step_s(len(batch), drafted, modelled, reach_tokens)
         decoded = self._decoder.decode(batch, plans)
         prefill.settle()
         caught_up.settle()
         prefill_s = prefill.seconds + caught_up.seconds
         columns = self._take(batch, plans, decoded)
         step_s = time.perf_counter() - began
-        other_s = step_s - decoded.draft_s - decoded.verify_s - prefill_s - arranged_s
+        beside_s = prefill.busy_s + caught_up.busy_s + busy_arranged_s
+        busy_s = self._clock.now_s() - busy_began - beside_s
         self.costs.observe_step(
-            len(batch), drafted, decoded.draft_s, decoded.verify_s, other_s, modelled, reach_tokens
+            len(batch),
+            drafted,
+            decoded.busy_draft_s,
+            decoded.busy_verify_s,
+            busy_s - decoded.busy_draft_s - decoded.busy_verify_s,
+            modelled,
+            reach_tokens,
+            passed_s=step_s - prefill_s - arranged_s,
         )
         return columns.result(
             prefill_tokens=prefill.tokens,
@@ -265,7 +276,7 @@ class Engine:
         """
         if self._rows:
             raise EngineError("calibration needs an engine that holds no requests")
-        calibrate(self._runners, self.config, self.context_tokens, self.costs, budget_s)
+        calibrate(self._runners, self._clock, self.config, self.context_tokens, self.costs, budget_s)
         self._residency.shrink()
         return self.costs
 

@@ -6,9 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from .clock import PhaseClock
+from .clock import BusyClock, PhaseClock
 from .costs import PrefillCost, StepCosts
 from .forward import Runner
 from .rows import DRAFT, TARGET, Row
@@ -23,17 +21,18 @@ _LEAST_TOKENS = 16
 @dataclass(slots=True)
 class Prefilled:
     """What was prefilled. seconds: measured on a CPU; on a GPU, where only a wait could tell, expected until
-    `settle`.
+    `settle`. busy_s: without what the thread waited for a core or for the interpreter's lock.
     """
 
     tokens: int = 0
     seconds: float = 0.0
-    measure: Callable[[], float] | None = None
+    busy_s: float = 0.0
+    measure: Callable[[], tuple[float, float]] | None = None
 
     def settle(self) -> None:
         """Measures what is not measured yet. Where the step has waited for the device anyway, no wait."""
         if self.measure is not None:
-            self.seconds, self.measure = self.measure(), None
+            (self.seconds, self.busy_s), self.measure = self.measure(), None
 
 
 class Prefiller:
@@ -45,14 +44,14 @@ class Prefiller:
         self,
         runners: Sequence[Runner],
         costs: StepCosts,
-        device: torch.device,
+        clock: BusyClock,
         share: Callable[[Row], int],
     ) -> None:
         """share: copies to a row what KV others have of its tokens; returns the tokens gained."""
         self._runners = runners
         self._costs = costs
-        self._device = device
-        self._clock = PhaseClock(device)
+        self._device = clock.device
+        self._clock = PhaseClock(clock)
         self._share = share
 
     def target(self, rows: Sequence[Row], budget_tokens: int, limit_s: float = math.inf) -> Prefilled:
@@ -93,12 +92,13 @@ class Prefiller:
         if not chunks:
             return Prefilled()
 
-        def measure() -> float:
+        def measure() -> tuple[float, float]:
             seconds = sum(self._clock.seconds(began, ended) for began, ended in marks)
-            cost.observe(chunks, seconds)
-            return seconds
+            busy_s = sum(self._clock.busy_s(began, ended) for began, ended in marks)
+            cost.observe(chunks, busy_s)
+            return seconds, busy_s
 
-        prefilled = Prefilled(total, expected_s, measure)
+        prefilled = Prefilled(total, expected_s, expected_s, measure)
         if not self._clock.waits:
             prefilled.settle()
         return prefilled

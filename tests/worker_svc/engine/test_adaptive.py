@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from typing import Any
 
 import pytest
@@ -169,6 +170,40 @@ def test_one_interrupted_step_changes_nothing() -> None:
     assert (costs.step_s(1, 4), costs.step_s(8, 2)) == pytest.approx(before, rel=0.15)
 
 
+def test_what_a_step_waits_is_told_and_changes_no_choice() -> None:
+    """The scheduler plans with the time that passes; drafts are chosen by the engine's own work."""
+    calm, waiting = (made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05) for _ in range(2))
+    for step in range(30):
+        drafted = step % 5
+        verify_s = 1.0 + 0.05 * 4 * (drafted + 1)
+        busy_s = 0.1 * drafted + verify_s + 0.01
+        calm.observe_step(4, drafted, 0.1 * drafted, verify_s, 0.01, passed_s=busy_s)
+        waiting.observe_step(4, drafted, 0.1 * drafted, verify_s, 0.01, passed_s=busy_s * 3)
+    assert waiting.steps_s(4, 4, 8).tolist() == calm.steps_s(4, 4, 8).tolist()
+    assert waiting.verify_s == pytest.approx(3 * calm.verify_s)
+    assert waiting.draft_s(4) == pytest.approx(3 * calm.draft_s(4))
+
+
+def test_an_engine_that_waits_learns_its_own_work(tools: Any, pair: ModelPair) -> None:
+    """Waiting, here inside each pass of the target, stretches the steps, and not what the tables say."""
+    engine = tools.engine(pair, slots=2, adaptive=True)
+    engine.calibrate()
+    target = engine._runners[0]
+    forward = target.forward
+
+    def late_forward(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return forward(*arguments)
+
+    target.forward = late_forward
+    engine.add(EngineRequest("a", [5, 6, 7], stopping=StoppingConfig(max_tokens=60, ignore_eos=True)))
+    results = [engine.step() for _ in range(4)]
+    assert all(result.verify_s >= 0.05 for result in results)
+    costs = engine.costs
+    assert costs.verify_s > 0.04, "what the scheduler is told"
+    assert costs.step_s(1, costs.drafted, costs.modelled) < 0.04, "what drafts are chosen by"
+
+
 def test_longer_contexts_cost_more() -> None:
     costs = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     costs.held_tokens, costs.kv_s = 128, (1e-4, 1e-5)
@@ -243,7 +278,7 @@ def test_the_engine_stops_and_starts_drafting(tools: Any, pair: ModelPair, agree
     engine = tools.engine(pair, slots=1, adaptive=True, draft_tokens=6, prompt_lookup=False)
     prior = made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05)
     engine.costs.draft, engine.costs.verify, engine.costs.calibrated = prior.draft, prior.verify, True
-    engine.costs.observe_step = lambda *seconds: None
+    engine.costs.observe_step = lambda *seconds, **passed: None
     wrong = SamplingConfig(temperature=100.0)
     stopping = StoppingConfig(max_tokens=120, ignore_eos=True)
     engine.add(EngineRequest("a", [5, 6], sampling=wrong, stopping=stopping))

@@ -302,7 +302,7 @@ def _engine_of_known_costs(tools: Any, pair: ModelPair, outputs: dict[str, Any])
     """With one request that decodes; beside it prefill may take as long as 30 tokens, and a little, need."""
     engine = tools.engine(pair, adaptive=True, draft_tokens=0)
     engine.calibrate(budget_s=0.0)
-    engine.costs.observe_step = lambda *seconds: None
+    engine.costs.observe_step = lambda *seconds, **passed: None
     engine.costs.prefill.observe = lambda *seconds: None
     # Nothing but whole tokens.
     engine.costs.prefill.set(0.0, 0.7 * engine.costs.step_s(1, 0) / 30.5, 0.0)
