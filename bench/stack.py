@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,9 @@ class EngineAlone:
 
     def __init__(self, settings: Settings, speculate: bool) -> None:
         pair = load_pair(BUILT_IN_TARGET, BUILT_IN_DRAFT if speculate else None)
-        self.engine = make_engine(settings if speculate else replace(settings, lookup_tokens=0), pair)
+        self.engine = make_engine(
+            settings if speculate else settings.model_copy(update={"lookup_tokens": 0}), pair
+        )
         self.engine.calibrate()
         self.row_steps = 0
 
@@ -213,7 +214,7 @@ async def measure(tokens: int, rounds: int) -> dict[str, Medians]:
     }
     speeds, cpu_s, waits_s, gains = Figures(), Figures(), Figures(), Figures()
     with tempfile.TemporaryDirectory(prefix="laps-bench-") as folder:
-        stack = Stack(replace(settings, data_dir=Path(folder)), any_ports=True)
+        stack = Stack(settings.model_copy(update={"data_dir": Path(folder)}), any_ports=True)
         async with stack, AsyncClient(stack.gateway_address) as client:
             worker_pid = psutil.Process(stack.children["worker-0"].pid).pid
             for round_number in range(rounds + 1):
