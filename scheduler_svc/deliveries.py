@@ -11,18 +11,22 @@ import asyncio
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import add
 from types import MappingProxyType
 
 from laps.v1 import scheduler_pb2
 from scheduler_svc import convert
-from scheduler_svc.core.records import TOKEN_BYTES, Emitted, Request
+from scheduler_svc.core.records import TOKEN_BYTES, Emitted, Request, emitted_of
 
 ABANDONED_AT_ONCE = 100
 """Requests that are given up at once because nobody follows them. A gateway may have thousands, and after a
 crash of the scheduler none is followed yet."""
 MAX_PENDING_BYTES = 8 << 20
-"""Undelivered token bytes of one gateway. A gateway that reads nothing loses its stream
+"""Undelivered output of one gateway. A gateway that reads nothing loses its stream
 (and follows again from its offsets); the scheduler's memory does not grow for it."""
+ROW_BYTES = 64
+"""What a row of it counts besides its tokens."""
 
 
 @dataclass(eq=False)
@@ -32,34 +36,39 @@ class Follower:
     gateway_id: str
     followed: set[str] = field(default_factory=set)
     overrun: bool = False
-    _rows: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """By request: output tokens before, and packed tokens."""
-    _logprobs: dict[str, bytes] = field(default_factory=dict)
+    _emitted: list[tuple[Emitted, bytes]] = field(default_factory=list)
+    """What waits, in order; with its serialized log probabilities where it has one row and these."""
     _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
     _unknown: list[str] = field(default_factory=list)
     _pending_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
-        """Queues stored tokens; rows of one request that were not sent yet become one."""
-        rows = self._rows
-        self._pending_bytes += len(token_ids) + len(logprobs)
-        row = rows.get(request_id)
-        if row is not None:
-            before, waiting = row
-            waiting_logprobs = self._logprobs.pop(request_id, b"")
-            if offset == before + len(waiting) // TOKEN_BYTES:
-                # Serialised messages of one repeated field: joined bytes are the joined message.
-                offset, token_ids, logprobs = before, waiting + token_ids, waiting_logprobs + logprobs
-            else:
-                # The gateway has followed anew, from here on: what waited for it is part of that.
-                self._pending_bytes -= len(waiting) + len(waiting_logprobs)
-        rows[request_id] = offset, token_ids
-        if logprobs:
-            self._logprobs[request_id] = logprobs
+    def __post_init__(self) -> None:
+        self.alone = (self,)
+        """The followers of a request that nobody else follows: one object for all of them."""
+
+    def add(self, emitted: Emitted, logprobs: bytes = b"") -> None:
+        """Queues stored tokens. `logprobs` belong to the one row that is in `emitted` then."""
+        self._emitted.append((emitted, logprobs))
+        self._pending_bytes += _bytes(emitted, logprobs)
         if self._pending_bytes > MAX_PENDING_BYTES:
             self.overrun = True
         self._wake.set()
+
+    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
+        """Queues one request's stored tokens, from where its gateway wants them."""
+        self._drop(request_id)
+        self.add(emitted_of([(request_id, offset, token_ids)]), logprobs)
+
+    def _drop(self, request_id: str) -> None:
+        """What waits of it is not wanted any more: its gateway has followed anew, or left."""
+        if request_id not in self.followed and request_id not in self._completions:
+            return
+        for place, (emitted, logprobs) in enumerate(self._emitted):
+            if request_id in emitted.request_ids:
+                rest = emitted.of({name for name in emitted.request_ids if name != request_id})
+                self._emitted[place] = rest, b""
+                self._pending_bytes += _bytes(rest, b"") - _bytes(emitted, logprobs)
 
     def add_completion(self, completion: scheduler_pb2.Completion) -> None:
         self.followed.discard(completion.request_id)
@@ -70,28 +79,32 @@ class Follower:
         self._unknown.append(request_id)
         self._wake.set()
 
+    def unfollow(self, request_id: str) -> None:
+        self._drop(request_id)
+        self.followed.discard(request_id)
+
     async def next_message(self) -> scheduler_pb2.DeliverResponse:
         """Waits until something is to be sent and takes all of it; the caller adds the commit's number."""
-        while not (self._rows or self._completions or self._unknown or self.overrun):
+        while not (self._emitted or self._completions or self._unknown or self.overrun):
             self._wake.clear()
             await self._wake.wait()
-        rows, self._rows = self._rows, {}
-        logprobs, self._logprobs = self._logprobs, {}
+        emitted, self._emitted = self._emitted, []
         completions, self._completions = self._completions, {}
         unknown, self._unknown = self._unknown, []
         self._pending_bytes = 0
         message = scheduler_pb2.DeliverResponse(
-            request_ids=rows.keys(),
-            offsets=[offset for offset, _ in rows.values()],
-            counts=[len(token_ids) // TOKEN_BYTES for _, token_ids in rows.values()],
-            token_ids=b"".join([token_ids for _, token_ids in rows.values()]),
+            request_ids=list(chain.from_iterable([each.request_ids for each, _ in emitted])),
+            offsets=list(chain.from_iterable([each.offsets for each, _ in emitted])),
+            counts=list(chain.from_iterable([each.counts for each, _ in emitted])),
+            token_ids=b"".join([each.token_ids for each, _ in emitted]),
             completions=completions.values(),
             unknown=unknown,
         )
-        if logprobs:
-            for index, request_id in enumerate(rows):
-                if request_id in logprobs:
-                    message.logprobs[index].MergeFromString(logprobs[request_id])
+        row = 0
+        for each, logprobs in emitted:
+            if logprobs:
+                message.logprobs[row].MergeFromString(logprobs)
+            row += len(each.request_ids)
         return message
 
 
@@ -100,7 +113,7 @@ class DeliveryHub:
 
     def __init__(self, gateway_grace_s: float) -> None:
         self._gateway_grace_s = gateway_grace_s
-        self._followers: dict[str, set[Follower]] = {}
+        self._followers: dict[str, tuple[Follower, ...]] = {}
         self._stored_tokens: dict[str, int] = {}
         self._orphans: list[tuple[float, str]] = []
         """Heap of (instant, request): cancelled then unless somebody follows again."""
@@ -121,37 +134,43 @@ class DeliveryHub:
         those tokens; the core does not keep them, so the caller brings them. They may reach
         further: a commit that the store has carried out is told to the hub a little later."""
         request_id = request.request_id
+        follower.unfollow(request_id)
         stored = self.stored_tokens(request_id)
         if stored > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
             found = _first_logprobs(logprobs, stored - offset)
             follower.add_tokens(request_id, offset, output, found)
         follower.followed.add(request_id)
-        self._followers.setdefault(request_id, set()).add(follower)
+        others = self._others(follower, request_id)
+        self._followers[request_id] = (*others, follower) if others else follower.alone
         self._orphan_due_s.pop(request_id, None)
 
     def unfollow(self, follower: Follower, request: Request | None, request_id: str, now_s: float) -> None:
         """The client behind this stream is gone."""
-        follower.followed.discard(request_id)
-        followers = self._followers.get(request_id)
-        if followers is not None:
-            followers.discard(follower)
-            if followers:
-                return
-            del self._followers[request_id]
+        follower.unfollow(request_id)
+        if request_id in self._followers and not self._left(follower, request_id):
+            return
         if request is not None:
             self._orphan(request, now_s, 0.0)
 
     def lost(self, follower: Follower, live: Mapping[str, Request], now_s: float) -> None:
         """A gateway's stream broke: it may come back, or be dead with all its clients."""
         for request_id in list(follower.followed):
-            followers = self._followers.get(request_id, set())
-            followers.discard(follower)
-            if not followers:
-                self._followers.pop(request_id, None)
-                if request_id in live:
-                    self._orphan(live[request_id], now_s, self._gateway_grace_s)
+            if self._left(follower, request_id) and request_id in live:
+                self._orphan(live[request_id], now_s, self._gateway_grace_s)
         follower.followed.clear()
+
+    def _others(self, follower: Follower, request_id: str) -> tuple[Follower, ...]:
+        return tuple(each for each in self._followers.get(request_id, ()) if each is not follower)
+
+    def _left(self, follower: Follower, request_id: str) -> bool:
+        """Whether nobody follows the request any more."""
+        others = self._others(follower, request_id)
+        if others:
+            self._followers[request_id] = others
+        else:
+            self._followers.pop(request_id, None)
+        return not others
 
     def submitted(self, request: Request, now_s: float) -> None:
         """A gateway that dies between submitting and following must not leave work behind."""
@@ -181,11 +200,18 @@ class DeliveryHub:
         self, emitted: Sequence[Emitted], logprobs: Mapping[int, bytes] = MappingProxyType({})
     ) -> None:
         """The commit that holds these is stored. `logprobs`: by place in `emitted`."""
-        stored_tokens, followers = self._stored_tokens, self._followers
-        for place, (request_id, offset, token_ids) in enumerate(emitted):
-            stored_tokens[request_id] = offset + len(token_ids) // TOKEN_BYTES
-            for follower in followers.get(request_id, ()):
-                follower.add_tokens(request_id, offset, token_ids, logprobs.get(place, b""))
+        followers = self._followers
+        for place, each in enumerate(emitted):
+            ids = each.request_ids
+            self._stored_tokens.update(zip(ids, map(add, each.offsets, each.counts), strict=True))
+            groups = set(map(followers.get, ids))
+            # Mostly one gateway follows all that a worker runs: its rows go on as they came.
+            for group in groups - {None}:
+                here = each
+                if len(groups) > 1:
+                    here = each.of({name for name in ids if followers.get(name) == group})
+                for follower in group or ():
+                    follower.add(here, logprobs.get(place, b""))
 
     def finished(self, requests: Iterable[Request]) -> None:
         """The commit that ends these is stored."""
@@ -201,6 +227,10 @@ class DeliveryHub:
                 )
                 for follower in followers:
                     follower.add_completion(completion)
+
+
+def _bytes(emitted: Emitted, logprobs: bytes) -> int:
+    return ROW_BYTES * len(emitted.request_ids) + len(emitted.token_ids) + len(logprobs)
 
 
 def _first_logprobs(logprobs: bytes, tokens: int) -> bytes:

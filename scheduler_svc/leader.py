@@ -121,6 +121,8 @@ class Leader:
         Raises:
             asyncio.CancelledError: the term ended first.
         """
+        if self.ended.is_set():
+            raise asyncio.CancelledError
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         self._wake.set()
@@ -191,11 +193,11 @@ class Leader:
                 if tick.commit:
                     # Packed now: the records go on changing while the store is being asked.
                     await self._commit(self._store.encode(tick.commit, now_s))
+                self._publish(tick, sessions, steps, reported, now_s)
             except BaseException:
                 for waiter in waiters:
                     waiter.cancel()
                 raise
-            self._publish(tick, sessions, steps, reported, now_s)
             self._told_s = self.now_s()
             for waiter in waiters:
                 if not waiter.done():

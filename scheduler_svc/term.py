@@ -116,16 +116,13 @@ class Terms:
     async def settled_or_abort(self, leader: Leader, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Waits until all is stored. If the term ends first the caller must ask again, and the
         request_id makes that safe."""
-        waiter = asyncio.ensure_future(leader.settled())
-        ended = asyncio.ensure_future(leader.ended.wait())
         try:
-            await asyncio.wait({waiter, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if waiter.done() and not waiter.cancelled():
-                return
-        finally:
-            waiter.cancel()
-            ended.cancel()
-        await errors.abort(context, self.not_leading())
+            await leader.settled()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # The caller is gone.
+            await errors.abort(context, self.not_leading())
 
     # --- The life ----------------------------------------------------------------------------
 

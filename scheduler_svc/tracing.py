@@ -6,6 +6,7 @@ request was preempted, and `commit` of its end. A lease's events are its commits
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from laps.telemetry import Tracing, nanoseconds
@@ -34,7 +35,7 @@ class RequestTraces:
         for request in commit.submitted:
             self._commit(request, "acknowledged", decided_s, stored_s)
             self._queue(request, request.arrival_s)
-        for request_id, offset, token_ids in commit.emitted:
+        for request_id, offset, token_ids in chain.from_iterable(each.rows() for each in commit.emitted):
             if (span := self._open.get(request_id)) is not None:
                 tokens = len(token_ids) // TOKEN_BYTES
                 span.add_event(

@@ -55,6 +55,8 @@ class Board:
         something has changed since it was sought."""
         self.ended: list[Request] = []
         """Finished since the last tick."""
+        self.changed = True
+        """Something has arrived, ended, moved or come back since a preemption was last looked for."""
         self._epoch = epoch
         self._lease_counter = 0
         self._lease_duration_s = lease_duration_s
@@ -93,6 +95,7 @@ class Board:
             request.level = 0
             request.rank = OVERDUE_RANK + request.arrival_seq
         key = (-request.spec.priority, request.level, request.rank, request.arrival_seq)
+        self.changed = True
         return self.waiting.put(request.request_id, key)
 
     def first_waiting(self) -> Request | None:
@@ -109,6 +112,7 @@ class Board:
     def reranked(self, request: Request) -> None:
         """A running request's place among its like has changed without a step of its own."""
         self.worst.pop(request.worker_id, None)
+        self.changed = True
         self.ledger.stepped[request.request_id] = request
 
     def grant(self, request: Request, worker: Worker, slot: int, now_s: float) -> Grant:
@@ -227,6 +231,7 @@ class Board:
         request.finished_s = now_s
         request.perceived_s = 0.0
         del self.live[request.request_id]
+        self.changed = True
         self.pool.live = len(self.live)
         self.policy.finished(request)
         self.ledger.finished(request)

@@ -17,6 +17,7 @@ from scheduler_svc.core.records import (
     Revoke,
     Tick,
     Worker,
+    emitted_of,
 )
 
 MAX_RECORDS_PER_S = 2000.0
@@ -66,13 +67,14 @@ class Ledger:
         """Its record is to be written in any case."""
         self._changed[request.request_id] = request
 
-    def logprobs_of_last(self, request: Request, offset: int, logprobs: bytes) -> None:
-        """The last of `emitted` is what `request` grew by from `offset` on, and these belong to it. They are
-        opaque to us, so each such row becomes a log entry of its own, at once: the journal has no place for
-        them."""
-        self._logprobs[len(self.emitted) - 1] = logprobs
+    def emitted_with_logprobs(self, request: Request, offset: int, logprobs: bytes) -> None:
+        """What `request` grew by from `offset` on, and what belongs to that. Log probabilities are opaque to
+        us, so each such row becomes a log entry of its own, at once: the journal has no place for them."""
+        self._logprobs[len(self.emitted)] = logprobs
+        self.emitted.append(
+            emitted_of([(request.request_id, offset, bytes(request.output[offset * TOKEN_BYTES :]))])
+        )
         self._flush(request, until=offset)
-        request.book.unlogged_from = offset
         self._flush(request, logprobs=logprobs)
         self.changed(request)
 
@@ -198,12 +200,10 @@ class Ledger:
 
     def _flush(self, request: Request, until: int | None = None, logprobs: bytes = b"") -> None:
         book = request.book
-        start = book.unlogged_from
-        if start < 0:
-            return
+        start = book.logged_tokens
         end = request.output_tokens if until is None else until
-        book.unlogged_from = -1
         if end > start:
+            book.logged_tokens = end
             request.log_entries += 1
             tokens = bytes(request.output[start * TOKEN_BYTES : end * TOKEN_BYTES])
             self._appended.append(Append(request.request_id, request.log_entries, start, tokens, logprobs))

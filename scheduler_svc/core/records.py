@@ -9,7 +9,7 @@ little-endian unsigned 32-bit integers, so that nobody on the way makes an objec
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,8 +89,8 @@ class TenantQuota:
 class Bookkeeping:
     """What the scheduler keeps about a live request for itself; not stored."""
 
-    unlogged_from: int = -1
-    """Output tokens before those that are not in its log yet but in the journal; -1: all are in the log."""
+    logged_tokens: int = 0
+    """Output tokens that are in its log. Those beyond are in the journal."""
     written_s: float = float("-inf")
     written_tick: int = 0
     """The tick that wrote its record last, and with it all of its output to its log."""
@@ -293,9 +293,38 @@ class Revoke:
 # --- What must be stored -------------------------------------------------------------------
 
 
-Emitted = tuple[str, int, bytes]
-"""Output of one request: its id, its output tokens before these, and these, packed. A plain tuple: one
-is made for every row of every report."""
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """Output of several requests, by columns: mostly all that one report has added, as it came. A request
+    has one row at most."""
+
+    request_ids: Sequence[str]
+    offsets: Sequence[int]
+    """Output tokens before these."""
+    counts: Sequence[int]
+    token_ids: bytes
+    """Packed tokens of all rows, one behind another."""
+
+    def rows(self) -> Iterator[tuple[str, int, bytes]]:
+        """Request, offset and packed tokens of each."""
+        end = 0
+        for request_id, offset, count in zip(self.request_ids, self.offsets, self.counts, strict=True):
+            begin, end = end, end + count * TOKEN_BYTES
+            yield request_id, offset, self.token_ids[begin:end]
+
+    def of(self, request_ids: Container[str]) -> Emitted:
+        """The rows of these requests alone."""
+        return emitted_of(row for row in self.rows() if row[0] in request_ids)
+
+
+def emitted_of(rows: Iterable[tuple[str, int, bytes]]) -> Emitted:
+    """By columns what came as rows (request, offset, packed tokens)."""
+    ids, offsets, pieces = [], [], []
+    for request_id, offset, token_ids in rows:
+        ids.append(request_id)
+        offsets.append(offset)
+        pieces.append(token_ids)
+    return Emitted(ids, offsets, [len(piece) // TOKEN_BYTES for piece in pieces], b"".join(pieces))
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +370,7 @@ class Commit:
     emitted: list[Emitted] = field(default_factory=list)
     """All output of this tick. What of it is not appended to its log yet, the journal keeps until it is."""
     logprobs: dict[int, bytes] = field(default_factory=dict)
-    """Log probabilities of entries of `emitted`, by their place in it."""
+    """Log probabilities of entries of `emitted` with one row each, by their place in it."""
     appended: list[Append] = field(default_factory=list)
     """Of requests whose record is written, or that have log probabilities."""
     changed: list[Request] = field(default_factory=list)

@@ -159,7 +159,7 @@ class Scheduler:
             self.view.live = number
             if not self._readmit(request, in_order and request.state is RequestState.QUEUED):
                 self._untold.append(request)
-            if request.book.unlogged_from >= 0:
+            if request.output_tokens > request.book.logged_tokens:
                 # Before this leadership writes its own journal the old one must be in the logs.
                 self._ledger.changed(request)
             if request.output_tokens >= request.spec.max_tokens:

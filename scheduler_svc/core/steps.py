@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from scheduler_svc.core.board import Board
 from scheduler_svc.core.records import (
     TOKEN_BYTES,
+    Emitted,
     FinishReason,
     Request,
     Revoke,
     RevokeReason,
     StepReport,
     Worker,
+    emitted_of,
 )
 
 MAX_REFUSED_ROWS = 3
@@ -128,11 +131,13 @@ def _apply_rows(
 ) -> None:
     leases = board.leases
     ledger = board.ledger
-    stepped, emitted_rows = ledger.stepped, ledger.emitted
+    stepped = ledger.stepped
     worker_id = worker.worker_id
     step_s = report.step_s
     tokens = report.token_ids
     finishes, logprobs = report.finishes, report.logprobs
+    ids: list[str] = []
+    rows: list[int] = []
     moved_on: list[Request] = []
     ended: list[tuple[Request, int]] = []
     end_byte = total_emitted = total_drafted = total_accepted = 0
@@ -192,21 +197,22 @@ def _apply_rows(
         stepped[spec.request_id] = request
         if emitted:
             total_emitted += emitted
-            new = tokens[begin_byte:end_byte]
-            output += new
-            emitted_rows.append((spec.request_id, offset, new))
+            output += tokens[begin_byte:end_byte]
             if request.first_token_s is None:
                 request.first_token_s = now_s
                 request.cached_tokens = min(report.cached_tokens.get(row, 0), request.spec.prompt_tokens)
             request.last_token_s = now_s
             if row in logprobs:
-                ledger.logprobs_of_last(request, offset, logprobs[row])
-            elif request.book.unlogged_from < 0:
-                request.book.unlogged_from = offset
+                ledger.emitted_with_logprobs(request, offset, logprobs[row])
+            else:
+                ids.append(spec.request_id)
+                rows.append(row)
         if not left_bytes or row in finishes:
             ended.append((request, row))
         else:
             moved_on.append(request)
+    if ids:
+        ledger.emitted.append(_emitted(report, ids, rows))
     counters.rows += row + 1
     counters.emitted_tokens += total_emitted
     counters.drafted_tokens += total_drafted
@@ -222,6 +228,15 @@ def _apply_rows(
     if moved_on:
         board.policy.stepped(moved_on)
         board.worst.pop(worker_id, None)
+
+
+def _emitted(report: StepReport, ids: list[str], rows: list[int]) -> Emitted:
+    """The columns of those rows; mostly they are all that there are."""
+    if len(rows) == len(report.lease_ids):
+        return Emitted(ids, report.offsets, report.emitted_counts, report.token_ids)
+    ends = [0, *accumulate(report.emitted_counts)]
+    pieces = [report.token_ids[ends[row] * TOKEN_BYTES : ends[row + 1] * TOKEN_BYTES] for row in rows]
+    return emitted_of(zip(ids, [report.offsets[row] for row in rows], pieces, strict=True))
 
 
 def _refuse(board: Board, request: Request, why: str, counters: Counters, now_s: float) -> None:

@@ -26,7 +26,7 @@ checks the epoch first, then everything else, and only then changes anything: a 
 no trace. Refusals are error replies that begin with a code (errors.py).
 ]]
 
-local SCHEMA = '2'
+local SCHEMA = '3'
 local EVENTS_KEPT = '10000'
 local EPOCHS_KEPT = 1000
 local PRIORITY_STEP = 1e10      -- distance in score between two priorities

@@ -47,13 +47,16 @@ def unpack(encoded: bytes) -> Packed:
     return Packed(epoch, seq, digest, encoded[_HEAD.size : end], encoded[end:])
 
 
-def journal_rows(packed: bytes) -> list[Emitted]:
-    """What a journal entry holds. Raises ValueError for what was not packed here."""
+def journal_rows(packed: bytes) -> list[tuple[str, int, bytes]]:
+    """Request, offset and packed tokens of each row of a journal entry. Raises ValueError for what was not
+    packed here."""
     try:
-        rows = msgpack.unpackb(packed, raw=True)
-        return [
-            (request_id.decode(), int(offset), bytes(token_ids)) for request_id, offset, token_ids in rows
-        ]
+        rows: list[tuple[str, int, bytes]] = []
+        for ids, offsets, counts, token_ids in msgpack.unpackb(packed, raw=True):
+            if sum(counts) * TOKEN_BYTES != len(token_ids):
+                raise ValueError("its columns do not fit each other")
+            rows += Emitted([name.decode() for name in ids], offsets, counts, bytes(token_ids)).rows()
+        return rows
     except (AttributeError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise ValueError(f"no journal entry: {type(error).__name__}") from error
 
@@ -121,14 +124,16 @@ class CommitPacker:
     def _journaled(self, commit: Commit) -> bytes:
         if commit.logged_tick >= commit.tick:
             return b""
-        rows = commit.emitted
-        if commit.logprobs:
-            # They are in their logs already, together with what the journal has no place for.
-            rows = [row for place, row in enumerate(rows) if place not in commit.logprobs]
-        if not rows:
+        # Output with log probabilities is in its log already, with what the journal has no place for.
+        columns = [
+            (emitted.request_ids, emitted.offsets, emitted.counts, emitted.token_ids)
+            for place, emitted in enumerate(commit.emitted)
+            if place not in commit.logprobs
+        ]
+        if not columns:
             return b""
         self._journal.append((commit.tick, self.last_seq))
-        packed: bytes = self._pack(rows)
+        packed: bytes = self._pack(columns)
         return packed
 
     def _keep_journal_from(self, commit: Commit) -> Any:

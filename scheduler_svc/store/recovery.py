@@ -73,8 +73,6 @@ def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
     if known_bytes < 0:
         return False
     if len(token_ids) > known_bytes:
-        if request.book.unlogged_from < 0:
-            request.book.unlogged_from = request.output_tokens
         request.output += token_ids[known_bytes:]
     return True
 
@@ -224,6 +222,7 @@ def _live_request(
     # No lease outlives the leadership that granted it.
     if request.state is RequestState.RUNNING:
         request.state = RequestState.PREEMPTED
+    request.book.logged_tokens = request.output_tokens
     request.slot = 0
     request.lease_id = 0
     request.releasing = False

@@ -15,7 +15,7 @@ from simulator.faults.store_commit import CommitCall, Entry, Keys, Refusal
 
 __all__ = ["ALL_CHECKS", "Entry", "Keys", "Refusal", "StoreModel", "unpack_body"]
 
-SCHEMA = "2"
+SCHEMA = "3"
 ALL_CHECKS = frozenset({"fence", "log", "digest", "stopped", "term"})
 """What can be switched off, to see that its absence is noticed."""
 

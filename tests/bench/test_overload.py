@@ -1,5 +1,5 @@
-"""Five times the capacity, at its short setting: what is admitted is served, the rest is told when to come back,
-memory stays flat, and who does not read harms nobody. What the latencies are the long setting judges."""
+"""Five times the capacity, at its short setting: what is admitted is served, the rest is told when to come
+back, memory stays flat, and who does not read harms nobody. Latencies are for the long setting to judge."""
 
 from __future__ import annotations
 

@@ -10,8 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
-from scheduler_svc.core.records import FinishReason, Request, RequestSpec
-from scheduler_svc.deliveries import ABANDONED_AT_ONCE, MAX_PENDING_BYTES, DeliveryHub, Follower
+from scheduler_svc.core.records import FinishReason, Request, RequestSpec, emitted_of
+from scheduler_svc.deliveries import (
+    ABANDONED_AT_ONCE,
+    MAX_PENDING_BYTES,
+    ROW_BYTES,
+    DeliveryHub,
+    Follower,
+)
 
 GATEWAY_GRACE_S = 5.0
 
@@ -38,6 +44,16 @@ async def take(follower: Follower) -> list[tuple[str, int, list[int]]]:
     return rows
 
 
+def joined(rows: list[tuple[str, int, list[int]]]) -> dict[str, tuple[int, list[int]]]:
+    """First offset and all tokens by request; the rows of each must continue each other."""
+    found: dict[str, tuple[int, list[int]]] = {}
+    for request_id, offset, tokens in rows:
+        begin, known = found.setdefault(request_id, (offset, []))
+        assert offset == begin + len(known)
+        known += tokens
+    return found
+
+
 @given(
     steps=st.lists(st.integers(1, 4), min_size=1, max_size=12),
     follow_after=st.integers(0, 12),
@@ -59,17 +75,16 @@ def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
                 request.output[:] = pack(ahead)
                 hub.follow(follower, request, offset_here)
             if count:
-                hub.published([("a", stored, pack(tokens[stored : stored + count]))])
+                hub.published([emitted_of([("a", stored, pack(tokens[stored : stored + count]))])])
                 stored += count
         expected = tokens[offset_here:]
         if expected:
-            rows = await take(follower)
-            assert rows == [("a", offset_here, expected)]
+            assert joined(await take(follower)) == {"a": (offset_here, expected)}
 
     asyncio.run(run())
 
 
-async def test_logprobs_of_joined_rows_are_joined() -> None:
+async def test_log_probabilities_stay_with_their_rows() -> None:
     from laps.v1 import generation_pb2, scheduler_pb2
 
     def packed(value: float) -> bytes:
@@ -78,9 +93,10 @@ async def test_logprobs_of_joined_rows_are_joined() -> None:
 
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.follow(follower, request, 0)
-    hub.published([("a", 0, pack([7])), ("a", 1, pack([8]))], {0: packed(-1.0), 1: packed(-2.0)})
+    first, second = emitted_of([("a", 0, pack([7]))]), emitted_of([("a", 1, pack([8]))])
+    hub.published([emitted_of([("b", 0, pack([5]))]), first, second], {1: packed(-1.0), 2: packed(-2.0)})
     message = await follower.next_message()
-    assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0]
+    assert [message.logprobs[row].logprobs[0].logprob for row in range(2)] == [-1.0, -2.0]
 
 
 async def test_the_end_comes_after_the_last_tokens() -> None:
@@ -88,7 +104,7 @@ async def test_the_end_comes_after_the_last_tokens() -> None:
     hub.follow(follower, request, 0)
     request.output[:] = pack([7])
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
-    hub.published([("a", 0, pack([7]))])
+    hub.published([emitted_of([("a", 0, pack([7]))])])
     hub.finished([request])
     message = await follower.next_message()
     assert list(message.request_ids) == ["a"]
@@ -164,9 +180,9 @@ def test_many_who_were_left_alone_are_given_up_a_few_at_a_time() -> None:
 def test_a_gateway_that_reads_nothing_is_noticed() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
     hub.follow(follower, make_request(), 0)
-    hub.published([("a", 0, bytes(MAX_PENDING_BYTES))])
+    hub.published([emitted_of([("a", 0, bytes(MAX_PENDING_BYTES - ROW_BYTES))])])
     assert not follower.overrun
-    hub.published([("a", MAX_PENDING_BYTES // 4, bytes(4))])
+    hub.published([emitted_of([("a", MAX_PENDING_BYTES // 4, bytes(4))])])
     assert follower.overrun
 
 
@@ -178,13 +194,14 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
-    hub.published([("a", 0, pack([10]))], {0: logprobs(-1.0)})
+    hub.published([emitted_of([("a", 0, pack([10]))])], {0: logprobs(-1.0)})
     # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
     hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
-    hub.published([("a", 1, pack([11, 12]))], {0: logprobs(-2.0, -3.0)})
+    hub.published([emitted_of([("a", 1, pack([11, 12]))])], {0: logprobs(-2.0, -3.0)})
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert unpack(message.token_ids) == [10, 11, 12]
-    assert [entry.logprob for entry in message.logprobs[0].logprobs] == [-1.0, -2.0, -3.0]
+    values = [[entry.logprob for entry in message.logprobs[row].logprobs] for row in range(2)]
+    assert (values, list(message.counts)) == ([[-1.0], [-2.0, -3.0]], [1, 2])
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
@@ -192,12 +209,10 @@ async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
-    hub.published([("a", 0, pack([10, 11, 12]))])
+    hub.published([emitted_of([("a", 0, pack([10, 11, 12]))])])
     hub.follow(follower, request, 0)
     hub.unfollow(follower, request, "a", 0.0)
     hub.follow(follower, request, offset)
     request.output += pack([13])
-    hub.published([("a", 3, pack([13]))])
-    (row,) = await take(follower)
-    first = 0 if offset == 3 else offset
-    assert row == ("a", first, [10, 11, 12, 13][first:])
+    hub.published([emitted_of([("a", 3, pack([13]))])])
+    assert joined(await take(follower)) == {"a": (offset, [10, 11, 12, 13][offset:])}

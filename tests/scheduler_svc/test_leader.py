@@ -33,7 +33,7 @@ class FakeStore:
         self.stored: list[bytes] = []
 
     def encode(self, commit: Commit, now_s: float) -> bytes:
-        return repr([(name, offset, len(ids)) for name, offset, ids in commit.emitted]).encode()
+        return repr(commit.emitted).encode()
 
     async def commit(self, encoded: bytes) -> bool:
         self.calls.append(encoded)

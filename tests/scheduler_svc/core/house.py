@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from scheduler_svc.core.policies import make_policy
@@ -173,7 +174,7 @@ class Store:
             assert append.offset == sum(len(tokens) // 4 for _, tokens in log), "a gap in the tokens"
             assert append.token_ids
             log.append((append.offset, append.token_ids))
-        for request_id, offset, token_ids in commit.emitted:
+        for request_id, offset, token_ids in chain.from_iterable(each.rows() for each in commit.emitted):
             assert token_ids
             self.journal.append((commit.tick, request_id, offset, token_ids))
         self.journal = [row for row in self.journal if row[0] > commit.logged_tick]
@@ -257,8 +258,7 @@ class Store:
             request.output = bytearray(self.output(request_id))
             request.log_entries = len(self.logs[request_id])
             logged_bytes = sum(len(tokens) for _, tokens in self.logs[request_id])
-            if len(request.output) > logged_bytes:
-                request.book.unlogged_from = logged_bytes // 4
+            request.book.logged_tokens = logged_bytes // 4
             requests.append(request)
         retained = [Retained(name, digest, at_s) for name, (digest, _, at_s) in self.finished.items()]
         self.leases.clear()

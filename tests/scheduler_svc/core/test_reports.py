@@ -98,9 +98,8 @@ def test_several_steps_in_one_tick_make_one_log_entry_unless_they_carry_logprobs
     core.report(with_logprobs, 0.1)
     core.report(fake.step(1), 0.1)
     commit = core.tick(0.2).commit
-    assert [(offset, len(token_ids) // 4) for _, offset, token_ids in commit.emitted] == [
-        (0, 2), (2, 1), (3, 1), (4, 1)
-    ]  # fmt: skip
+    rows = [(each.offsets, each.counts) for each in commit.emitted]
+    assert rows == [([0], [2]), ([2], [1]), ([3], [1]), ([4], [1])]
     assert commit.logprobs == {2: b"x"}
     appended = commit.appended
     assert [(entry.entry, entry.offset, len(entry.token_ids) // 4, entry.logprobs) for entry in appended] == [

@@ -13,6 +13,7 @@ from scheduler_svc.core.records import (
     RequestState,
     StepCosts,
     Worker,
+    emitted_of,
 )
 from scheduler_svc.store import packing
 from scheduler_svc.store.errors import (
@@ -169,27 +170,31 @@ async def test_a_log_that_lost_its_end_is_an_alarm_when_its_record_is_written(
     assert dump(leading.pool) == before
 
 
+def output(offset, token_ids):
+    return [emitted_of([("req-1", offset, token_ids)])]
+
+
 async def test_the_journal_holds_what_is_in_no_log_yet(leading, apply, make_request, tokens, dump):
     request = make_request()
     await apply(leading, tick=1, logged_tick=1, submitted=[request])
-    await apply(leading, tick=2, logged_tick=1, emitted=[("req-1", 0, tokens(7, 8))])
-    await apply(leading, tick=3, logged_tick=1, emitted=[("req-1", 2, tokens(9))])
+    await apply(leading, tick=2, logged_tick=1, emitted=output(0, tokens(7, 8)))
+    await apply(leading, tick=3, logged_tick=1, emitted=output(2, tokens(9)))
     assert len(dump(leading.pool)["journal"]) == 2
     [found] = (await leading.recover()).requests
-    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9), 0, 0)
+    assert (found.output, found.book.logged_tokens, found.log_entries) == (tokens(7, 8, 9), 0, 0)
     logged(request, 1, tokens(7, 8, 9))
     # Part of it is in its log: only the rest is taken from the journal.
     await apply(leading, tick=4, logged_tick=2, appended=[Append("req-1", 1, 0, tokens(7, 8))])
     assert len(dump(leading.pool)["journal"]) == 1
     [found] = (await leading.recover()).requests
-    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9), 2, 1)
+    assert (found.output, found.book.logged_tokens, found.log_entries) == (tokens(7, 8, 9), 2, 1)
     await apply(
-        leading, tick=5, logged_tick=5, emitted=[("req-1", 3, tokens(1))],
+        leading, tick=5, logged_tick=5, emitted=output(3, tokens(1)),
         appended=[Append("req-1", 2, 2, tokens(9, 1))],
     )  # fmt: skip
     assert not dump(leading.pool)["journal"]
     [found] = (await leading.recover()).requests
-    assert (found.output, found.book.unlogged_from, found.log_entries) == (tokens(7, 8, 9, 1), -1, 2)
+    assert (found.output, found.book.logged_tokens, found.log_entries) == (tokens(7, 8, 9, 1), 4, 2)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -198,7 +203,7 @@ async def test_a_journal_that_lost_an_entry_is_an_alarm_until_an_operator_accept
 ):
     await apply(leading, tick=1, logged_tick=1, submitted=[make_request()])
     for place in range(3):
-        await apply(leading, tick=2 + place, logged_tick=1, emitted=[("req-1", place, tokens(place))])
+        await apply(leading, tick=2 + place, logged_tick=1, emitted=output(place, tokens(place)))
     journal = f"laps:{{{leading.pool}}}:journal"
     entries = await raw.xrange(journal)
     await raw.xdel(journal, entries[lost][0])
@@ -211,7 +216,13 @@ async def test_a_journal_that_lost_an_entry_is_an_alarm_until_an_operator_accept
 
 
 async def test_a_damaged_journal_is_an_alarm(leading, apply, make_request, tokens, raw):
-    await apply(leading, tick=1, logged_tick=0, submitted=[make_request()], emitted=[("req-1", 0, tokens(7))])
+    await apply(
+        leading,
+        tick=1,
+        logged_tick=0,
+        submitted=[make_request()],
+        emitted=output(0, tokens(7)),
+    )
     journal = f"laps:{{{leading.pool}}}:journal"
     [(entry_id, _)] = await raw.xrange(journal)
     await raw.xdel(journal, entry_id)
