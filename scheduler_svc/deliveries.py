@@ -36,6 +36,7 @@ class Follower:
     gateway_id: str
     followed: set[str] = field(default_factory=set)
     overrun: bool = False
+    closed: bool = False
     _emitted: list[tuple[Emitted, bytes]] = field(default_factory=list)
     """What waits, in order; with its serialized log probabilities where it has one row and these."""
     _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
@@ -83,9 +84,17 @@ class Follower:
         self._drop(request_id)
         self.followed.discard(request_id)
 
-    async def next_message(self) -> scheduler_pb2.DeliverResponse:
-        """Waits until something is to be sent and takes all of it; the caller adds the commit's number."""
+    def close(self) -> None:
+        """Nothing more comes: its gateway says nothing any more, or the term is over."""
+        self.closed = True
+        self._wake.set()
+
+    async def next_message(self) -> scheduler_pb2.DeliverResponse | None:
+        """Waits until something is to be sent and takes all of it; the caller adds the commit's number. None:
+        nothing more comes."""
         while not (self._emitted or self._completions or self._unknown or self.overrun):
+            if self.closed:
+                return None
             self._wake.clear()
             await self._wake.wait()
         emitted, self._emitted = self._emitted, []
@@ -114,6 +123,8 @@ class DeliveryHub:
     def __init__(self, gateway_grace_s: float) -> None:
         self._gateway_grace_s = gateway_grace_s
         self._followers: dict[str, tuple[Follower, ...]] = {}
+        self._open: set[Follower] = set()
+        self._closed = False
         self._stored_tokens: dict[str, int] = {}
         self._orphans: list[tuple[float, str]] = []
         """Heap of (instant, request): cancelled then unless somebody follows again."""
@@ -125,6 +136,18 @@ class DeliveryHub:
         for request in requests:
             self._stored_tokens[request.request_id] = request.output_tokens
             self._orphan(request, now_s, self._gateway_grace_s)
+
+    def opened(self, follower: Follower) -> None:
+        """A stream begins; it is over when it is `lost`."""
+        self._open.add(follower)
+        if self._closed:
+            follower.close()
+
+    def close(self) -> None:
+        """The term is over."""
+        self._closed = True
+        for follower in self._open:
+            follower.close()
 
     def stored_tokens(self, request_id: str) -> int:
         return self._stored_tokens.get(request_id, 0)
@@ -155,6 +178,7 @@ class DeliveryHub:
 
     def lost(self, follower: Follower, live: Mapping[str, Request], now_s: float) -> None:
         """A gateway's stream broke: it may come back, or be dead with all its clients."""
+        self._open.discard(follower)
         for request_id in list(follower.followed):
             if self._left(follower, request_id) and request_id in live:
                 self._orphan(live[request_id], now_s, self._gateway_grace_s)

@@ -167,6 +167,7 @@ class Leader:
                 waiter.cancel()
             for session in self._sessions.values():
                 session.close()
+            self.hub.close()
             if self._traces is not None:
                 self._traces.close(self.now_s())
 

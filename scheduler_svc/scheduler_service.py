@@ -74,19 +74,14 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     ) -> AsyncIterator[scheduler_pb2.DeliverResponse]:
         leader = await self._terms.leader_or_abort(context)
         follower = Follower(gateway_id="")
+        leader.hub.opened(follower)
         reading = asyncio.create_task(self._read_follows(leader, follower, request_iterator))
-        ended = asyncio.create_task(leader.ended.wait())
+        reading.add_done_callback(lambda _: follower.close())
         try:
-            while True:
-                message = asyncio.create_task(follower.next_message())
-                await asyncio.wait({reading, ended, message}, return_when=asyncio.FIRST_COMPLETED)
-                if message.done():
-                    response = message.result()
-                    response.history.CopyFrom(self._terms.store.seen.to_proto())
-                    response.commit_seq = response.history.commit_seq
-                    yield response
-                else:
-                    message.cancel()
+            while (response := await follower.next_message()) is not None:
+                response.history.CopyFrom(self._terms.store.seen.to_proto())
+                response.commit_seq = response.history.commit_seq
+                yield response
                 if follower.overrun:
                     await errors.abort(
                         context,
@@ -96,9 +91,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                             retry_after_s=0.1,
                         ),
                     )
-                if reading.done() or ended.done():
-                    break
-            if ended.done():
+            if not reading.done() or reading.cancelled():
                 await errors.abort(context, self._terms.not_leading())
             failure = None if reading.cancelled() else reading.exception()
             if isinstance(failure, StoreUnavailable):
@@ -106,7 +99,6 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                 await errors.abort(context, errors.store_unreachable(str(failure)))
         finally:
             reading.cancel()
-            ended.cancel()
             leader.hub.lost(follower, leader.core.requests, leader.now_s())
             leader.wake()
 
