@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 VERBS = ("kill", "freeze", "cut")
@@ -32,6 +32,21 @@ class Planned:
     @property
     def kind(self) -> str:
         return f"{self.verb} {self.target}"
+
+
+def chosen(kinds: Iterable[str], rng: random.Random) -> Iterator[Planned]:
+    """These faults, each soon after the one before is over, and each longer than nobody would notice."""
+    for kind in kinds:
+        verb, target = kind.split()
+        yield Planned(
+            pause_s=0.5,
+            overlaps=False,
+            verb=verb,
+            target=target,
+            which=rng.random(),
+            lasts_s=1.0 if verb == "kill" else 4.0,
+            resets=rng.random() < 0.5,
+        )
 
 
 def plan(rng: random.Random) -> Iterator[Planned]:

@@ -1,21 +1,24 @@
 """Kills, freezes and cuts off real processes while clients run, then checks what everybody saw.
 
     python -m bench.killloop [--minutes 5] [--seed 0] [--store valkey] [--store redis] [--json OUT]
+    python -m bench.killloop --fault "kill leader" --fault "cut worker" ...
 
 Two gateways, two schedulers, two workers with the built-in models and a store of its own. Several stores are
-tried one after the other, each for so many minutes. Ends with exit code 1 if anything was lost, told twice,
-or different from the target's own output.
+tried one after the other, each for so many minutes, or with each of the faults that are named. Ends with exit
+code 1 if anything was lost, told twice, or different from the target's own output.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +35,7 @@ from transformers import AutoTokenizer
 from bench._figures import spread
 from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
 from bench._history import Reference, Seen, Verdict, judge, until_all_have_ended
-from bench._plan import KINDS, Planned, plan
+from bench._plan import KINDS, Planned, chosen, plan
 from laps.client import AsyncClient
 from laps.client.retry import RetryPolicy
 from laps.errors import LapsError
@@ -128,9 +131,9 @@ class Run:
 
     # --- Faults ---------------------------------------------------------------------------------
 
-    async def do_faults(self, until_s: float) -> None:
+    async def do_faults(self, faults: Iterator[Planned], until_s: float) -> None:
         striking: set[asyncio.Task[None]] = set()
-        for planned in plan(self.rng):
+        for planned in faults:
             if time.monotonic() + planned.pause_s > until_s:
                 break
             await asyncio.sleep(planned.pause_s)
@@ -209,12 +212,13 @@ class Run:
 
     # --- The whole ------------------------------------------------------------------------------
 
-    async def play(self, seconds: float) -> None:
+    async def play(self, faults: Iterator[Planned], seconds: float) -> None:
+        """Until the faults have an end, or the time has."""
         until_s = time.monotonic() + seconds
         clients = [asyncio.create_task(self.client(number)) for number in range(CLIENTS)]
         show = asyncio.create_task(self._show(until_s))
         try:
-            await self.do_faults(until_s)
+            await self.do_faults(faults, until_s)
         finally:
             self.over = True
         done, pending = await asyncio.wait(clients, timeout=DRAIN_S)
@@ -251,15 +255,23 @@ def make_reference() -> tuple[list[list[int]], Reference]:
 
 
 async def run(
-    seconds: float, seed: int, binary: str, data_dir: Path, prompts: list[list[int]], reference: Reference
+    kinds: tuple[str, ...],
+    seconds: float,
+    seed: int,
+    binary: str,
+    data_dir: Path,
+    prompts: list[list[int]],
+    reference: Reference,
 ) -> tuple[Run, Verdict]:
+    """`kinds` empty: what the seed says, for so many seconds."""
     fleet = Fleet(data_dir, binary, slots=4, retention_s=3600.0, max_retained_requests=1_000_000)
     try:
         await fleet.start()
         playing = Run(fleet, random.Random(seed), prompts)
         async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
             await client.generate(prompts[0], max_tokens=2)
-        await playing.play(seconds)
+        rng = playing.rng
+        await playing.play(*((chosen(kinds, rng), math.inf) if kinds else (plan(rng), seconds)))
         store = Store(fleet.store.url, fleet.settings.pool)
         try:
             live = await until_all_have_ended(store, DRAIN_S)
@@ -317,9 +329,23 @@ def table(figures: dict[str, Any]) -> str:
     default=["valkey"],
     show_default=True,
 )
+@click.option(
+    "--fault",
+    "kinds",
+    type=click.Choice(KINDS),
+    multiple=True,
+    help="These, one after the other, however long they take; no more than these.",
+)
 @click.option("--keep", type=click.Path(path_type=Path), help="A folder for logs and data, which stay.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write the figures there.")
-def main(minutes: float, seed: int, stores: tuple[str, ...], keep: Path | None, out: Path | None) -> None:
+def main(
+    minutes: float,
+    seed: int,
+    stores: tuple[str, ...],
+    kinds: tuple[str, ...],
+    keep: Path | None,
+    out: Path | None,
+) -> None:
     """Kills, freezes and cuts off real processes while clients run, then checks what everybody saw."""
     binaries = {store: valkey_binary() if store == "valkey" else redis_binary() for store in stores}
     prompts, reference = make_reference()
@@ -328,10 +354,12 @@ def main(minutes: float, seed: int, stores: tuple[str, ...], keep: Path | None, 
     for store, binary in binaries.items():
         if binary is None:
             raise SystemExit(f"there is no {store}-server on PATH")
-        print(f"with {store} for {minutes:g} min", file=sys.stderr, flush=True)
+        print(f"with {store}: {', '.join(kinds) or f'{minutes:g} min'}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(prefix="laps-killloop-") as scratch:
             folder = (keep or Path(scratch)) / store
-            playing, verdict = asyncio.run(run(minutes * 60.0, seed, binary, folder, prompts, reference))
+            playing, verdict = asyncio.run(
+                run(kinds, minutes * 60.0, seed, binary, folder, prompts, reference)
+            )
         figures[store] = told = summary(playing, verdict)
         print(table(told), file=sys.stderr, flush=True)
         holds = holds and verdict.holds

@@ -162,7 +162,7 @@ async def run(seconds: float, factor: float, seed: int, data_dir: Path) -> dict[
         AsyncClient(stack.gateway_address) as slow_client,
     ):
         await measure_capacity(client, 2.0)
-        capacity_per_s = await measure_capacity(client, max(5.0, seconds / 6))
+        capacity_per_s = await measure_capacity(client, max(3.0, seconds / 6))
         slow = SlowReader()
         for name, share in (("1x", 1.0), (f"{factor:g}x", factor)):
             if share != 1.0:

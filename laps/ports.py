@@ -1,15 +1,23 @@
-"""Free TCP ports for processes that are about to be started."""
+"""Free TCP ports for processes that are about to be started.
+
+Two processes that look for ports at the same time must not find the same ones. So whoever finds a TCP port
+also binds the UDP port of that number, which nobody here uses, and keeps it: to others it is taken, from the
+moment it is found, and also while the child that is to listen on it is started again.
+"""
 
 from __future__ import annotations
 
 import random
 import socket
+from collections import deque
 from collections.abc import Collection
 
 # Below the range from which systems take the local ports of outgoing connections: a child that is started
 # again finds its port free.
 _FIRST, _LAST = 20_000, 32_000
 _TRIES = 1_000
+_kept: deque[socket.socket] = deque(maxlen=256)
+"""The latest reservations of this process, and of no child; bounded, as each is an open file."""
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -32,6 +40,19 @@ def free_ports(count: int, host: str = "127.0.0.1", *, avoid: Collection[int] = 
         if len(found) == count:
             return found
         port = rng.randrange(_FIRST, _LAST)
-        if port not in found and port not in avoid and is_free(port, host):
+        if port not in found and port not in avoid and is_free(port, host) and _reserve(port, host):
             found.append(port)
     raise OSError(f"no {count} free ports between {_FIRST} and {_LAST}")
+
+
+def _reserve(port: int, host: str) -> bool:
+    """Whether no other process, and no earlier call here, has found this port."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sign = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sign.bind((host.strip("[]"), port))
+    except OSError:
+        sign.close()
+        return False
+    _kept.append(sign)
+    return True

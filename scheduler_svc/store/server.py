@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from laps.ports import free_ports
+
 START_TIMEOUT_S = 15.0
 STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.01
@@ -100,7 +102,7 @@ class LocalServer:
         self.data_dir.mkdir(parents=True, exist_ok=True)
         fixed_port = self.port or self._wanted_port
         for attempt in range(1, _PORT_TRIES + 1):
-            self.port = fixed_port or free_port()
+            self.port = fixed_port or free_ports(1)[0]
             try:
                 self._launch()
                 return self.url
@@ -213,10 +215,3 @@ class LocalServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

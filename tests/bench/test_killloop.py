@@ -20,23 +20,26 @@ from scheduler_svc.store.store import Store
 ROOT = Path(__file__).parents[2]
 NOW_S = 1_700_000_000.0
 OUTPUT = [5, 6, 7, 8]
+FAULTS = ("kill leader", "cut worker", "kill store")
+"""What the loop does beyond them `make killloop` does, for as long as one likes."""
 REFERENCE: Any = SimpleNamespace(outputs=[OUTPUT])
 
 
 @pytest.mark.stack
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.xdist_group("faults")
 def test_nothing_is_lost_doubled_or_different(tmp_path: Path) -> None:
     # In one process: the target's own output is made once.
     stores = ["valkey"] if redis_binary() is None else ["valkey", "redis"]
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "bench.killloop", "--minutes", "0.3", "--seed", "3", "--json", str(out)]
-    command += [f"--store={store}" for store in stores]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-m", "bench.killloop", "--json", str(out)]
+    command += [*(f"--store={store}" for store in stores), *(f"--fault={kind}" for kind in FAULTS)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     figures = json.loads(out.read_text())
     for store in stores:
-        assert figures[store]["faults"] >= 2
+        done = {kind: count for kind, count in figures[store]["faults_by_kind"].items() if count}
+        assert done == dict.fromkeys(FAULTS, 1)
         assert figures[store]["acknowledged"] > 5
         assert figures[store]["tokens"] > 50
 

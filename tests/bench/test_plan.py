@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from bench._plan import KINDS, plan
+from bench._plan import KINDS, chosen, plan
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -25,3 +25,8 @@ def test_a_seed_decides_what_and_for_how_long() -> None:
     first, second, other = (list(islice(plan(random.Random(seed)), 20)) for seed in (7, 7, 8))
     assert first == second != other
     assert all(fault.lasts_s > 0.0 and fault.pause_s >= 0.0 for fault in first)
+
+
+def test_faults_that_are_named_come_in_their_order_and_have_an_end() -> None:
+    kinds = ["kill store", "freeze leader", "kill store"]
+    assert [fault.kind for fault in chosen(kinds, random.Random(0))] == kinds

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from laps.client import AsyncClient
-from laps.ports import free_ports
+from laps.ports import free_ports, is_free
 from laps.settings import Settings
 from laps.stack import Stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(240), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
 
 
 class Prometheus:
@@ -31,7 +31,7 @@ class Prometheus:
 
     def get(self, path: str, **query: str) -> Any:
         url = f"{self._url}{path}?{urllib.parse.urlencode(query)}"
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=30) as answer:
             return json.load(answer)["data"]
 
     def result(self, expression: str) -> list[Any]:
@@ -61,10 +61,10 @@ def prometheus(folder: Path, targets: list[str]) -> Iterator[Prometheus]:
         yield Prometheus(port)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(90)
 
 
-async def until(what: str, condition: Any, timeout_s: float = 60.0) -> None:
+async def until(what: str, condition: Any, timeout_s: float = 150.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while True:
         try:
@@ -80,7 +80,7 @@ async def until(what: str, condition: Any, timeout_s: float = 60.0) -> None:
 async def test_the_dashboards_show_a_running_stack(tmp_path: Path) -> None:
     monitoring.tool("prometheus")
     # The stack counts on from the port: gateway, scheduler, one worker.
-    (port,) = free_ports(1)
+    port = next(port for port in free_ports(20) if is_free(port + 1) and is_free(port + 2))
     settings = Settings(data_dir=tmp_path / "stack", workers=1, slots=2, drain_s=2.0, metrics_port=port)
     async with Stack(settings, any_ports=True) as stack, AsyncClient(stack.gateway_address) as client:
         with prometheus(tmp_path, [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]) as running:

@@ -49,7 +49,7 @@ async def test_backup_restore_and_resume(server: LocalServer, tmp_path: Path) ->
         }
         done = subprocess.run(
             ["sh", "-euc", lines], env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True,
-            check=False, timeout=60,
+            check=False, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -91,13 +91,13 @@ async def start_gateway(
     """Starts a gateway that is connected to the fake scheduler."""
     running: list[Harness] = []
 
-    async def start(*, wait: bool = True, **changes: Any) -> Harness:
+    async def start(*, wait: bool = True, heartbeat_timeout_s: float = 60.0, **changes: Any) -> Harness:
         address = f"127.0.0.1:{scheduler.port}"
         gateway = await serve(settings(**({"scheduler_address": address} | changes)))
-        # Set here, since they are no settings: a production gateway has no reason to differ in them.
+        # Set here, since they are no settings. A test of what comes when a time is up has its own.
         gateway.link._heartbeat_interval_s = 0.1
-        gateway.link._heartbeat_timeout_s = 0.5
-        gateway.link._retry_s = 2.0
+        gateway.link._heartbeat_timeout_s = heartbeat_timeout_s
+        gateway.link._retry_s = 60.0
         harness = Harness(gateway, scheduler)
         running.append(harness)
         if wait:

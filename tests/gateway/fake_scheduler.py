@@ -127,7 +127,7 @@ class FakeScheduler:
     async def until(self, condition: Callable[[], Any]) -> None:
         """Waits for something that the gateway does."""
         async with self.changed:
-            await asyncio.wait_for(self.changed.wait_for(condition), 10)
+            await asyncio.wait_for(self.changed.wait_for(condition), 60)
 
     async def notify(self) -> None:
         async with self.changed:

@@ -76,7 +76,7 @@ async def read_until_error(call: Any) -> tuple[list[Any], LapsError]:
         return messages, from_rpc_error(error)
 
 
-async def eventually(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], Any], timeout_s: float = 60.0) -> None:
     """Waits for something that shows only in the gateway's own state."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110

@@ -57,9 +57,9 @@ async def test_the_scheduler_dies_and_comes_back(harness: Any) -> None:
         assert result.tokens == scheduler.requests[f"r{index}"].planned
 
 
-async def test_a_frozen_scheduler_is_noticed(harness: Any) -> None:
+async def test_a_frozen_scheduler_is_noticed(start_gateway: Any, scheduler: Any) -> None:
     """The connection stays up and answers pings; nothing else comes."""
-    scheduler = harness.scheduler
+    harness = await start_gateway(heartbeat_timeout_s=0.5)
     call = harness.inference.Generate(generate_request(request_id="wait"))
     await scheduler.until(lambda: scheduler.follows)
     scheduler.thawed.clear()
@@ -109,6 +109,7 @@ async def test_a_scheduler_that_stays_away(harness: Any) -> None:
     assert error.status == "UNAVAILABLE"
     assert error.reason is Reason.SCHEDULER_UNREACHABLE
     assert error.retry_after_s
+    harness.gateway.link._retry_s = 60.0
     error = await failure(harness.inference.Generate(generate_request(), timeout=0.1))
     assert error.status == "DEADLINE_EXCEEDED"
 

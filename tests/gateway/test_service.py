@@ -31,6 +31,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from laps import logs
 from laps.errors import Reason
+from laps.ports import free_ports
 from laps.v1 import inference_pb2, inference_pb2_grpc, queue_pb2
 
 GRPCURL = Path(sys.executable).with_name("grpcurl")
@@ -46,7 +47,7 @@ async def health(harness: Any) -> set[int]:
 
 
 async def until_health(harness: Any, wanted: int) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await health(harness) != {wanted}:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -132,7 +133,7 @@ async def test_watch_passes_through(harness: Any) -> None:
     assert (await failure(call)).status == "UNAVAILABLE"
 
 
-async def test_drain(harness: Any) -> None:
+async def test_drain(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not serving at once; what runs may end; what does not, is told to go on elsewhere."""
     scheduler = harness.scheduler
     ending = harness.inference.Generate(generate_request(request_id="ending"))
@@ -142,13 +143,26 @@ async def test_drain(harness: Any) -> None:
     await scheduler.until(lambda: len(scheduler.follows) == 2)
     scheduler.emit("lasting", 5)
     begun = await read_tokens(lasting, 4)
-    stopping = asyncio.create_task(harness.gateway.stop(1.0))
+    streams, time_is_up = harness.gateway.inference.streams, asyncio.Event()
+    until_idle = streams.wait_idle
+
+    async def wait_idle() -> None:
+        ended = asyncio.create_task(until_idle())
+        up = asyncio.create_task(time_is_up.wait())
+        await asyncio.wait((ended, up), return_when=asyncio.FIRST_COMPLETED)
+        if up.done():
+            raise TimeoutError
+
+    # The time to drain is up when this test says so, however long the calls before take.
+    monkeypatch.setattr(streams, "wait_idle", wait_idle)
+    stopping = asyncio.create_task(harness.gateway.stop(600.0))
     await until_health(harness, NOT_SERVING)
     error = await failure(harness.inference.Generate(generate_request()))
     assert (error.status, error.reason) == ("UNAVAILABLE", Reason.SHUTTING_DOWN)
     assert error.retry_after_s
     scheduler.emit("ending", 1000)
     assert (await collect(ending)).tokens == scheduler.requests["ending"].planned
+    time_is_up.set()
     _, error = await read_until_error(lasting)
     assert (error.status, error.reason) == ("UNAVAILABLE", Reason.SHUTTING_DOWN)
     assert (await read_until_error(watching))[1].status == "UNAVAILABLE"
@@ -158,7 +172,7 @@ async def test_drain(harness: Any) -> None:
 
 
 async def test_metrics(start_gateway: Any) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     harness = await start_gateway(metrics_port=port)
     harness.scheduler.auto_tokens = 5
     await collect(harness.inference.Generate(generate_request()))
@@ -220,14 +234,14 @@ async def start_process(**settings: Any) -> asyncio.subprocess.Process:
 
 
 async def events_until_end(process: asyncio.subprocess.Process) -> list[dict[str, Any]]:
-    _, err = await asyncio.wait_for(process.communicate(), 30)
+    _, err = await asyncio.wait_for(process.communicate(), 120)
     return [json.loads(line) for line in err.decode().splitlines() if line.startswith("{")]
 
 
 @pytest.mark.stack
 async def test_the_process(scheduler: Any, model_folder: Path) -> None:
     """It serves, and a signal ends it."""
-    port = free_port()
+    (port,) = free_ports(1)
     process = await start_process(
         target=str(model_folder), port=port, scheduler_address=f"127.0.0.1:{scheduler.port}"
     )
@@ -266,7 +280,7 @@ async def generate_on_new_connections(port: int, prefix: str) -> dict[str, list[
 @pytest.mark.stack
 async def test_several_processes_on_one_port(scheduler: Any, model_folder: Path) -> None:
     """Connections are spread over them; when one ends, the others have all new ones."""
-    port = free_port()
+    (port,) = free_ports(1)
     where = {"target": str(model_folder), "port": port, "scheduler_address": f"127.0.0.1:{scheduler.port}"}
     starting = [start_process(gateway_id=name, share_port=True, **where) for name in ("one", "two")]
     processes = await asyncio.gather(*starting)
@@ -330,12 +344,6 @@ async def test_nothing_is_left_behind(start_gateway: Any) -> None:
     assert not gateway.inference._readers
     assert not gateway.inference._submitting
     assert open_descriptors() <= descriptors + 1
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def open_descriptors() -> int:

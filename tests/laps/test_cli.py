@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +33,9 @@ def gateway(serve: Any, script: Any) -> Callable[..., Any]:
         thread.start()
         context = serve(script(**played))
         try:
-            yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(10)
+            yield asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(60)
         finally:
-            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(10)
+            asyncio.run_coroutine_threadsafe(context.__aexit__(None, None, None), loop).result(60)
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -48,14 +47,13 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from laps.cli import main; main(['--help']); "
         "heavy = {'grpc', 'torch', 'pydantic', 'rich', 'structlog'} & set(sys.modules); "
-        "assert not heavy, heavy"
+        "assert not heavy, heavy; "
+        "import time; print('cpu_s', time.process_time())"
     )
-    began_s = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    took_s = time.monotonic() - began_s
     assert "generate" in done.stdout
-    # The bound for a person is 0.4 s; a loaded machine gets more.
-    assert took_s < 2
+    # Of the processor, as a busy machine takes its time. For a person the bound is 0.4 s.
+    assert float(done.stdout.split()[-1]) < 2
 
 
 def test_every_command_of_this_package_has_help(capsys: pytest.CaptureFixture[str]) -> None:

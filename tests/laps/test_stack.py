@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -52,7 +52,7 @@ for number in range(10**9):
 """
 
 
-async def eventually(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], object], timeout_s: float = 90.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "condition not met in time"
@@ -85,7 +85,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", redis_url="redis://elsewhere", workers=2, drain_s=2)
+    return Settings(data_dir=tmp_path / "data", redis_url="redis://elsewhere", workers=2, drain_s=60)
 
 
 @asynccontextmanager
@@ -295,3 +295,19 @@ def test_ports_are_free_and_different() -> None:
     assert all(map(is_free, ports))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert not is_free(taken.getsockname()[1])
+
+
+def test_two_processes_never_find_the_same_ports() -> None:
+    """Also those on which nobody listens yet: here another process finds ports among few."""
+    code = "from laps import ports; ports._FIRST, ports._LAST = 20_000, 20_200; "
+    code += "print(*ports.free_ports(60), flush=True); input()"
+    command = [sys.executable, "-c", code]
+    found: list[str] = []
+    with ExitStack() as stack:
+        for _ in range(2):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            assert process.stdout is not None
+            found += process.stdout.readline().split()
+            stack.callback(process.communicate, "\n")
+    assert len(found) == len(set(found)) == 120

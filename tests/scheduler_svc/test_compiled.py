@@ -33,7 +33,7 @@ def where(root: Path, wish: str = "") -> str:
     )
     environment = os.environ | {compiled.VARIABLE: "0", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
     return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
 

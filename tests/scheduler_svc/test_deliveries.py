@@ -36,7 +36,7 @@ def make_request(request_id: str = "a", **spec: object) -> Request:
 
 async def take(follower: Follower) -> list[tuple[str, int, list[int]]]:
     """Rows of the next message."""
-    message = await asyncio.wait_for(follower.next_message(), 5)
+    message = await asyncio.wait_for(follower.next_message(), 60)
     rows, position = [], 0
     for request_id, offset, count in zip(message.request_ids, message.offsets, message.counts, strict=True):
         rows.append((request_id, offset, unpack(message.token_ids[4 * position : 4 * (position + count)])))
@@ -198,7 +198,7 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
     hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
     hub.published([emitted_of([("a", 1, pack([11, 12]))])], {0: logprobs(-2.0, -3.0)})
-    message = await asyncio.wait_for(follower.next_message(), 5)
+    message = await asyncio.wait_for(follower.next_message(), 60)
     assert unpack(message.token_ids) == [10, 11, 12]
     values = [[entry.logprob for entry in message.logprobs[row].logprobs] for row in range(2)]
     assert (values, list(message.counts)) == ([[-1.0], [-2.0, -3.0]], [1, 2])

@@ -279,7 +279,7 @@ async def test_a_session_that_says_what_cannot_be_is_ended(lie: worker_pb2.Sessi
         core = terms.leader.core
         assert core.counters.reports_refused == 1
         assert refused(terms) == {("WorkerService.Session", "INVALID_ARGUMENT"): 1.0}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while "bad" in core.workers:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         assert core.get("honest") is terms.neighbour

@@ -81,16 +81,16 @@ async def test_a_lease_is_sent_only_after_its_commit() -> None:
     store = FakeStore()
     async with running(store) as (leader, _):
         session = join(leader)
-        await asyncio.wait_for(leader.settled(), 5)
+        await asyncio.wait_for(leader.settled(), 60)
         store.allowed.clear()
         store.asked.clear()
         submit(leader)
         settled = asyncio.ensure_future(leader.settled())
-        await asyncio.wait_for(store.asked.wait(), 5)
+        await asyncio.wait_for(store.asked.wait(), 60)
         assert session.outbox.empty()
         assert not settled.done()
         store.allowed.set()
-        await asyncio.wait_for(settled, 5)
+        await asyncio.wait_for(settled, 60)
         message = session.outbox.get_nowait()
         assert message is not None
         assert message.leases.grants[0].request_id == "a"
@@ -101,7 +101,7 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
     async with running(store) as (leader, _):
         session = join(leader)
         submit(leader)
-        await asyncio.wait_for(leader.settled(), 5)
+        await asyncio.wait_for(leader.settled(), 60)
         message = session.outbox.get_nowait()
         assert message is not None
         lease_id = message.leases.grants[0].lease_id
@@ -112,11 +112,11 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
         store.asked.clear()
         leader.report(session, 1, StepReport("w", [lease_id], [0], [2], [3], [1], 2 * TOKEN))
         waiting = asyncio.ensure_future(follower.next_message())
-        await asyncio.wait_for(store.asked.wait(), 5)
+        await asyncio.wait_for(store.asked.wait(), 60)
         assert not waiting.done()
         store.allowed.set()
-        assert (await asyncio.wait_for(waiting, 5)).counts == [2]
-        acknowledged = await asyncio.wait_for(session.outbox.get(), 5)
+        assert (await asyncio.wait_for(waiting, 60)).counts == [2]
+        acknowledged = await asyncio.wait_for(session.outbox.get(), 60)
         assert acknowledged is not None
         assert acknowledged.leases.acknowledged_step == 1
 
@@ -127,18 +127,18 @@ async def test_a_report_that_comes_during_a_commit_is_acknowledged_by_the_next()
         session = WorkerSession("w")
         leader.open_session(session, Worker("w", 2, StepCosts(0.001, 0.01)), [])
         submit(leader)
-        await asyncio.wait_for(leader.settled(), 5)
+        await asyncio.wait_for(leader.settled(), 60)
         first = session.outbox.get_nowait()
         assert first is not None
         store.allowed.clear()
         store.asked.clear()
         leader.core.submit(RequestSpec("b", TOKEN, 10), leader.now_s())
         leader.wake()
-        await asyncio.wait_for(store.asked.wait(), 5)
+        await asyncio.wait_for(store.asked.wait(), 60)
         report = StepReport("w", [first.leases.grants[0].lease_id], [0], [1], [0], [0], TOKEN)
         leader.report(session, 1, report)
         store.allowed.set()
-        updates = [await asyncio.wait_for(session.outbox.get(), 5) for _ in range(2)]
+        updates = [await asyncio.wait_for(session.outbox.get(), 60) for _ in range(2)]
         assert [update.leases.acknowledged_step for update in updates if update] == [0, 1]
 
 
@@ -147,7 +147,7 @@ async def test_an_unknown_outcome_is_asked_again_with_the_same_bytes() -> None:
     store.failures = [StoreUnavailable("timeout"), StoreUnavailable("timeout")]
     async with running(store) as (leader, _):
         submit(leader)
-        await asyncio.wait_for(leader.settled(), 5)
+        await asyncio.wait_for(leader.settled(), 60)
         assert len(store.calls) == 3
         assert len(set(store.calls)) == 1
         assert not leader.store_down
@@ -160,7 +160,7 @@ async def test_a_lost_term_ends_the_loop_and_whoever_waits() -> None:
         session = join(leader)
         waiting = asyncio.ensure_future(leader.settled())
         with pytest.raises(StaleLeader):
-            await asyncio.wait_for(task, 5)
+            await asyncio.wait_for(task, 60)
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert session.outbox.get_nowait() is None
@@ -170,12 +170,12 @@ async def test_a_worker_given_up_by_the_core_must_join_anew() -> None:
     store = FakeStore()
     async with running(store) as (leader, _):
         session = join(leader)
-        await asyncio.wait_for(leader.settled(), 5)
+        await asyncio.wait_for(leader.settled(), 60)
         leader.core.worker_left("w", leader.now_s())
         leader.wake()
-        messages = [await asyncio.wait_for(session.outbox.get(), 5)]
+        messages = [await asyncio.wait_for(session.outbox.get(), 60)]
         while messages[-1] is not None:
-            messages.append(await asyncio.wait_for(session.outbox.get(), 5))
+            messages.append(await asyncio.wait_for(session.outbox.get(), 60))
 
 
 async def test_an_older_session_of_a_worker_cannot_speak_for_it() -> None:

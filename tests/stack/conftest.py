@@ -50,7 +50,7 @@ async def until_held(client: AsyncClient, requests: int, running: int = 0) -> No
 
 
 async def until_running(client: AsyncClient, request_id: str) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while True:
             with suppress(NotFound):
                 if (await client.get(request_id)).request.state == "running":
@@ -71,7 +71,7 @@ def start_stack(tmp_path: Path) -> StartStack:
         nonlocal number
         number += 1
         settings |= MAY_BE_FROZEN if patient else {}
-        chosen = Settings(data_dir=tmp_path / f"stack-{number}", drain_s=2.0, **settings)
+        chosen = Settings(data_dir=tmp_path / f"stack-{number}", **{"drain_s": 2.0} | settings)
         stack = Stack(chosen, any_ports=True, command=patient_command if patient else service_command)
         async with stack, AsyncClient(stack.gateway_address, retry=retry) as client:
             yield stack, client

@@ -39,7 +39,7 @@ async def test_the_console_shows_what_the_stack_does(start_stack):
             worker.signal(signal.SIGCONT)
             await page.evaluate("location.hash = '#/request/console-5'")
             panel = page.locator("#request")
-            await panel.get_by_text("finished: length").wait_for(timeout=60_000)
+            await panel.get_by_text("finished: length").wait_for(timeout=150_000)
             done = [await each for each in asked]
             told = await panel.inner_text()
             # All of its tokens are in the drawing, and its text is what the client got.

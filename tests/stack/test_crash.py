@@ -14,7 +14,7 @@ from laps.client.results import Completion
 from tests.stack import reference
 from tests.stack.conftest import PATIENT, SharedStack, StartStack, patient_stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600), pytest.mark.xdist_group("faults")]
 
 REQUESTS = 16
 MAX_TOKENS = 48
@@ -50,13 +50,13 @@ async def test_kill_in_the_middle_of_a_burst(
     burst = asyncio.gather(
         *(one(client, f"{victim}-{number}", ids, under_way) for number, ids in enumerate(encoded))
     )
-    await asyncio.wait_for(under_way.wait(), 60)
+    await asyncio.wait_for(under_way.wait(), 120)
     child = stack.children[victim]
     starts = child.starts
     child.signal(signal.SIGKILL)
     stack.children["worker-1"].signal(signal.SIGCONT)
     served = await asyncio.wait_for(burst, 240)
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while child.starts == starts:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     details = [await client.get(one.request_id, include_output=True) for one in served]
@@ -80,12 +80,12 @@ async def test_frozen_scheduler_is_noticed_and_its_work_goes_on(
     async with start_stack(**settings, retry=PATIENT) as (stack, client):
         begun = asyncio.Event()
         running = asyncio.ensure_future(one(client, "frozen", encoded[0], begun))
-        await asyncio.wait_for(begun.wait(), 60)
+        await asyncio.wait_for(begun.wait(), 120)
         scheduler = stack.children["scheduler"]
         scheduler.signal(signal.SIGSTOP)
         # The worker's patience is longer than a claim on the leadership lasts.
         log = stack.children["worker-0"].log_path
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while "no session, trying again" not in log.read_text():  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         scheduler.signal(signal.SIGCONT)

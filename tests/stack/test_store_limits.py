@@ -16,7 +16,7 @@ from laps.settings import Settings
 from laps.stack import Stack
 from scheduler_svc.store.server import LocalServer
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(300), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
 
 
 async def test_nothing_new_is_accepted_and_what_was_accepted_goes_on(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ async def a_store_that_is_away(server: LocalServer, client: AsyncClient, patient
 
 
 async def refusal(client: AsyncClient) -> LapsError:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             try:
                 await client.generate("y = ", max_tokens=1)
@@ -67,7 +67,7 @@ async def refusal(client: AsyncClient) -> LapsError:
 
 
 async def accepted(client: AsyncClient) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while True:
             try:
                 await client.generate("z = ", max_tokens=1)

@@ -17,7 +17,7 @@ from laps.v1 import worker_pb2
 from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
 from worker_svc.engine import EngineConfig, EngineRequest, FinishReason, StepResult
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 def pack(tokens: list[int]) -> bytes:

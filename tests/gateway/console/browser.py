@@ -50,7 +50,7 @@ class Look:
 
     async def until(self, script: str) -> None:
         """Waits for a JavaScript expression to be true. By asking: the page's policy forbids `eval` in it."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while not await self.page.evaluate(script):  # noqa: ASYNC110
                 await asyncio.sleep(0.03)
 
@@ -60,7 +60,7 @@ async def look(browser: Browser, url: str, *, until_live: bool = True, **options
     """Opens `url` in a context of its own and waits for the first picture."""
     given: dict[str, Any] = {"viewport": {"width": 1360, "height": 860}, "reduced_motion": "reduce"}
     context = await browser.new_context(**(given | options))
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(90_000)
     looking = Look(await context.new_page())
     await looking.page.goto(url)
     if until_live:

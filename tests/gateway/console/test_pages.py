@@ -180,7 +180,7 @@ async def test_hostile_texts_stay_texts(start_console, browser):
         assert await page.evaluate("globalThis.hacked === undefined")
         # Even markup that got in would not run.
         await page.evaluate(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(MARKUP)})")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while not any("Content Security Policy" in problem for problem in seen.problems):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert await page.evaluate("globalThis.hacked === undefined")

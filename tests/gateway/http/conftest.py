@@ -34,7 +34,7 @@ class HttpHarness:
         return self.new_client()
 
     def new_client(self, **options: Any) -> openai.AsyncOpenAI:
-        given: dict[str, Any] = {"api_key": "unused", "max_retries": 0, "timeout": 20.0}
+        given: dict[str, Any] = {"api_key": "unused", "max_retries": 0, "timeout": 90.0}
         self.clients.append(
             openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **(given | options))
         )
@@ -87,7 +87,7 @@ class Response:
 
 
 async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)).decode()
+    head = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)).decode()
     first, *lines = head.split("\r\n")[:-2]
     pairs = (line.split(": ", 1) for line in lines)
     return int(first.split()[1]), {name.lower(): value for name, value in pairs}
@@ -95,7 +95,7 @@ async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 async def read_response(reader: asyncio.StreamReader) -> Response:
     status, headers = await read_head(reader)
-    rest = await asyncio.wait_for(reader.read(), 20)
+    rest = await asyncio.wait_for(reader.read(), 60)
     if headers.get("transfer-encoding") == "chunked":
         rest = unchunked(rest)
     return Response(status, headers, rest)

@@ -75,7 +75,7 @@ async def describe(address: str, files: TlsFiles | None) -> str:
     """OK, or the status with which it failed."""
     async with channels.open_channel(address, tls=files) as channel:
         try:
-            assert await channel.unary_unary(DESCRIBE)(b"", timeout=5) == b"described"
+            assert await channel.unary_unary(DESCRIBE)(b"", timeout=60) == b"described"
         except grpc.aio.AioRpcError as error:
             return error.code().name
     return "OK"

@@ -44,7 +44,7 @@ def cluster() -> Iterator[list[LocalServer]]:
 
 
 async def _until_whole(clients: list[redis.Redis]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(90):
         for client in clients:
             while (  # noqa: ASYNC110
                 (info := client.cluster("INFO"))["cluster_state"] != "ok"
@@ -108,7 +108,7 @@ async def test_two_pools_of_one_cluster_do_not_disturb_each_other(
 
 @asynccontextmanager
 async def scheduler(url: str, pool: str, name: str) -> AsyncIterator[main.SchedulerServer]:
-    settings = Settings(redis_url=url, pool=pool, scheduler_id=name, scheduler_port=0, leader_ttl_s=0.5)
+    settings = Settings(redis_url=url, pool=pool, scheduler_id=name, scheduler_port=0, leader_ttl_s=6.0)
     running = await main.serve(settings)
     try:
         await until(lambda: running.terms.ready)
@@ -118,7 +118,7 @@ async def scheduler(url: str, pool: str, name: str) -> AsyncIterator[main.Schedu
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(90):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -129,7 +129,7 @@ async def submit(running: main.SchedulerServer, pool: str, request_id: str) -> N
     async with channels.open_channel(f"127.0.0.1:{running.port}") as channel:
         stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
         await stub.Submit(
-            scheduler_pb2.SubmitRequest(spec=spec, gateway_id="g"), timeout=10, wait_for_ready=True
+            scheduler_pb2.SubmitRequest(spec=spec, gateway_id="g"), timeout=60, wait_for_ready=True
         )
 
 

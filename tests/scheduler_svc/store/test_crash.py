@@ -33,7 +33,7 @@ async def own_store(own_server):
 
 
 async def until_available(call, *args):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             try:
                 return await call(*args)

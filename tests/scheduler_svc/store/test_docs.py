@@ -127,7 +127,7 @@ def answer_of(server: LocalServer, line: str) -> str:
     words = shlex.split(line)
     if shutil.which("redis-cli"):
         command = ["redis-cli", "-u", server.url, *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         return done.stdout.strip()
     with redis.Redis.from_url(server.url, decode_responses=True, protocol=2) as client:
         # Replies as they are: without the client's own ideas about them.

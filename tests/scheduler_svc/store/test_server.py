@@ -60,7 +60,7 @@ def test_the_server_ends_with_a_parent_that_is_killed(binary):
     process = psutil.Process(int(parent.stdout.readline()))
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
-    process.wait(10)
+    process.wait(60)
     assert not process.is_running()
 
 

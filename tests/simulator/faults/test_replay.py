@@ -23,6 +23,6 @@ def test_in_processes_that_hash_differently() -> None:
     def trace(hash_seed: str) -> bytes:
         command = [sys.executable, "-m", "simulator.faults", "--seed", "11", "--trace"]
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        return subprocess.run(command, env=environment, capture_output=True, check=True, timeout=100).stdout
+        return subprocess.run(command, env=environment, capture_output=True, check=True, timeout=360).stdout
 
     assert trace("1") == trace("2")

@@ -29,7 +29,7 @@ def test_two_shards_equal_one_model(tools: Any, folders: Any, tmp_path: Path) ->
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=360,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     told = json.loads((tmp_path / "result.json").read_text())
