@@ -1,5 +1,65 @@
-"""Plain Python is tested, also where a compiled build lies about; `make test-compiled` sets the variable."""
+"""Plain Python is tested, also where a compiled build lies about; `make test-compiled` sets the variable.
+
+And how the tests are dealt out to the processes of pytest-xdist. Its `xdist_group` is without effect with
+pytest 9.2, which makes node ids from something else than xdist 3.8 adds the group's name to.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("LAPS_COMPILED", "0")
+
+TOGETHER = (
+    ("tests/stack/test_outside.py", "tests/stack/test_output.py", "tests/stack/test_openai.py"),
+    ("tests/gateway/console/test_pages.py", "tests/gateway/console/test_screenshots.py"),
+    ("tests/stack/test_crash.py",),
+    ("tests/stack/test_fleet.py",),
+    ("tests/bench/test_killloop.py",),
+    ("tests/stack/test_security.py",),
+    ("tests/stack/test_gateways.py",),
+)
+"""Files whose tests share processes that take long to start: each line's run in one process, one after the
+other. They begin first, so that none of them is still under way when all else is over."""
+ALSO_FIRST = (
+    "tests/bench/",
+    "tests/stack/",
+    "tests/deploy/",
+    "tests/docs/test_operations.py",
+    "tests/simulator/faults/",
+    "tests/worker_svc/engine/test_parallel.py",
+)
+"""Long ones that share nothing."""
+
+
+def _scope(nodeid: str) -> str:
+    path = nodeid.partition("::")[0]
+    return next((files[0] for files in TOGETHER if path in files), nodeid)
+
+
+def _turn(nodeid: str) -> int:
+    path = nodeid.partition("::")[0]
+    firsts = [any(path == file for file in files) for files in TOGETHER]
+    firsts += [path.startswith(prefix) for prefix in ALSO_FIRST]
+    return firsts.index(True) if True in firsts else len(firsts)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _turn(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _scope(nodeid)
+
+    # In the order in which they were collected, not by their number.
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)

@@ -27,7 +27,6 @@ REFERENCE: Any = SimpleNamespace(outputs=[OUTPUT])
 
 @pytest.mark.stack
 @pytest.mark.timeout(600)
-@pytest.mark.xdist_group("faults")
 def test_nothing_is_lost_doubled_or_different(tmp_path: Path) -> None:
     # In one process: the target's own output is made once.
     stores = ["valkey"] if redis_binary() is None else ["valkey", "redis"]

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.stack
 @pytest.mark.timeout(600)
-@pytest.mark.xdist_group("faults")
 def test_overload(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "bench.overload", "--seconds", "3", "--json", str(out)]

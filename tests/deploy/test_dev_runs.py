@@ -33,7 +33,7 @@ from laps.client import AsyncClient
 from laps.ports import free_ports
 from scheduler_svc.store.server import redis_binary, valkey_binary
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 READY_TIMEOUT_S = 150.0
 _POLL_S = 0.5

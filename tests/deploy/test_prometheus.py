@@ -22,7 +22,7 @@ from laps.ports import free_ports, is_free
 from laps.settings import Settings
 from laps.stack import Stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 
 class Prometheus:

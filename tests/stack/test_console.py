@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gateway" / "console"))
 
 from browser import find_chromium, look, open_browser
 
-pytestmark = [pytest.mark.stack, pytest.mark.xdist_group("console")]
+pytestmark = pytest.mark.stack
 
 
 async def test_the_console_shows_what_the_stack_does(start_stack):

@@ -14,7 +14,7 @@ from laps.client.results import Completion
 from tests.stack import reference
 from tests.stack.conftest import PATIENT, SharedStack, StartStack, patient_stack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(600), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 REQUESTS = 16
 MAX_TOKENS = 48

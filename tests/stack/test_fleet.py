@@ -26,7 +26,6 @@ from tests.stack.conftest import PATIENT
 pytestmark = [
     pytest.mark.stack,
     pytest.mark.timeout(600),
-    pytest.mark.xdist_group("faults"),
     pytest.mark.asyncio(loop_scope="session"),
 ]
 

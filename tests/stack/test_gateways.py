@@ -11,7 +11,7 @@ from laps.child import Child
 from laps.client import AsyncClient
 from tests.stack.conftest import StartStack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 CONNECTIONS = 24
 """The kernel spreads them by a hash: that all come to one of two has a chance of 2 ** -23."""

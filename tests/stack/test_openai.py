@@ -9,7 +9,7 @@ import pytest
 
 from tests.stack.conftest import SharedStack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 PROMPT = "def add(a, b):"
 

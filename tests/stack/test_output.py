@@ -16,7 +16,7 @@ from laps.stack import Stack
 from tests.stack import reference
 from tests.stack.conftest import SharedStack, StartStack, patient_stack, until_held
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 MAX_TOKENS = 40
 CONTEXT_TOKENS = 512

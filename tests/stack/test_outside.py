@@ -22,7 +22,7 @@ from laps.settings import Settings
 from laps.stack import Stack
 from tests.stack.conftest import SharedStack, StartStack, until_held, until_running
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 BIN = Path(sys.executable).parent
 

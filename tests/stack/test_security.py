@@ -26,7 +26,7 @@ from scheduler_svc.store.server import LocalServer, redis_binary
 from tests.certificates import GATEWAY, HERE, WORKER, Authority
 from tests.stack.conftest import MAY_BE_FROZEN, patient_command, until_running
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "development-only"

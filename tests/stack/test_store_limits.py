@@ -16,7 +16,7 @@ from laps.settings import Settings
 from laps.stack import Stack
 from scheduler_svc.store.server import LocalServer
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 
 async def test_nothing_new_is_accepted_and_what_was_accepted_goes_on(tmp_path: Path) -> None:

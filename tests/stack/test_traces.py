@@ -23,7 +23,7 @@ from laps.stack import Stack
 from laps.v1 import inference_pb2, inference_pb2_grpc
 from tests.stack.conftest import until_held
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 CLIENT_SPAN = "00f067aa0ba902b7"

@@ -12,7 +12,7 @@ import pytest
 from simulator.workload import read_workload
 from tests.stack.conftest import StartStack
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
 
 
 async def laps(*arguments: str) -> str:

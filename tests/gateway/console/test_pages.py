@@ -14,7 +14,7 @@ from laps.security.access import Role
 from laps.security.keys import new_key
 from laps.v1 import generation_pb2, queue_pb2
 
-pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_the_page_follows_the_pool_without_reload(start_console, browser):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gateway.http.console.pictures import request
 
-pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [pytest.mark.asyncio(loop_scope="session")]
 
 MOST_BYTES = 200_000
 
