@@ -72,7 +72,6 @@ class FakeEngine:
         self.costs = SimpleNamespace(
             draft_s=lambda draft_tokens: DRAFT_TOKEN_S,
             verify_s=VERIFY_S,
-            other_s=0.0,
             prefill_s_per_token=0.0001,
         )
         self.context_tokens = CONTEXT_TOKENS

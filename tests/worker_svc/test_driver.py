@@ -38,7 +38,7 @@ class FakeEngine:
     orders: dict[str, tuple[float, ...]] = field(default_factory=dict)
     costs: Any = field(
         default_factory=lambda: SimpleNamespace(
-            draft_s=lambda draft_tokens: 0.0, verify_s=0.0, other_s=0.0, prefill_s_per_token=0.0
+            draft_s=lambda draft_tokens: 0.0, verify_s=0.0, prefill_s_per_token=0.0
         )
     )
 
