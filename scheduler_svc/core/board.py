@@ -56,7 +56,7 @@ class Board:
         self.ended: list[Request] = []
         """Finished since the last tick."""
         self.changed = True
-        """Something has arrived, ended, moved or come back since a preemption was last looked for."""
+        """Something has arrived, ended, moved or come back since slots were given out last."""
         self._epoch = epoch
         self._lease_counter = 0
         self._lease_duration_s = lease_duration_s
@@ -103,6 +103,7 @@ class Board:
         return None if entry is None else self.live[entry[1]]
 
     def _leave_queue(self, request: Request) -> None:
+        self.changed = True
         if self.waiting.remove(request.request_id):
             self.waiting_prompt_tokens -= request.spec.prompt_tokens
             self.ledger.left_queue(request)
@@ -199,6 +200,7 @@ class Board:
             worker.running[request.slot] = None
             self.worst.pop(worker.worker_id, None)
             self.free[worker.worker_id].append(request.slot)
+            self.changed = True
         request.lease_id = 0
         request.releasing = False
         self.ledger.unleased(request)
@@ -231,7 +233,6 @@ class Board:
         request.finished_s = now_s
         request.perceived_s = 0.0
         del self.live[request.request_id]
-        self.changed = True
         self.pool.live = len(self.live)
         self.policy.finished(request)
         self.ledger.finished(request)

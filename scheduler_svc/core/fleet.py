@@ -100,6 +100,7 @@ class Fleet:
 
     def _measure(self) -> None:
         self._board.pool.measure()
+        self._board.changed = True
         contexts = [worker.context_tokens for worker in self._workers.values() if worker.context_tokens]
         if contexts:
             self.context_tokens = min(contexts)

@@ -11,12 +11,9 @@ from scheduler_svc.core.records import FinishReason, Request, Worker
 def place(board: Board, now_s: float) -> int:
     """Fills and preempts until nothing more is to be gained; the number of preemptions."""
     _fill(board, now_s)
-    policy = board.policy
-    if not policy.preemptive or not len(board.waiting) or (policy.settled and not board.changed):
-        return 0
-    preemptions = _preempt(board, now_s)
-    board.changed = False
-    return preemptions
+    if board.policy.preemptive and len(board.waiting):
+        return _preempt(board, now_s)
+    return 0
 
 
 def _fill(board: Board, now_s: float) -> None:

@@ -329,7 +329,9 @@ class Scheduler:
                 self._board.order(request)
             elif request.lease_id:
                 self._board.reranked(request)
-        self.counters.preemptions += place(self._board, now_s)
+        if self._board.changed or not self.policy.settled:
+            self.counters.preemptions += place(self._board, now_s)
+            self._board.changed = False
         for request in self._ledger.records_due(now_s, len(self._board.leases)):
             self.policy.believe(request)
             self._ledger.changed(request)
