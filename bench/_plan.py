@@ -15,6 +15,10 @@ PAUSE_S = 2.5
 OVERLAP_SHARE = 0.25
 """Of the faults, those that do not wait for the one before to be over."""
 
+CHOSEN_LAST_S = {"kill": 1.0, "freeze": 6.0, "cut": 4.0}
+"""Of faults that are asked for by name: so long that nobody could fail to notice. A leader that is frozen is
+succeeded meanwhile."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -44,7 +48,7 @@ def chosen(kinds: Iterable[str], rng: random.Random) -> Iterator[Planned]:
             verb=verb,
             target=target,
             which=rng.random(),
-            lasts_s=1.0 if verb == "kill" else 4.0,
+            lasts_s=CHOSEN_LAST_S[verb],
             resets=rng.random() < 0.5,
         )
 

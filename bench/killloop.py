@@ -270,8 +270,10 @@ async def run(
         playing = Run(fleet, random.Random(seed), prompts)
         async with AsyncClient(fleet.gateway_addresses[0], retry=PATIENT) as client:
             await client.generate(prompts[0], max_tokens=2)
-        rng = playing.rng
-        await playing.play(*((chosen(kinds, rng), math.inf) if kinds else (plan(rng), seconds)))
+        if kinds:
+            await playing.play(chosen(kinds, playing.rng), math.inf)
+        else:
+            await playing.play(plan(playing.rng), seconds)
         store = Store(fleet.store.url, fleet.settings.pool)
         try:
             live = await until_all_have_ended(store, DRAIN_S)

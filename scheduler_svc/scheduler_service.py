@@ -93,8 +93,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                     )
             if not reading.done() or reading.cancelled():
                 await errors.abort(context, self._terms.not_leading())
-            failure = None if reading.cancelled() else reading.exception()
-            if isinstance(failure, StoreUnavailable):
+            if isinstance(failure := reading.exception(), StoreUnavailable):
                 # The gateway comes back and follows again from its offsets.
                 await errors.abort(context, errors.store_unreachable(str(failure)))
         finally:
