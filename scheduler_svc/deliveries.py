@@ -44,10 +44,6 @@ class Follower:
     _pending_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def __post_init__(self) -> None:
-        self.alone = (self,)
-        """The followers of a request that nobody else follows: one object for all of them."""
-
     def add(self, emitted: Emitted, logprobs: bytes = b"") -> None:
         """Queues stored tokens. `logprobs` belong to the one row that is in `emitted` then."""
         self._emitted.append((emitted, logprobs))
@@ -164,8 +160,7 @@ class DeliveryHub:
             found = _first_logprobs(logprobs, stored - offset)
             follower.add_tokens(request_id, offset, output, found)
         follower.followed.add(request_id)
-        others = self._others(follower, request_id)
-        self._followers[request_id] = (*others, follower) if others else follower.alone
+        self._followers[request_id] = (*self._others(follower, request_id), follower)
         self._orphan_due_s.pop(request_id, None)
 
     def unfollow(self, follower: Follower, request: Request | None, request_id: str, now_s: float) -> None:
