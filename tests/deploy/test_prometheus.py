@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from laps.client import AsyncClient
-from laps.ports import free_ports, is_free
+from laps.ports import free_ports
 from laps.settings import Settings
 from laps.stack import Stack
 
@@ -80,7 +80,7 @@ async def until(what: str, condition: Any, timeout_s: float = 150.0) -> None:
 async def test_the_dashboards_show_a_running_stack(tmp_path: Path) -> None:
     monitoring.tool("prometheus")
     # The stack counts on from the port: gateway, scheduler, one worker.
-    port = next(port for port in free_ports(20) if is_free(port + 1) and is_free(port + 2))
+    port, *_ = free_ports(3, in_a_row=True)
     settings = Settings(data_dir=tmp_path / "stack", workers=1, slots=2, drain_s=2.0, metrics_port=port)
     async with Stack(settings, any_ports=True) as stack, AsyncClient(stack.gateway_address) as client:
         with prometheus(tmp_path, [f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"]) as running:

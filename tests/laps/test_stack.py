@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from laps import child as child_module
-from laps import log_files
+from laps import log_files, ports
 from laps.child import Child, ChildSpec
 from laps.log_files import older
 from laps.ports import free_ports, is_free
@@ -290,11 +290,25 @@ def _alive(pid: int) -> bool:
 
 
 def test_ports_are_free_and_different() -> None:
-    ports = free_ports(20)
-    assert len(set(ports)) == 20
-    assert all(map(is_free, ports))
+    found = free_ports(20)
+    assert len(set(found)) == 20
+    assert all(map(is_free, found))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert not is_free(taken.getsockname()[1])
+
+
+def test_ports_in_a_row_are_reserved_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_FIRST", 19_000)
+    monkeypatch.setattr(ports, "_LAST", 19_008)
+    first = free_ports(3, in_a_row=True)
+    assert first == list(range(first[0], first[0] + 3))
+    # Five of eight are left; wherever the three lie, at least two of those stand side by side.
+    second = free_ports(2, in_a_row=True)
+    assert second == [second[0], second[0] + 1]
+    with pytest.raises(OSError, match="no 4 free ports"):
+        free_ports(4, in_a_row=True)
+    # What could not be had as a row is still there one by one.
+    assert sorted([*first, *second, *free_ports(3)]) == list(range(19_000, 19_008))
 
 
 def test_two_processes_never_find_the_same_ports() -> None:
