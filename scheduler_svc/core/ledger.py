@@ -20,9 +20,15 @@ from scheduler_svc.core.records import (
     emitted_of,
 )
 
-MAX_RECORDS_PER_S = 2000.0
+MAX_RECORDS_PER_S = 1000.0
 """Records of running requests that are written per second at most because they have become old: with many
 running requests each is written less often."""
+MAX_RECORDS_AT_ONCE = 32
+"""Records of running requests that one tick writes at most because they are old or show another level.
+Requests that got their slots together do so together, and a thousand records are a pause of 50 ms, in
+which nobody is answered."""
+_RECORDS_PAUSE_S = 0.005
+"""Until the next tick where some were left for it and nothing else happens."""
 
 
 class Ledger:
@@ -31,6 +37,10 @@ class Ledger:
     def __init__(self, record_interval_s: float) -> None:
         self._record_interval_s = record_interval_s
         self._running = 0
+        self._left_s = float("-inf")
+        """When records were last left for a later tick."""
+        self._shifted: dict[str, Request] = {}
+        """Running requests that may show another level than their record, the longest so first."""
         self._unwritten: list[tuple[int, int, Request]] = []
         """Heap of (tick that wrote the record, arrival, request): did steps since then, and the record was
         not old enough to be written again. Entries of records that were written since are dead."""
@@ -118,38 +128,48 @@ class Ledger:
     # --- The tick -----------------------------------------------------------------------
 
     def records_due(self, now_s: float, running: int) -> list[Request]:
-        """Requests that stepped and whose record must be written in this tick. `running`: how many requests
-        hold a slot."""
+        """Running requests whose record must be written in this tick. `running`: how many requests hold a
+        slot."""
         self._running = running
         interval_s = self._interval_s()
-        unwritten = self._unwritten
-        due = []
+        unwritten, shifted = self._unwritten, self._shifted
         for request in self.stepped.values():
             book = request.book
             if request.state is RequestState.FINISHED:
                 continue
-            if (
-                book.written_s + interval_s <= now_s
-                or book.written_level != request.level
-                or book.written_perceptible is not request.perceptible
-            ):
-                due.append(request)
-                book.unwritten = False
-            elif not book.unwritten:
+            if not book.unwritten:
                 book.unwritten = True
                 heappush(unwritten, (book.written_tick, request.arrival_seq, request))
-        while unwritten and (_is_dead(unwritten[0]) or unwritten[0][2].book.written_s + interval_s <= now_s):
-            entry = heappop(unwritten)
-            if not _is_dead(entry):
-                entry[2].book.unwritten = False
-                due.append(entry[2])
+            if book.written_level != request.level or book.written_perceptible is not request.perceptible:
+                shifted[request.request_id] = request
+        due: list[Request] = []
+        while shifted and len(due) < MAX_RECORDS_AT_ONCE:
+            request = shifted.pop(next(iter(shifted)))
+            if _shows_another_level(request):
+                request.book.unwritten = False
+                due.append(request)
+        while (oldest := self._oldest_unwritten()) is not None:
+            if oldest.book.written_s + interval_s > now_s:
+                break
+            if len(due) >= MAX_RECORDS_AT_ONCE:
+                self._left_s = now_s
+                break
+            heappop(unwritten)
+            oldest.book.unwritten = False
+            due.append(oldest)
+        if shifted:
+            self._left_s = now_s
         return due
 
     def next_record_s(self) -> float | None:
-        """When the next record must be written even if nothing happens until then: what is stored
-        is never older than the record interval."""
+        """When the next record must be written even if nothing happens until then: what is stored is not
+        older than the record interval, and the few ticks more that many of one age take."""
+        if self._shifted:
+            return self._left_s + _RECORDS_PAUSE_S
         oldest = self._oldest_unwritten()
-        return None if oldest is None else oldest.book.written_s + self._interval_s()
+        if oldest is None:
+            return None
+        return max(oldest.book.written_s + self._interval_s(), self._left_s + _RECORDS_PAUSE_S)
 
     def _oldest_unwritten(self) -> Request | None:
         unwritten = self._unwritten
@@ -212,6 +232,14 @@ class Ledger:
 def _is_dead(entry: tuple[int, int, Request]) -> bool:
     book = entry[2].book
     return not book.unwritten or book.written_tick != entry[0] or entry[2].state is RequestState.FINISHED
+
+
+def _shows_another_level(request: Request) -> bool:
+    """Whether its record, if it is still of use, tells an old level."""
+    book = request.book
+    return request.state is not RequestState.FINISHED and (
+        book.written_level != request.level or book.written_perceptible is not request.perceptible
+    )
 
 
 def _ending(request: Request) -> str:

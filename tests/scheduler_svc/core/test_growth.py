@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler_svc.core.ledger import MAX_RECORDS_PER_S
+from scheduler_svc.core.ledger import MAX_RECORDS_AT_ONCE, MAX_RECORDS_PER_S
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.policies.laps_sd import LapsSd
 from scheduler_svc.core.records import FinishReason, Recovered, StepCosts, Worker
@@ -127,8 +127,46 @@ def test_with_many_running_each_record_is_written_less_often() -> None:
     written = 0
     for step in range(1, 41):
         core.report(fake.step(1), step * 0.05)
-        written += len(core.tick(step * 0.05).commit.changed)
+        written += sum(written_by_ticks(core, step * 0.05, (step + 1) * 0.05))
     assert 0.5 * MAX_RECORDS_PER_S * 2.0 < written <= 1.1 * MAX_RECORDS_PER_S * 2.0
+
+
+def test_records_of_one_age_are_not_written_in_one_tick() -> None:
+    core, fake = filled(200, record_interval_s=0.25)
+    ticks = []
+    for step in range(1, 21):
+        core.report(fake.step(1), step * 0.05)
+        ticks += written_by_ticks(core, step * 0.05, (step + 1) * 0.05)
+    assert max(ticks) == MAX_RECORDS_AT_ONCE
+    # And none is forgotten: after the last step each is written once more.
+    left = written_by_ticks(core, 1.05, 2.0)
+    assert sum(left) <= 200
+    assert all(request.book.written_s >= 1.0 for request in core.requests.values() if request.lease_id)
+
+
+def test_many_that_change_their_level_together_are_written_a_few_at_a_time() -> None:
+    core, fake = filled(200, record_interval_s=10.0)
+    core.report(fake.step(1), 0.1)
+    written_by_ticks(core, 0.1, 0.2)
+    for request in core.requests.values():
+        request.level += 1
+    core.report(fake.step(1), 0.3)
+    ticks = written_by_ticks(core, 0.3, 1.0)
+    assert max(ticks) == MAX_RECORDS_AT_ONCE
+    assert sum(ticks) == 200
+    assert core.next_timer_s() != 1.0
+
+
+def written_by_ticks(core: Scheduler, now_s: float, until_s: float) -> list[int]:
+    """Records of each tick, the first at once, the others when the core asks for them."""
+    counts = []
+    while now_s < until_s:
+        counts.append(len(core.tick(now_s).commit.changed))
+        due_s = core.next_timer_s()
+        if due_s is None:
+            break
+        now_s = max(due_s, now_s + 1e-6)
+    return counts
 
 
 def test_a_rank_that_only_a_move_has_written_is_not_taken_for_the_stored_one() -> None:
