@@ -87,8 +87,12 @@ async def recover(url: str, holder: str) -> dict[str, float]:
 
 async def take_over(store: Store, epoch: int) -> Scheduler:
     core = Scheduler(POOL, make_policy("laps-sd"), SETTINGS, epoch)
-    recovered = await store.recover()
-    core.restore(recovered, time.time())
+    try:
+        from scheduler_svc.term import take_over as in_parts
+    except ImportError:  # An older tree.
+        core.restore(await store.recover(), time.time())
+    else:
+        await in_parts(core, store)
     return core
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -242,8 +243,16 @@ class Terms:
             leader.ended.set()
 
     async def _recover(self, epoch: int) -> Scheduler:
-        recovered = await self.store.recover()
         core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, epoch)
-        for _ in core.restoring(recovered, time.time()):
-            await asyncio.sleep(0)
+        await take_over(core, self.store)
         return core
+
+
+async def take_over(core: Scheduler, store: Store) -> None:
+    """Gives a new core what the store holds, each part as soon as it is read: the store reads the next one
+    meanwhile. Raises what `Store.recovering` does."""
+    async with aclosing(store.recovering()) as parts:
+        core.begin_restoring(await anext(parts), time.time())
+        async for part in parts:
+            core.take_over(part.requests, time.time())
+    core.end_restoring()

@@ -8,7 +8,7 @@ events, same decisions. Not thread-safe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 
 from scheduler_svc.core.board import Board
@@ -42,8 +42,6 @@ from scheduler_svc.core.steps import Counters, apply_report
 from scheduler_svc.core.tenants import Tenants
 
 _DEADLINE, _OVERDUE = "deadline", "overdue"
-_RESTORED_AT_ONCE = 500
-"""Recovered requests that are taken over before the driver may do something else: some 10 ms."""
 _EXPIRED_AT_ONCE = 100
 """Timers that one tick lets go off: many requests can have the same deadline."""
 _TOLD_AT_ONCE = 100
@@ -78,6 +76,9 @@ class Scheduler:
         """Recovered requests whose stored record or place is not right any more."""
         self._order_is_stored = True
         """Nobody waits in the store at a place that another order has given."""
+        self._restores_in_order = False
+        """Recovered requests wait in the store where this policy would have put them."""
+        self._recovered = 0
         self._learnt_s = float("-inf")
         self._backlog: tuple[float, float] = (float("-inf"), 0.0)
         policy.bind(self.view)
@@ -134,39 +135,45 @@ class Scheduler:
         """Takes over what an earlier leader has stored; for a scheduler that has seen nothing yet. All
         live requests wait again. They keep `worker_id` as a hint, and their KV cache counts as gone
         until its worker comes back and says that it holds it."""
-        for _ in self.restoring(recovered, now_s):
-            pass
+        self.begin_restoring(recovered, now_s)
+        self.take_over(sorted(recovered.requests, key=attrgetter("arrival_seq", "arrival_s")), now_s)
+        self.end_restoring()
 
-    def restoring(self, recovered: Recovered, now_s: float) -> Iterator[None]:
-        """`restore` in small steps: with a long queue all of it would stop a driver for seconds."""
+    def begin_restoring(self, recovered: Recovered, now_s: float) -> None:
+        """`restore` in parts, for a long queue is read for seconds: first what was learnt and who has
+        finished, then `take_over` as often as live requests were read, in any order, and `end_restoring`."""
         self.view.now_s = now_s
         self.policy.restore_learnt(recovered.learnt)
         for retained in sorted(recovered.retained, key=lambda entry: entry.finished_s):
             self._retention.keep(retained)
-        requests = sorted(recovered.requests, key=attrgetter("arrival_seq", "arrival_s"))
         stored_order = recovered.learnt.get(_ORDER, "")
-        in_order = self.policy.order != "" and stored_order == self.policy.order
-        if not in_order:
+        self._restores_in_order = self.policy.order != "" and stored_order == self.policy.order
+        if not self._restores_in_order:
             self._order_is_stored = not self.policy.order
             if stored_order:
                 self._ledger.learnt[_ORDER] = ""
-        for number, request in enumerate(requests, 1):
+
+    def take_over(self, requests: Iterable[Request], now_s: float) -> None:
+        """Lets recovered requests wait again."""
+        self.view.now_s = now_s
+        for request in requests:
+            self._recovered += 1
             self._arrivals = max(self._arrivals, request.arrival_seq)
             request.kv_resident = False
             request.lease_id = 0
             request.releasing = False
             self._board.live[request.request_id] = request
-            self.view.live = number
-            if not self._readmit(request, in_order and request.state is RequestState.QUEUED):
+            self.view.live = len(self._board.live)
+            if not self._readmit(request, self._restores_in_order and request.state is RequestState.QUEUED):
                 self._untold.append(request)
             if request.output_tokens > request.book.logged_tokens:
                 # Before this leadership writes its own journal the old one must be in the logs.
                 self._ledger.changed(request)
             if request.output_tokens >= request.spec.max_tokens:
                 self._board.finish(request, FinishReason.LENGTH, now_s, told_by_worker=False)
-            if number % _RESTORED_AT_ONCE == 0:
-                yield
-        self._ledger.event("recovered", detail=f"{len(requests)} live requests, epoch {self.epoch}")
+
+    def end_restoring(self) -> None:
+        self._ledger.event("recovered", detail=f"{self._recovered} live requests, epoch {self.epoch}")
 
     def _readmit(self, request: Request, keeps_place: bool) -> bool:
         """Lets a recovered request wait; `keeps_place`: where it did, if it may. Whether the store is right

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
 from itertools import count, islice
-from operator import attrgetter
 from typing import Any, Literal, cast
 
 from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
@@ -24,47 +23,70 @@ CALLS_AHEAD = 2
 """Calls that are under way while an answer is decoded: the store need not wait, and memory is bounded."""
 
 
-async def recover(reader: Reader, pool: str) -> Recovered:
+async def recover(reader: Reader, pool: str) -> AsyncGenerator[Recovered, None]:
+    """All that a new leader must know, in parts: first what was learnt and the finished requests, then the
+    live ones, some hundreds at a time. So one part is taken over while the store reads the next.
+
+    Raises:
+        LogConflict: token logs, journal and records do not agree.
+        RecordDamaged: what is stored is not a request.
+    """
     learnt = await reader.read(reader.redis.hgetall(keys.learnt(pool)))
-    requests = await read_live(reader)
-    await replay_journal(reader, requests)
-    return Recovered(
-        requests=requests,
+    yield Recovered(
         retained=await read_retained(reader),
         learnt={name.decode(): value.decode() for name, value in learnt.items()},
     )
+    journal = await Journal.read(reader)
+    async for requests in _live(reader):
+        for request in requests:
+            journal.complete(request)
+        yield Recovered(requests=requests)
 
 
-async def replay_journal(reader: Reader, requests: list[Request]) -> None:
-    """Continues the output of live requests by what is stored but not in their logs yet.
+class Journal:
+    """Output that is stored but may not be in the logs of its requests yet."""
 
-    Raises:
-        LogConflict: a part of it is missing, and no operator has accepted that since.
-    """
-    by_id = {request.request_id: request for request in requests}
-    after, last_seq = "-", 0
-    while True:
-        journal_seq, journal_from, resumed_seq, entries = await reader.ask(
-            "laps_journal", after, BATCH_JOURNAL_ENTRIES, raw=True
-        )
-        for seq, rows in packing.pairs(entries):
-            last_seq, after = seq, f"({seq}-0"
-            try:
-                emitted = packing.journal_rows(rows)
-            except ValueError as error:
-                raise LogConflict(f"the journal's entry {seq} cannot be read: {error}") from error
-            for request_id, offset, token_ids in emitted:
-                request = by_id.get(request_id)
-                if request is None or _continue(request, offset, token_ids) or seq <= resumed_seq:
-                    continue
+    def __init__(self, resumed_seq: int) -> None:
+        self._resumed_seq = resumed_seq
+        """An operator has accepted what was missing up to this commit."""
+        self._rows: dict[str, list[tuple[int, int, bytes]]] = {}
+        """By request: (commit, offset, packed tokens), in the order of commits."""
+
+    @classmethod
+    async def read(cls, reader: Reader) -> Journal:
+        """Raises LogConflict where it has no readable end."""
+        journal, after, last_seq = cls(0), "-", 0
+        while True:
+            journal_seq, journal_from, resumed_seq, entries = await reader.ask(
+                "laps_journal", after, BATCH_JOURNAL_ENTRIES, raw=True
+            )
+            for seq, packed in packing.pairs(entries):
+                last_seq, after = seq, f"({seq}-0"
+                try:
+                    rows = packing.journal_rows(packed)
+                except ValueError as error:
+                    raise LogConflict(f"the journal's entry {seq} cannot be read: {error}") from error
+                for request_id, offset, token_ids in rows:
+                    journal._rows.setdefault(request_id, []).append((seq, offset, token_ids))
+            if len(entries) < 2 * BATCH_JOURNAL_ENTRIES:
+                break
+        if max(journal_from, resumed_seq + 1) <= journal_seq != last_seq:
+            raise LogConflict(f"the journal ends with commit {last_seq}, its last entry was of {journal_seq}")
+        journal._resumed_seq = resumed_seq
+        return journal
+
+    def complete(self, request: Request) -> None:
+        """Continues the output of a live request, read from its log.
+
+        Raises:
+            LogConflict: a part of it is missing, and no operator has accepted that since.
+        """
+        for seq, offset, token_ids in self._rows.get(request.request_id, ()):
+            if not _continue(request, offset, token_ids) and seq > self._resumed_seq:
                 raise LogConflict(
-                    f"the journal's entry {seq} goes on at {offset} of request {request_id}, of which "
+                    f"the journal's entry {seq} goes on at {offset} of request {request.request_id}, of which "
                     f"{request.output_tokens} tokens are stored"
                 )
-        if len(entries) < 2 * BATCH_JOURNAL_ENTRIES:
-            break
-    if max(journal_from, resumed_seq + 1) <= journal_seq != last_seq:
-        raise LogConflict(f"the journal ends with commit {last_seq}, its last entry was of {journal_seq}")
 
 
 def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
@@ -77,27 +99,21 @@ def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
     return True
 
 
-async def read_live(reader: Reader) -> list[Request]:
-    """All requests that are not finished, by arrival.
-
-    Raises:
-        LogConflict: a token log does not agree with its request.
-        RecordDamaged: what is stored is not a request.
-    """
-    requests: list[Request] = []
+async def _live(reader: Reader) -> AsyncIterator[list[Request]]:
+    """All requests that are not finished: those that have never run by arrival, then the others."""
     others: list[str] = []
     async for rows, other_ids in _waiting(reader):
         others += other_ids
+        requests = []
         for row in rows:
             try:
                 requests.append(codec.waiting_request(*row))
             except codec.DAMAGE:
                 # What is wrong with it is told by the reading that looks at everything.
                 others.append(row[0])
-    if others:
-        requests += await _read_with_logs(reader, others)
-        requests.sort(key=attrgetter("arrival_seq"))
-    return requests
+        yield requests
+    async for requests in _with_logs(reader, others):
+        yield requests
 
 
 async def _waiting(reader: Reader) -> AsyncIterator[tuple[list[tuple[Any, ...]], list[str]]]:
@@ -129,19 +145,19 @@ def _params(text: str) -> str | Literal[False]:
         return False
 
 
-async def _read_with_logs(reader: Reader, request_ids: list[str]) -> list[Request]:
+async def _with_logs(reader: Reader, request_ids: list[str]) -> AsyncIterator[list[Request]]:
     """Those that have run, or whose record is odd: of an older version, or damaged."""
     names = codec.REQUEST_NAMES
     calls = (
         reader.ask("laps_load_requests", len(names), *names, *request_ids[first : first + BATCH_LOGS])
         for first in range(0, len(request_ids), BATCH_LOGS)
     )
-    requests = []
     async for flat in _answers(calls):
+        requests = []
         for row in _chunks(flat, 5):
             with codec.damage(row[0]):
                 requests.append(_live_request(*row))
-    return requests
+        yield requests
 
 
 async def read_retained(reader: Reader) -> list[Retained]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import astuple, dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from redis import exceptions
@@ -261,13 +262,24 @@ class Store:
 
     # --- Reading -----------------------------------------------------------------------------
 
-    async def recover(self) -> Recovered:
-        """Everything that a new leader must know. To be called right after `lead`.
+    def recovering(self) -> AsyncGenerator[Recovered, None]:
+        """Everything that a new leader must know, in parts: first what was learnt and who has finished, then
+        the live requests, a few hundred at a time. To be called right after `lead`.
 
         Raises:
             LogConflict: a token log does not agree with its request.
         """
-        return await recovery.recover(self.reader, self.pool)
+        return recovery.recover(self.reader, self.pool)
+
+    async def recover(self) -> Recovered:
+        """`recovering` as a whole, by arrival. Raises as that does."""
+        whole = Recovered()
+        async for part in self.recovering():
+            whole.requests += part.requests
+            whole.retained += part.retained
+            whole.learnt |= part.learnt
+        whole.requests.sort(key=attrgetter("arrival_seq"))
+        return whole
 
     async def read_request(self, request_id: str) -> Request | None:
         """A live or retained request with prompt and output, or None if it is not known.

@@ -184,17 +184,27 @@ def test_a_rank_that_only_a_move_has_written_is_not_taken_for_the_stored_one() -
     packer.pack(core.tick(0.3).commit, 0.3)
 
 
-def test_a_recovered_queue_is_taken_over_in_small_steps() -> None:
-    core, _ = filled(2)
-    stored = Recovered(requests=list(core.requests.values()))
-    again = Scheduler("p", make_policy("laps-sd"), SchedulerSettings(), epoch=2)
-    taken_over = []
-    for _ in again.restoring(stored, 1.0):
-        taken_over.append(len(again.requests) - sum(taken_over))
-    assert max(taken_over) <= 500
-    assert len(again.requests) == len(stored.requests)
-    assert again.waiting_requests == len(stored.requests)
-    again.check_invariants()
+@pytest.mark.parametrize("after", ["laps-sd", "fcfs", "las"])
+def test_a_queue_taken_over_in_parts_is_as_one_taken_over_as_a_whole(after: str) -> None:
+    store = Store()
+    core = crashed("laps-sd", store, 0.0)
+    for number in range(QUEUED):
+        core.submit(spec(f"r{number}", max_tokens=1 + number % 97), 0.0)
+    store.apply(core.tick(0.0).commit)
+    core.cancel("r7", 0.5)
+    store.apply(core.tick(0.5).commit)
+    whole = crashed(after, store, 1.0)
+    recovered, requests = store.recover(), store.recover().requests
+    parts = Scheduler("p", make_policy(after), SchedulerSettings(), epoch=2)
+    parts.begin_restoring(recovered, 1.0)
+    for first in range(len(requests), -1, -500):
+        parts.take_over(requests[max(0, first - 500) : first], 1.0)
+    parts.end_restoring()
+    parts.check_invariants()
+    assert len(waiting(parts)) == QUEUED - 1
+    assert waiting(parts) == waiting(whole)
+    assert set(parts.requests) == set(whole.requests)
+    assert parts.tick(1.0).commit.events == whole.tick(1.0).commit.events
 
 
 def test_many_deadlines_at_one_instant_end_in_several_ticks_and_so_are_forgotten() -> None:
