@@ -84,8 +84,8 @@ class Journal:
         for seq, offset, token_ids in self._rows.get(request.request_id, ()):
             if not _continue(request, offset, token_ids) and seq > self._resumed_seq:
                 raise LogConflict(
-                    f"the journal's entry {seq} goes on at {offset} of request {request.request_id}, of which "
-                    f"{request.output_tokens} tokens are stored"
+                    f"the journal's entry {seq} goes on at {offset} of request {request.request_id}, of "
+                    f"which {request.output_tokens} tokens are stored"
                 )
 
 
