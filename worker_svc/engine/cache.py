@@ -98,6 +98,13 @@ class SlotCache:
         blocks = -(-wanted // self.block_tokens)
         self._allocate(min(blocks * self.block_tokens, self.limit_tokens))
 
+    def claim(self, first: int, starts: Sequence[int], queries: int) -> None:
+        """Reserves and accounts what a pass writes: `queries` tokens from starts[i] on in slot first + i."""
+        self.reserve(max(starts) + queries)
+        for slot, start in enumerate(starts, start=first):
+            if start + queries > self.written[slot]:
+                self.written[slot] = start + queries
+
     def trim(self, slot: int, tokens: int) -> None:
         """Gives back the memory behind the first `tokens` of a slot, where memory follows what is written."""
         excess = self.written[slot] - tokens
@@ -188,10 +195,7 @@ class SlotWindow:
         self.queries = queries
         self.starts = starts
         self.reach = max(starts) + queries
-        cache.reserve(self.reach)
-        for slot, start in enumerate(starts, start=first):
-            if start + queries > cache.written[slot]:
-                cache.written[slot] = start + queries
+        cache.claim(first, starts, queries)
         device = cache.device
         # Layers may lie on several devices, each of which needs the index.
         self._index_on: dict[torch.device, Tensor] = {}

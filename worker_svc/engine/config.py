@@ -43,7 +43,8 @@ class EngineConfig:
     - adaptive: after `Engine.calibrate`, draft fewer tokens, down to none, where measured costs say that more
       would not pay, each request by the drafter that promises more; and prefill no more in a step than about
       doubles it while others decode, unless more requests wait for their prefill than decode.
-    - fast_path: run small Llama-shaped models through the lean forward; False forces the general path.
+    - fast_path: run small Llama-shaped models through the lean forward and compiled passes; False forces
+      the general path.
     - cuda_graphs: on a single GPU, replay recorded passes of decoding steps instead of starting their kernels
       one by one.
     - seed: seeds the engine's free choices (for tests); None draws from the operating system.

@@ -70,7 +70,8 @@ class LlamaRunner:
         self._dim = base.layers[0].self_attn.head_dim
         # RMS(x) = |x| / sqrt(n), so x / RMS(x) is x / |x| with sqrt(n) folded into the weights.
         self._scale = config.hidden_size**0.5
-        self._epsilon = torch.tensor((config.rms_norm_eps * config.hidden_size) ** 0.5, device=cache.device)
+        self._epsilon_squared: float = config.rms_norm_eps * config.hidden_size
+        self._epsilon = torch.tensor(self._epsilon_squared**0.5, device=cache.device)
         self._embedding = base.embed_tokens.weight
         self._final = base.norm.weight * self._scale
         self._head = model.lm_head.weight
