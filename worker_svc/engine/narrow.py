@@ -22,9 +22,9 @@ from .llama import LlamaRunner
 
 # Panels are copies of the weights beside those of the lean path.
 _MAX_WEIGHT_BYTES = 1 << 28
-# Above these torch's kernels are as fast, and attention needs space for scores by query and position.
-_MOST_QUERIES = 32
-_MOST_TOKENS = 512
+# Above these torch's kernels are about as fast, and attention needs space for scores by query and position.
+_MOST_QUERIES = 128
+_MOST_TOKENS = 1024
 # Of columns in a panel, and of numbers that are computed at once; see `kernels.lanes`.
 _PANEL = 16
 _LANES = 8
