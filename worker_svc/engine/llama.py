@@ -173,9 +173,10 @@ class LlamaRunner:
         fused = torch.cat([*pairs, attention.v_proj.weight.view(width)], dim=1).reshape(-1, self._hidden)
         mlp_in = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
         return _Layer(
-            attention_in=(fused * (layer.input_layernorm.weight * self._scale)).t(),
+            # Read in their order, weights are multiplied faster; of the other two this would take copies.
+            attention_in=(fused * (layer.input_layernorm.weight * self._scale)).t().contiguous(),
             attention_out=attention.o_proj.weight.t(),
-            mlp_in=(mlp_in * (layer.post_attention_layernorm.weight * self._scale)).t(),
+            mlp_in=(mlp_in * (layer.post_attention_layernorm.weight * self._scale)).t().contiguous(),
             mlp_out=mlp.down_proj.weight.t(),
         )
 
