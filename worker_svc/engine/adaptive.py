@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .acceptance import expected_tokens
 from .costs import StepCosts
 
 _MARGIN = 1.02
@@ -59,8 +60,16 @@ class DraftChooser:
         self._costs = costs
         self._steps = 0
 
+    @staticmethod
+    def catch_up_steps(offer: Offer, left_tokens: int) -> float:
+        """Over how many steps bringing a row's draft KV up to date is worth its price: until the choice may be
+        another one, and not beyond the row's last token.
+        """
+        step_tokens = expected_tokens(offer.draft_survival, offer.draft_tokens)
+        return max(1.0, min(_PROBE_STEPS, left_tokens / step_tokens))
+
     def choose(self, offers: Sequence[Offer], catch_up_s: float, reach_tokens: int = 0) -> list[RowPlan]:
-        """catch_up_s: seconds to bring the draft's KV up to date first, if the draft model is to be used.
+        """catch_up_s: what bringing the draft's KV up to date costs a step that uses the draft model, in seconds.
         reach_tokens: longest KV of the batch.
 
         The longest drafts while costs are unknown. Speculation must promise a gain of some percent, for
@@ -76,7 +85,7 @@ class DraftChooser:
         # tokens[d, w]: with at most d tokens of the draft model, and a batch padded to w drafted tokens.
         tokens = np.maximum(drafting[:, :, None], looking_up[:, None, :]).sum(0)
         seconds = self._costs.steps_s(len(offers), drafted_limit, limit, reach_tokens)
-        seconds[1:] += catch_up_s / _PROBE_STEPS
+        seconds[1:] += catch_up_s
         rates = np.triu(tokens / seconds)
         best = int(rates.argmax())
         if rates.flat[best] <= rates[0, 0] * _MARGIN:

@@ -26,7 +26,7 @@ class Planner:
         offers = [self._offer(row) for row in batch]
         if self._config.adaptive:
             reach_tokens = max(len(row.tokens) for row in batch)
-            plans = self._chooser.choose(offers, self._catch_up_s(batch), reach_tokens)
+            plans = self._chooser.choose(offers, self._catch_up_s(batch, offers), reach_tokens)
         else:
             plans = longest(offers)
         wanting = [row for row, plan in zip(batch, plans, strict=True) if plan.drafter is Drafter.DRAFT]
@@ -48,8 +48,13 @@ class Planner:
             found, survival = row.lookup.propose(row.tokens, min(self._config.lookup_tokens, room))
         return Offer(drafted, row.acceptance.survival, found, survival)
 
-    def _catch_up_s(self, batch: Sequence[Row]) -> float:
+    def _catch_up_s(self, batch: Sequence[Row], offers: Sequence[Offer]) -> float:
+        """Of one step, in seconds."""
         if not self._has_draft:
             return 0.0
-        lags = [len(row.tokens) - row.kv_tokens[DRAFT] for row in batch if draft_lags(row)]
-        return sum(self._costs.draft_prefill.seconds(lag) for lag in lags)
+        return sum(
+            self._costs.draft_prefill.seconds(len(row.tokens) - row.kv_tokens[DRAFT])
+            / self._chooser.catch_up_steps(offer, row.stopper.limit_tokens - row.output_tokens)
+            for row, offer in zip(batch, offers, strict=True)
+            if draft_lags(row)
+        )

@@ -71,6 +71,14 @@ def test_limits_of_requests_are_kept() -> None:
     assert DraftChooser(StepCosts()).choose([Offer(5, same_chance(0.1))], 0.0)[0].length == 5
 
 
+def test_catching_up_is_paid_by_the_steps_that_are_left() -> None:
+    offer = Offer(3, [0.5, 0.25, 0.25])
+    assert DraftChooser.catch_up_steps(offer, left_tokens=1000) == 48
+    assert DraftChooser.catch_up_steps(offer, left_tokens=20) == 10
+    assert DraftChooser.catch_up_steps(offer, left_tokens=1) == 1
+    assert DraftChooser.catch_up_steps(Offer(0), left_tokens=20) == 20
+
+
 def test_neighbouring_lengths_are_tried_now_and_then() -> None:
     chooser = DraftChooser(made_up_costs(draft_s=0.1, verify_s=1.0, row_s=0.05))
     chosen = [chooser.choose([Offer(8, same_chance(0.7))], 0.0)[0].length for _ in range(400)]
