@@ -62,14 +62,14 @@ class DraftChooser:
 
     @staticmethod
     def catch_up_steps(offer: Offer, left_tokens: int) -> float:
-        """Over how many steps the price of bringing a row's draft KV up to date is spread: until the choice may
-        be another one, and not beyond the row's last token.
+        """Over how many steps the price of bringing a row's draft KV up to date is spread: until the choice
+        may be another one, and not beyond the row's last token.
         """
         step_tokens = expected_tokens(offer.draft_survival, offer.draft_tokens)
         return max(1.0, min(_PROBE_STEPS, left_tokens / step_tokens))
 
     def choose(self, offers: Sequence[Offer], catch_up_s: float, reach_tokens: int = 0) -> list[RowPlan]:
-        """catch_up_s: what bringing the draft's KV up to date adds to a step with the draft model, in seconds.
+        """catch_up_s: seconds that bringing the draft's KV up to date adds to a step with the draft model.
         reach_tokens: longest KV of the batch.
 
         The longest drafts while costs are unknown. Speculation must promise a gain of some percent, for
