@@ -234,23 +234,22 @@ class Residency:
     def _move(self, row: Row, slot: int) -> None:
         other = self._by_slot[slot]
         source = row.slot
-        empty = [s for s, held in enumerate(self._by_slot) if held is None and s not in self._kept]
-        spare = empty[-1] if empty else None
-        kept = self._kept.pop(slot, None)
-        if kept is not None and spare is not None and spare > slot:
-            for cache, tokens in zip(self._caches, kept.kv_tokens, strict=False):
-                cache.copy(slot, spare, tokens)
-            self._kept[spare] = kept
         if other is not None:
-            if spare is None:
-                for index, cache in enumerate(self._caches):
-                    cache.swap(source, slot, max(row.kv_tokens[index], other.kv_tokens[index]))
-                    cache.trim(source, other.kv_tokens[index])
-                    cache.trim(slot, row.kv_tokens[index])
-                self._by_slot[source], self._by_slot[slot] = other, row
-                other.slot, row.slot = source, slot
-                return
-            self._copy(other, spare)
+            # Both slots' memory is there. To copy one to an empty slot costs more: each of its pages comes
+            # from the system anew.
+            for index, cache in enumerate(self._caches):
+                cache.swap(source, slot, max(row.kv_tokens[index], other.kv_tokens[index]))
+                cache.trim(source, other.kv_tokens[index])
+                cache.trim(slot, row.kv_tokens[index])
+            self._by_slot[source], self._by_slot[slot] = other, row
+            other.slot, row.slot = source, slot
+            return
+        kept = self._kept.pop(slot, None)
+        empty = [s for s, held in enumerate(self._by_slot) if held is None and s not in self._kept]
+        if kept is not None and empty and empty[-1] > slot:
+            for cache, tokens in zip(self._caches, kept.kv_tokens, strict=False):
+                cache.copy(slot, empty[-1], tokens)
+            self._kept[empty[-1]] = kept
         self._copy(row, slot)
 
     def _copy(self, row: Row, slot: int) -> None:
