@@ -28,12 +28,13 @@ async def test_the_console_shows_what_the_stack_does(start_stack):
             page, worker = seen.page, stack.children["worker-0"]
             worker.signal(signal.SIGSTOP)
             prompts = [f"def f{n}(x):" for n in range(6)]
-            asked = [
-                asyncio.create_task(
-                    client.generate(text, max_tokens=160, ignore_eos=True, request_id=f"console-{n}")
-                )
-                for n, text in enumerate(prompts)
-            ]
+            asked = []
+            for n, text in enumerate(prompts):
+                request = client.generate(text, max_tokens=160, ignore_eos=True, request_id=f"console-{n}")
+                asked.append(asyncio.create_task(request))
+                if n == 0:
+                    # It has the slot before the others come, which then wait, whatever their order.
+                    await page.locator("#slots").get_by_role("button", name="console-0").wait_for()
             row = page.locator("#queue .row", has=page.get_by_role("gridcell", name="console-5", exact=True))
             await row.wait_for()
             worker.signal(signal.SIGCONT)
