@@ -140,12 +140,12 @@ class Ledger:
             if not book.unwritten:
                 book.unwritten = True
                 heappush(unwritten, (book.written_tick, request.arrival_seq, request))
-            if book.written_level != request.level or book.written_perceptible is not request.perceptible:
+            if _shows_another_level(request):
                 shifted[request.request_id] = request
         due: list[Request] = []
         while shifted and len(due) < MAX_RECORDS_AT_ONCE:
             request = shifted.pop(next(iter(shifted)))
-            if _shows_another_level(request):
+            if request.state is not RequestState.FINISHED and _shows_another_level(request):
                 request.book.unwritten = False
                 due.append(request)
         while (oldest := self._oldest_unwritten()) is not None:
@@ -235,11 +235,9 @@ def _is_dead(entry: tuple[int, int, Request]) -> bool:
 
 
 def _shows_another_level(request: Request) -> bool:
-    """Whether its record, if it is still of use, tells an old level."""
+    """Than its record tells."""
     book = request.book
-    return request.state is not RequestState.FINISHED and (
-        book.written_level != request.level or book.written_perceptible is not request.perceptible
-    )
+    return book.written_level != request.level or book.written_perceptible is not request.perceptible
 
 
 def _ending(request: Request) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, Literal, cast
 
@@ -46,16 +46,17 @@ async def recover(reader: Reader, pool: str) -> AsyncGenerator[Recovered, None]:
 class Journal:
     """Output that is stored but may not be in the logs of its requests yet."""
 
-    def __init__(self, resumed_seq: int) -> None:
+    def __init__(self, rows: Mapping[str, Sequence[tuple[int, int, bytes]]], resumed_seq: int) -> None:
+        self._rows = rows
+        """By request: (commit, offset, packed tokens), in the order of commits."""
         self._resumed_seq = resumed_seq
         """An operator has accepted what was missing up to this commit."""
-        self._rows: dict[str, list[tuple[int, int, bytes]]] = {}
-        """By request: (commit, offset, packed tokens), in the order of commits."""
 
     @classmethod
     async def read(cls, reader: Reader) -> Journal:
         """Raises LogConflict where it has no readable end."""
-        journal, after, last_seq = cls(0), "-", 0
+        rows: dict[str, list[tuple[int, int, bytes]]] = {}
+        after, last_seq = "-", 0
         while True:
             journal_seq, journal_from, resumed_seq, entries = await reader.ask(
                 "laps_journal", after, BATCH_JOURNAL_ENTRIES, raw=True
@@ -63,17 +64,16 @@ class Journal:
             for seq, packed in packing.pairs(entries):
                 last_seq, after = seq, f"({seq}-0"
                 try:
-                    rows = packing.journal_rows(packed)
+                    emitted = packing.journal_rows(packed)
                 except ValueError as error:
                     raise LogConflict(f"the journal's entry {seq} cannot be read: {error}") from error
-                for request_id, offset, token_ids in rows:
-                    journal._rows.setdefault(request_id, []).append((seq, offset, token_ids))
+                for request_id, offset, token_ids in emitted:
+                    rows.setdefault(request_id, []).append((seq, offset, token_ids))
             if len(entries) < 2 * BATCH_JOURNAL_ENTRIES:
                 break
         if max(journal_from, resumed_seq + 1) <= journal_seq != last_seq:
             raise LogConflict(f"the journal ends with commit {last_seq}, its last entry was of {journal_seq}")
-        journal._resumed_seq = resumed_seq
-        return journal
+        return cls(rows, resumed_seq)
 
     def complete(self, request: Request) -> None:
         """Continues the output of a live request, read from its log.
