@@ -71,7 +71,7 @@ def code_of(policy: str) -> str:
     paths = [
         *(core / "policies" / f"{name}.py" for name in ("base", policy.replace("-", "_"))),
         *([core / "learning.py", core / "class_records.py"] if policy == "laps-sd" else []),
-        *(root / "simulator" / f"{name}.py" for name in ("replay", "workload", "mixes")),
+        *(root / "simulator" / f"{name}.py" for name in ("replay", "prefill", "workload", "mixes")),
         core / "placement.py",
     ]
     digest = hashlib.sha256()

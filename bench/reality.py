@@ -1,14 +1,18 @@
-"""Does the order that the simulator foretells hold in reality?
+"""Does the simulator foretell what happens in reality?
 
-    python bench/reality.py [--requests 120] [--rounds 5] [--load 1.3] [--json OUT]
+    python bench/reality.py [--requests 120] [--rounds 5] [--loads 1.3 0.8] [--json OUT]
 
 A burst of requests with the built-in pair goes through whole stacks that differ only in their policy, with
 the same arrivals; the stacks take turns in every round, and every round has a burst of its own, so that
 what two policies differ by is not one burst's luck. The log of the pool under fcfs then becomes a workload,
-as by `laps workload pool`, which is replayed under each policy with the step time that its own run had.
-Printed: both mean latencies (medians over the rounds), the error of the foretold one, both orders of the
-policies, and for every two of them the ratio of their means within a round: its geometric mean and twice
-its standard error. Two policies are told apart where that range leaves 1 out.
+as by `laps workload pool`, and is replayed under each policy with the costs that the pool under that policy
+tells of itself, as printed by the same command; nothing is fitted to the latencies that are foretold.
+
+Printed for every policy: the mean latency in the scheduler, from a request's arrival there to its end, which
+is what a replay foretells; what was foretold and by how much that is off, in the mean over the rounds; and
+the mean latency as the clients saw it, which is a little more. Then both orders of the policies, and for
+every two of them the ratio of their means within a round: its geometric mean and twice its standard error.
+Two policies are told apart where that range leaves 1 out.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +36,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from laps.client import AsyncClient
 from laps.settings import BUILT_IN_TARGET, Settings
 from laps.stack import Stack
-from scheduler_svc.core.records import RequestState
-from scheduler_svc.store.inspector import PAGE_LIMIT, Inspector
-from simulator.pool_log import from_pool
+from simulator.pool_costs import PoolCosts
+from simulator.pool_log import PoolLog, from_pool
 from simulator.replay import simulate
-from simulator.workload import Workload, order
+from simulator.workload import Workload
 
 POLICIES = ("fcfs", "srpt", "laps-sd")
 SLOTS = 2
 WARM_UP, MEASURED = "warm-up", "measured"
 LEAST_TOKENS, MOST_TOKENS = 8, 400
-
-
 SEED = 7
 """Of the first round's burst; the next has the next one."""
 
@@ -85,96 +86,108 @@ async def one(client: AsyncClient, planned: Planned, at_s: float, request_class:
     return time.monotonic() - began_s
 
 
-async def step_costs_s(stack: Stack) -> tuple[float, float]:
-    """Mean seconds of a measured request's step, and of a return to a slot."""
-    inspector = Inspector.open(stack.redis_url, stack.settings.pool)
-    try:
-        page = await inspector.list_requests({RequestState.FINISHED}, PAGE_LIMIT)
-        fields = [view.fields for view in page.requests if view.fields["request_class"] == MEASURED]
-        workers = await inspector.list_workers()
-    finally:
-        await inspector.close()
-    attained_s = sum(each["attained_s"] for each in fields)
-    return attained_s / sum(each["steps"] for each in fields), workers[0].fields["switch_s"]
-
-
 @dataclass(slots=True)
 class Run:
-    latencies_s: list[float]
-    step_s: float
-    switch_s: float
-    workload: Workload
+    log: PoolLog
+    """With the requests that warmed the stack up: they were served as the others were."""
+    client_latency_s: float
+    """Mean, of the measured requests as that of `latency_s` is."""
+    latency_s: float
+    """From arrival to end in the scheduler."""
+    costs: PoolCosts
 
 
-async def run_one(policy: str, planned: list[Planned], duration_s: float | None, load: float) -> Run:
-    """One stack, one burst. Without a duration it is chosen so that the burst makes the load."""
+def measured_mean(workload: Workload, latencies_s: list[float]) -> float:
+    return statistics.mean(
+        latency_s for job, latency_s in zip(workload, latencies_s, strict=True) if job.task == MEASURED
+    )
+
+
+async def run_one(policy: str, planned: list[Planned], duration_s: float) -> Run:
+    """One stack, one burst."""
     with tempfile.TemporaryDirectory(prefix="laps-reality-") as folder:
         settings = Settings(data_dir=Path(folder), workers=1, slots=SLOTS, threads=1, policy=policy)
         async with Stack(settings, any_ports=True) as stack, AsyncClient(stack.gateway_address) as client:
             begin_s = time.monotonic()
             await asyncio.gather(*(one(client, each, begin_s, WARM_UP) for each in planned[: 4 * SLOTS]))
-            if duration_s is None:
-                warm_tokens = sum(each.tokens for each in planned[: 4 * SLOTS])
-                tokens = sum(each.tokens for each in planned)
-                duration_s = (time.monotonic() - begin_s) * tokens / warm_tokens / load
             begin_s = time.monotonic() + 0.2
             latencies_s = await asyncio.gather(
                 *(one(client, each, begin_s + each.arrival_share * duration_s, MEASURED) for each in planned)
             )
-            step_s, switch_s = await step_costs_s(stack)
-            jobs = [job for job in await from_pool(stack.redis_url, settings.pool) if job.task == MEASURED]
-    first_s = jobs[0].arrival_s
-    workload = order(replace(job, arrival_s=job.arrival_s - first_s) for job in jobs)
-    return Run(list(latencies_s), step_s, switch_s, workload)
+            log = await from_pool(stack.redis_url, settings.pool)
+    assert log.costs is not None, "the worker is in session, and not every request was preempted"
+    return Run(
+        log,
+        statistics.mean(latencies_s),
+        measured_mean(log.workload, log.latencies_s),
+        log.costs,
+    )
 
 
-async def measure(requests: int, rounds: int, load: float) -> dict[str, Any]:
-    # The first stack only tells how fast the machine is.
-    probe = await run_one("fcfs", plan(requests, SEED)[: 8 * SLOTS], None, load)
-    work_s = probe.step_s * sum(job.steps for job in probe.workload)
-    token_s = work_s / sum(job.output_tokens for job in probe.workload)
-    real: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-    foretold: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+def foretell(log: PoolLog, policy: str, costs: PoolCosts) -> float:
+    """Mean latency of the measured requests in a replay, in seconds."""
+    result = simulate(
+        log.workload,
+        policy,
+        SLOTS,
+        None,
+        draft_ms=0.0,
+        verify_ms=costs.step_ms,
+        switch_ms=costs.switch_ms,
+        prefill_ms=costs.prefill_ms,
+        start_ms=costs.start_ms,
+    )
+    return measured_mean(log.workload, result.latencies_s)
+
+
+async def seconds_per_token() -> float:
+    """What a token takes of a slot's time on this machine, prefill and all."""
+    planned = plan(16 * SLOTS, SEED)
+    run = await run_one("fcfs", planned, 0.0)
+    tokens = sum(job.output_tokens for job in run.log.workload if job.task == MEASURED)
+    ends_s = [
+        job.arrival_s + latency_s
+        for job, latency_s in zip(run.log.workload, run.log.latencies_s, strict=True)
+        if job.task == MEASURED
+    ]
+    begin_s = min(job.arrival_s for job in run.log.workload if job.task == MEASURED)
+    return SLOTS * (max(ends_s) - begin_s) / tokens
+
+
+async def measure(requests: int, rounds: int, load: float, token_s: float) -> dict[str, Any]:
+    series: dict[str, dict[str, list[float]]] = {
+        policy: {"real": [], "foretold": [], "client": []} for policy in POLICIES
+    }
     for number in range(rounds):
         planned = plan(requests, SEED + number)
         duration_s = token_s * sum(each.tokens for each in planned) / SLOTS / load
         turn = POLICIES[number % len(POLICIES) :] + POLICIES[: number % len(POLICIES)]
-        runs = {policy: await run_one(policy, planned, duration_s, load) for policy in turn}
+        runs = {policy: await run_one(policy, planned, duration_s) for policy in turn}
         for policy, run in runs.items():
-            real[policy].append(statistics.mean(run.latencies_s))
-            result = simulate(
-                runs["fcfs"].workload,
-                policy,
-                SLOTS,
-                None,
-                draft_ms=0.0,
-                verify_ms=1000.0 * run.step_s,
-                switch_ms=1000.0 * run.switch_s,
-            )
-            foretold[policy].append(result.mean_latency_s)
+            foretold_s = foretell(runs["fcfs"].log, policy, run.costs)
+            series[policy]["real"].append(run.latency_s)
+            series[policy]["foretold"].append(foretold_s)
+            series[policy]["client"].append(run.client_latency_s)
             print(
-                f"  round {number + 1}: {policy}: {real[policy][-1]:.3f} s, "
-                f"foretold {foretold[policy][-1]:.3f} s, a step {1000 * run.step_s:.2f} ms",
+                f"  load {load:g}, round {number + 1}: {policy}: {run.latency_s:.3f} s, "
+                f"foretold {foretold_s:.3f} s ({run.costs.options()})",
                 flush=True,
             )
     return {
-        "requests": requests,
-        "rounds": rounds,
-        "slots": SLOTS,
-        "load": load,
         "policies": {
             policy: {
-                "real_mean_latency_s": statistics.median(real[policy]),
-                "foretold_mean_latency_s": statistics.median(foretold[policy]),
+                "real_mean_latency_s": statistics.mean(each["real"]),
+                "foretold_mean_latency_s": statistics.mean(each["foretold"]),
+                "client_mean_latency_s": statistics.mean(each["client"]),
             }
-            for policy in POLICIES
+            for policy, each in series.items()
         },
         "ratios": [
             {
                 "of": first,
                 "to": second,
-                "real": ratio(real[first], real[second]),
-                "foretold": ratio(foretold[first], foretold[second]),
+                "real": ratio(series[first]["real"], series[second]["real"]),
+                "foretold": ratio(series[first]["foretold"], series[second]["foretold"]),
             }
             for first, second in itertools.combinations(reversed(POLICIES), 2)
         ],
@@ -188,17 +201,22 @@ def ratio(firsts: list[float], seconds: list[float]) -> dict[str, float]:
     return {"mean": math.exp(statistics.mean(logs)), "within_factor": math.exp(2.0 * error)}
 
 
-def show(report: dict[str, Any]) -> None:
+def show(load: float, report: dict[str, Any]) -> None:
     rows = report["policies"]
     base = rows["fcfs"]
-    print(f"\n{'policy':<10}{'real s':>9}{'foretold s':>12}{'error':>9}{'real/fcfs':>11}{'foretold':>10}")
+    heading = f"{'real s':>9}{'foretold s':>12}{'error':>9}{'real/fcfs':>11}{'foretold':>10}{'client s':>10}"
+    print(f"\nload {load:g}\n{'policy':<10}{heading}")
     for policy, row in rows.items():
         real, foretold = row["real_mean_latency_s"], row["foretold_mean_latency_s"]
         print(
             f"{policy:<10}{real:>9.3f}{foretold:>12.3f}{100 * (foretold / real - 1):>+8.1f}%"
             f"{real / base['real_mean_latency_s']:>11.3f}{foretold / base['foretold_mean_latency_s']:>10.3f}"
+            f"{row['client_mean_latency_s']:>10.3f}"
         )
-    orders = [sorted(rows, key=lambda policy: rows[policy][name]) for name in base]
+    orders = [
+        sorted(rows, key=lambda policy: rows[policy][name])
+        for name in ("real_mean_latency_s", "foretold_mean_latency_s")
+    ]
     print(f"order, best first: real {', '.join(orders[0])}; foretold {', '.join(orders[1])}")
     for row in report["ratios"]:
         real, foretold = (
@@ -208,20 +226,35 @@ def show(report: dict[str, Any]) -> None:
         print(f"{row['of']} / {row['to']}: real {real}, foretold {foretold}")
 
 
+async def measure_all(requests: int, rounds: int, loads: list[float]) -> dict[str, Any]:
+    # The first stack only tells how fast the machine is.
+    token_s = await seconds_per_token()
+    return {f"{load:g}": await measure(requests, rounds, load, token_s) for load in loads}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=120)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--load", type=float, default=1.3, help="work that arrives over work that is done")
-    parser.add_argument("--json", type=Path, help="write the medians here")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[1.3, 0.8], help="work that arrives over work that is done"
+    )
+    parser.add_argument("--json", type=Path, help="write the means here")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("at least two rounds: how much they differ is part of the result")
-    report = asyncio.run(measure(arguments.requests, arguments.rounds, arguments.load))
-    show(report)
+    by_load = asyncio.run(measure_all(arguments.requests, arguments.rounds, arguments.loads))
+    for load, report in by_load.items():
+        show(float(load), report)
     if arguments.json:
+        report = {
+            "requests": arguments.requests,
+            "rounds": arguments.rounds,
+            "slots": SLOTS,
+            "loads": by_load,
+        }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -27,7 +27,7 @@ from scheduler_svc.core.records import FinishReason, RequestSpec, RowFinish, Ste
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from simulator.mixes import WIDE_MIX, make_mix
-from simulator.replay import percentile
+from simulator.result import percentile
 from simulator.workload import Job, Workload
 
 STEP_S = 0.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -12,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scheduler_svc.core.policies import policies
-from simulator.replay import Result
 from simulator.replay import simulate as replay
+from simulator.result import Result
 from simulator.workload import Workload, read_workload
 
 
@@ -57,6 +58,20 @@ _AT_LEAST_ZERO = click.FloatRange(min=0.0)
 @click.option(
     "--switch-ms", type=_AT_LEAST_ZERO, default=1.0, show_default=True, help="One return to a slot."
 )
+@click.option(
+    "--prefill-ms",
+    type=_AT_LEAST_ZERO,
+    default=0.0,
+    show_default=True,
+    help="One prompt token at first entry.",
+)
+@click.option(
+    "--start-ms",
+    type=_AT_LEAST_ZERO,
+    default=0.0,
+    show_default=True,
+    help="From a decision of the scheduler until the worker acts on it.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--length-error",
@@ -84,6 +99,8 @@ def simulate(
     draft_ms: float,
     verify_ms: float,
     switch_ms: float,
+    prefill_ms: float,
+    start_ms: float,
     seed: int,
     length_error: float | None,
     starvation_bound_s: float | None,
@@ -114,6 +131,8 @@ def simulate(
             verify_ms,
             switch_ms,
             seed,
+            prefill_ms=prefill_ms,
+            start_ms=start_ms,
             length_error=length_error,
             starvation_bound_s=starvation_bound_s,
             progress=lambda finished: progress.update(task, completed=finished),
@@ -143,7 +162,9 @@ def simulate(
     # A file or a pipe has no width of its own; names must not be cut there.
     (console if console.is_terminal else Console(width=120)).print(_table(results, jobs))
     if json_path is not None:
-        report = {"policies": {name: result.summary() for name, result in results.items()}}
+        report: dict[str, Any] = {"policies": {name: result.summary() for name, result in results.items()}}
+        if prefill_ms or start_ms:
+            report["costs"] = {"prefill_ms": prefill_ms, "start_ms": start_ms}
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot_path is not None:
         from simulator.plots import draw

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from simulator.replay import Result, Stay
+from simulator.result import Result, Stay
 
 _SHOWN_STAYS = 160
 """Stays in the timeline: enough to see a busy stretch, few enough to tell them apart."""

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scheduler_svc.core.records import FinishReason, RequestState
 from scheduler_svc.store.inspector import PAGE_LIMIT, Inspector
 from simulator.convert import cut_to
-from simulator.workload import Job, Workload, WorkloadError, order
+from simulator.pool_costs import PoolCosts, pool_costs
+from simulator.workload import Job, Workload, WorkloadError
 
 ENDED_BY_THEMSELVES = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Workload:
+@dataclass(frozen=True, slots=True)
+class PoolLog:
+    """What a pool has served."""
+
+    workload: Workload
+    latencies_s: list[float]
+    """From arrival to end in the scheduler, by job."""
+    costs: PoolCosts | None
+    """None: no worker is in session, or every request was preempted."""
+
+    @property
+    def mean_latency_s(self) -> float:
+        return sum(self.latencies_s) / len(self.latencies_s)
+
+
+async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> PoolLog:
     """The requests that ended by themselves, with their true arrivals, classes and client's predictions.
 
     Raises WorkloadError where there are none, StoreUnavailable where the store does not answer.
     """
     inspector = Inspector.open(redis_url, pool, **connection_options)
-    jobs = []
+    served: list[tuple[dict[str, Any], Job]] = []
     try:
         token = ""
         while True:
@@ -28,24 +45,27 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Wor
                 if view.fields["finish_reason"] in ENDED_BY_THEMSELVES and view.fields["output_tokens"] > 0:
                     timeline = await inspector.timeline(view.request_id)
                     if timeline is not None:
-                        jobs.append(_job(view.request_id, view.fields, timeline.tokens_per_entry))
+                        job = _job(view.request_id, view.fields, timeline.tokens_per_entry)
+                        served.append((view.fields, job))
             token = page.next_page_token
             if not token:
                 break
+        workers = [view.fields for view in await inspector.list_workers()]
     finally:
         await inspector.close()
-    if not jobs:
+    if not served:
         raise WorkloadError(f"the store keeps no request of pool {pool!r} that ended by itself")
-    first_s = min(arrival_s for arrival_s, _ in jobs)
-    return order(
-        Job(arrival_s - first_s, job.emitted_per_step, job.prompt_tokens, job.task,
-            job.predicted_output_tokens)
-        for arrival_s, job in jobs
-    )  # fmt: skip
+    served.sort(key=lambda entry: entry[0]["arrival_s"])
+    first_s = served[0][0]["arrival_s"]
+    return PoolLog(
+        workload=tuple(replace(job, arrival_s=fields["arrival_s"] - first_s) for fields, job in served),
+        latencies_s=[fields["finished_s"] - fields["arrival_s"] for fields, _ in served],
+        costs=pool_costs([fields for fields, _ in served], workers),
+    )
 
 
-def _job(request_id: str, fields: dict[str, Any], tokens_per_entry: list[int]) -> tuple[float, Job]:
-    job = Job(
+def _job(request_id: str, fields: dict[str, Any], tokens_per_entry: list[int]) -> Job:
+    return Job(
         arrival_s=0.0,
         emitted_per_step=steps_of(
             request_id,
@@ -57,8 +77,8 @@ def _job(request_id: str, fields: dict[str, Any], tokens_per_entry: list[int]) -
         prompt_tokens=max(1, fields["prompt_tokens"]),
         task=fields["request_class"],
         predicted_output_tokens=fields["client_predicted_output_tokens"],
+        cached_tokens=fields["cached_tokens"],
     )
-    return fields["arrival_s"], job
 
 
 def steps_of(

@@ -4,12 +4,24 @@ The replay model: a step takes `draft_tokens * draft_ms + verify_ms`, plus `swit
 re-enters a slot (its first entry is free); in a step every running request emits its next recorded
 count. Decisions fall on step boundaries; an idle worker's next step starts at the next arrival.
 Latency is finish minus arrival.
+
+Two terms more, both 0 unless they are asked for, make it what a stack does:
+
+- `prefill_ms` for each prompt token but the last, at a request's first entry. As in the engine, prompts are
+  computed at the beginning of a step, in order of entry, and what they take makes that step longer for all;
+  a request whose prompt is done takes part in the same step. While other requests decode, a step computes
+  prompts for no longer than a share of itself (`simulator.prefill`), so a long one is computed over several
+  steps, in which its request emits nothing. A step in which no request decodes lasts as long as its prefill.
+- `start_ms`: what the scheduler decides takes effect so much later, for it is stored, sent, and waits for the
+  end of a step: at the worker's first step boundary from then on, and what that is too late, the next one is
+  earlier, so that the mean is kept. A slot whose request ended stands empty until then, and one whose request
+  is preempted goes on with it. An arrival in the middle of a step is decided on at once.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import accumulate
 
 from scheduler_svc.core.policies import Policy, make_policy, policies
@@ -27,6 +39,8 @@ from scheduler_svc.core.records import (
 )
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
+from simulator.prefill import Prefill
+from simulator.result import Result, Stay
 from simulator.workload import Job, Workload, rescale, with_length_error
 
 LEAST_MAX_TOKENS = 4096
@@ -40,65 +54,6 @@ Progress = Callable[[int], None]
 """Called with the number of requests that have finished."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stay:
-    """A request's stay in a slot, for pictures."""
-
-    slot: int
-    job: int
-    """Position in the workload."""
-    begin_s: float
-    end_s: float
-    preempted_because: str
-    """Empty: it ended."""
-
-
-@dataclass(slots=True)
-class Result:
-    """What a replay measured. Latencies by job, in the order of the workload; seconds."""
-
-    policy: str
-    latencies_s: list[float]
-    slowdowns: list[float]
-    """Latency over the seconds that the request's own steps take."""
-    switches: int
-    """Returns to a slot after a preemption."""
-    makespan_s: float
-    """From the first arrival to the last finish."""
-    steps: int
-    """Steps of the worker."""
-    stays: list[Stay] = field(default_factory=list)
-    first_waits_s: list[float] = field(default_factory=list)
-    """Seconds from arrival to the first slot."""
-
-    @property
-    def mean_latency_s(self) -> float:
-        return sum(self.latencies_s) / len(self.latencies_s)
-
-    def summary(self) -> dict[str, float | int]:
-        """What the JSON of `laps simulate` holds for a policy."""
-        ordered = sorted(self.latencies_s)
-        return {
-            "mean_latency_s": self.mean_latency_s,
-            "p50_latency_s": percentile(ordered, 0.50),
-            "p90_latency_s": percentile(ordered, 0.90),
-            "p99_latency_s": percentile(ordered, 0.99),
-            "max_latency_s": ordered[-1],
-            "mean_slowdown": sum(self.slowdowns) / len(self.slowdowns),
-            "max_slowdown": max(self.slowdowns),
-            "switches": self.switches,
-            "makespan_s": self.makespan_s,
-        }
-
-
-def percentile(ordered: list[float], share: float) -> float:
-    """With linear interpolation between neighbours. `ordered` ascends and is not empty."""
-    position = share * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-
-
 def simulate(
     workload: Workload,
     policy_name: str,
@@ -110,6 +65,8 @@ def simulate(
     switch_ms: float = 1.0,
     seed: int = 0,
     *,
+    prefill_ms: float = 0.0,
+    start_ms: float = 0.0,
     length_error: float | None = None,
     starvation_bound_s: float | None = None,
     progress: Progress | None = None,
@@ -118,10 +75,10 @@ def simulate(
 ) -> Result:
     """Replays `workload` under a policy.
 
-    `load` None leaves the arrivals as they are. `length_error` replaces the predicted lengths by
-    the true ones with that log-error, drawn from `seed` (the only randomness there is). `every_step`
-    reports every single step to the core instead of skipping those that cannot change a decision:
-    the same result, several times slower.
+    `load` None leaves the arrivals as they are; a load is of decoding alone. `length_error` replaces the
+    predicted lengths by the true ones with that log-error, drawn from `seed` (the only randomness there
+    is). `every_step` reports every single step to the core instead of skipping those that cannot change
+    a decision: the same result, several times slower.
     Raises ValueError for an unknown policy or a workload that cannot be rescaled.
     """
     step_s = (draft_tokens * draft_ms + verify_ms) / 1000.0
@@ -130,7 +87,10 @@ def simulate(
     if load is not None:
         workload = rescale(workload, slots, load, step_s)
     costs = StepCosts(
-        draft_token_s=draft_ms / 1000.0, verify_s=verify_ms / 1000.0, switch_s=switch_ms / 1000.0
+        draft_token_s=draft_ms / 1000.0,
+        verify_s=verify_ms / 1000.0,
+        prefill_token_s=prefill_ms / 1000.0,
+        switch_s=switch_ms / 1000.0,
     )
     policy = _policy(policy_name, workload)
     settings = SchedulerSettings(
@@ -147,7 +107,7 @@ def simulate(
     core = Scheduler("replay", policy, settings)
     core.worker_joined(Worker(_WORKER, slots, costs), [], 0.0)
     return Replay(
-        core, workload, slots, step_s, switch_ms / 1000.0, draft_tokens, progress, record_stays
+        core, workload, slots, step_s, costs, start_ms / 1000.0, draft_tokens, progress, record_stays
     ).run(every_step)
 
 
@@ -160,15 +120,28 @@ def _policy(name: str, workload: Workload) -> Policy:
 class _Slot:
     """What the simulated worker knows about a lease."""
 
-    __slots__ = ("begin_s", "emitted", "job", "lease_id", "offset", "offsets", "request", "step", "steps")
+    __slots__ = (
+        "begin_s",
+        "emitted",
+        "job",
+        "lease_id",
+        "offset",
+        "offsets",
+        "prompt_left",
+        "request",
+        "step",
+        "steps",
+    )
 
-    def __init__(self, job: int, emitted: tuple[int, ...], request: Request) -> None:
-        self.job = job
-        self.emitted = emitted
+    def __init__(self, index: int, job: Job, request: Request) -> None:
+        self.job = index
+        self.emitted = job.emitted_per_step
         self.request = request
-        self.offsets = (0, *accumulate(emitted))
+        self.offsets = (0, *accumulate(self.emitted))
         """Tokens emitted before each step, and in all."""
-        self.steps = len(emitted)
+        self.steps = len(self.emitted)
+        # The last token of a prompt is fed by the first step.
+        self.prompt_left = max(0, job.prompt_tokens - 1 - job.cached_tokens)
         self.step = 0
         self.offset = 0
         self.lease_id = 0
@@ -184,7 +157,8 @@ class Replay:
         workload: Workload,
         slots: int,
         step_s: float,
-        switch_s: float,
+        costs: StepCosts,
+        start_s: float,
         draft_tokens: int,
         progress: Progress | None = None,
         record_stays: bool = False,
@@ -192,7 +166,9 @@ class Replay:
         self._core = core
         self._workload = workload
         self._step_s = step_s
-        self._switch_s = switch_s
+        self._switch_s = costs.switch_s
+        self._start_s = start_s
+        self._prefill = Prefill(costs.prefill_token_s, step_s)
         self._progress = progress
         self._record_stays = record_stays
         longest_step = max(max(job.emitted_per_step) for job in workload)
@@ -201,6 +177,10 @@ class Replay:
         self._slots: list[_Slot | None] = [None] * slots
         self._known: dict[str, _Slot] = {}
         self._released: list[int] = []
+        self._on_the_way: deque[tuple[float, float, Tick]] = deque()
+        """What the worker does not know yet: when it was decided, when it is due, and what."""
+        self._late_s = 0.0
+        """By how much in all decisions have taken effect later than they should."""
         self._returns = 0
         self._switches = 0
         self._step_duration_s = 0.0
@@ -231,23 +211,38 @@ class Replay:
                         self._progress(finished)
             # Where nothing has come or gone and nobody may be preempted, there is nothing to decide.
             if arrived > arrived_before or ended or (preemptive and core.waiting_requests) or released:
-                self._apply(core.tick(now_s), now_s)
+                # What only an arrival has caused was decided when it arrived.
+                because_of_it = arrived > arrived_before and not (ended or released)
+                self._send(core.tick(now_s), workload[arrived_before].arrival_s if because_of_it else now_s)
+            self._deliver(now_s)
             if any(self._slots):
-                duration_s = self._step_s + self._switch_s * self._returns
-                self._returns = 0
-                self._step_duration_s = duration_s
+                duration_s = self._begin_step()
                 worker_steps += 1
                 now_s += duration_s
-                if not every_step and not self._released:
+                if not (every_step or self._released or self._on_the_way or self._prefill):
                     until_s = workload[arrived].arrival_s if arrived < total else _FOREVER_S
                     now_s, skipped = self._skip(now_s, duration_s, until_s)
                     worker_steps += skipped
+            elif self._on_the_way:
+                next_s = workload[arrived].arrival_s if arrived < total else _FOREVER_S
+                now_s = min(self._on_the_way[0][1], next_s)
             elif arrived < total:
                 now_s = workload[arrived].arrival_s
                 core.heartbeat(_WORKER, now_s)
             elif finished < total:
                 raise RuntimeError("requests are left, but nothing runs and nothing will arrive")
         return self._result(worker_steps, now_s)
+
+    def _begin_step(self) -> float:
+        """Seconds that the next step lasts."""
+        running = sum(entry is not None for entry in self._slots)
+        duration_s = self._prefill.compute(running) if self._prefill else 0.0
+        if running > len(self._prefill):
+            duration_s += self._step_s
+        duration_s += self._switch_s * self._returns
+        self._returns = 0
+        self._step_duration_s = duration_s
+        return duration_s
 
     def _skip(self, now_s: float, duration_s: float, until_s: float) -> tuple[float, int]:
         """Lets steps pass in which nothing arrives, ends or is decided, without reporting each of them.
@@ -271,12 +266,9 @@ class Replay:
                 policy.stepped(requests)
                 if watched and core.would_preempt(now_s):
                     # This step's outcome is in; the decision is taken as if it had been reported.
-                    self._apply(core.tick(now_s), now_s)
-                    duration_s = step_s + self._switch_s * self._returns
-                    self._returns = 0
-                    now_s += duration_s
-                    self._step_duration_s = duration_s
-                    return now_s, skipped + 1
+                    self._send(core.tick(now_s), now_s)
+                    self._deliver(now_s)
+                    return now_s + self._begin_step(), skipped + 1
                 skipped += 1
                 duration_s = step_s
                 now_s += duration_s
@@ -324,7 +316,20 @@ class Replay:
         )
         request, _ = self._core.submit(spec, job.arrival_s)
         assert request is not None, "a replayed request is new"
-        self._known[request_id] = _Slot(index, job.emitted_per_step, request)
+        self._known[request_id] = _Slot(index, job, request)
+
+    def _send(self, tick: Tick, decided_s: float) -> None:
+        if tick.grants or tick.revokes:
+            due_s = decided_s + max(0.0, self._start_s - self._late_s)
+            self._on_the_way.append((decided_s, due_s, tick))
+
+    def _deliver(self, now_s: float) -> None:
+        """The worker takes note of what has come, as it does between two steps."""
+        while self._on_the_way and self._on_the_way[0][1] <= now_s:
+            decided_s, _, tick = self._on_the_way.popleft()
+            if self._start_s:
+                self._late_s += now_s - decided_s - self._start_s
+            self._apply(tick, now_s)
 
     def _apply(self, tick: Tick, now_s: float) -> None:
         slots = self._slots
@@ -334,6 +339,7 @@ class Replay:
                 if holder is held:
                     slots[slot] = None
                     self._released.append(revoke.lease_id)
+                    self._prefill.leave(held)
                     if self._record_stays:
                         request = self._core.get(revoke.request_id)
                         because = "" if request is None else request.preempted_because
@@ -348,6 +354,7 @@ class Replay:
             self._switches += 1
         else:
             self._started_s[entry.job] = now_s
+        self._prefill.enter(entry)
         entry.lease_id = grant.lease_id
         entry.begin_s = now_s
         assert self._slots[grant.slot] is None, "granted a slot that is taken"
@@ -361,7 +368,7 @@ class Replay:
         slots = self._slots
         total = 0
         for slot, entry in enumerate(slots):
-            if entry is None:
+            if entry is None or entry in self._prefill:
                 continue
             count = entry.emitted[entry.step]
             entry.step += 1
@@ -377,7 +384,7 @@ class Replay:
                 slots[slot] = None
                 if self._record_stays:
                     self._stays.append(Stay(slot, entry.job, entry.begin_s, now_s, ""))
-        if not leases:
+        if not leases and not self._released:
             return None, ended
         report = StepReport(
             worker_id=_WORKER,

@@ -1,7 +1,8 @@
 """Workload files: requests with their arrivals and their recorded steps.
 
 JSON Lines, `.gz` or not, a request a line: `{"arrival_s": 12.5, "prompt_tokens": 120,
-"emitted_per_step": [3, 1, 5], "task": "qa", "predicted_output_tokens": 140.0}`; the last two are optional.
+"emitted_per_step": [3, 1, 5], "task": "qa", "predicted_output_tokens": 140.0, "cached_tokens": 64}`; the last
+three are optional.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Job:
     prompt_tokens: int = 1
     task: str = ""
     predicted_output_tokens: float | None = None
+    cached_tokens: int = 0
+    """Of the prompt: those whose KV cache was there already, and cost no prefill."""
 
     @property
     def output_tokens(self) -> int:
@@ -78,6 +81,8 @@ def write_workload(path: str | Path, workload: Workload) -> None:
             entry["task"] = job.task
         if job.predicted_output_tokens is not None:
             entry["predicted_output_tokens"] = job.predicted_output_tokens
+        if job.cached_tokens:
+            entry["cached_tokens"] = job.cached_tokens
         lines.append(json.dumps(entry, separators=(",", ":")) + "\n")
     data = "".join(lines).encode()
     Path(path).write_bytes(gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
@@ -107,6 +112,7 @@ def _job(entry: Any) -> Job:
         prompt_tokens=max(1, int(entry.get("prompt_tokens", 1))),
         task=str(entry.get("task", "")),
         predicted_output_tokens=predicted,
+        cached_tokens=max(0, int(entry.get("cached_tokens", 0))),
     )
 
 

@@ -73,10 +73,26 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
 @click.option("--redis-url", required=True, help="The pool's store.")
 @click.option("--pool", default="default", show_default=True)
 def pool(out: Path, redis_url: str, pool: str) -> None:
-    """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`)."""
-    from simulator.pool_log import from_pool
+    """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`).
 
-    _write(out, lambda: asyncio.run(from_pool(redis_url, pool)))
+    Prints the command that replays them with the costs that the pool's workers have measured.
+    """
+    from simulator.pool_log import PoolLog, from_pool
+
+    read: list[PoolLog] = []
+
+    def make() -> Workload:
+        read.append(asyncio.run(from_pool(redis_url, pool)))
+        return read[0].workload
+
+    _write(out, make)
+    click.echo(f"mean latency as served: {read[0].mean_latency_s:.3f} s. To replay it under other policies:")
+    costs = read[0].costs
+    if costs is None:
+        click.echo("(its costs are not known: no worker is in session, or every request was preempted)")
+        click.echo(f"laps simulate {out} --as-recorded")
+    else:
+        click.echo(f"laps simulate {out} --as-recorded {costs.options()}")
 
 
 def _write(out: Path, make: Callable[[], Workload]) -> None:

@@ -7,7 +7,8 @@ import pytest
 
 from scheduler_svc.core.policies import policies
 from simulator.mixes import make_mix
-from simulator.replay import percentile, simulate
+from simulator.replay import simulate
+from simulator.result import percentile
 from simulator.workload import Workload, read_workload
 
 from .reference import replay

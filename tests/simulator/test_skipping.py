@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,17 +22,32 @@ from simulator.replay import simulate
     load=st.sampled_from((0.6, 1.0, 1.4)),
     switch_ms=st.sampled_from((0.0, 2.0, 30.0)),
     bound_s=st.sampled_from((None, None, 3.0)),
+    prefill_ms=st.sampled_from((0.0, 0.0, 0.3, 4.0)),
+    start_ms=st.sampled_from((0.0, 0.0, 5.0, 80.0)),
 )
 def test_skipped_steps_change_nothing(
-    policy: str, seed: int, slots: int, load: float, switch_ms: float, bound_s: float | None
+    policy: str,
+    seed: int,
+    slots: int,
+    load: float,
+    switch_ms: float,
+    bound_s: float | None,
+    prefill_ms: float,
+    start_ms: float,
 ) -> None:
+    mix = make_mix(jobs=40, seed=seed, length_error=0.6)
+    lengths = random.Random(seed)
+    mix = tuple(replace(job, prompt_tokens=lengths.choice((1, 20, 300))) for job in mix)
+
     def replay(every_step: bool) -> object:
         return simulate(
-            make_mix(jobs=40, seed=seed, length_error=0.6),
+            mix,
             policy,
             slots,
             load,
             switch_ms=switch_ms,
+            prefill_ms=prefill_ms,
+            start_ms=start_ms,
             starvation_bound_s=bound_s,
             record_stays=True,
             every_step=every_step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -39,6 +40,12 @@ async def test_a_pools_log_is_replayed(start_stack: StartStack, prompts: list[st
     assert sorted(job.output_tokens for job in jobs) == sorted(len(each.token_ids) for each in made)
     assert sorted(job.steps for job in jobs) == sorted(each.speculation.num_steps for each in made)
     assert {job.predicted_output_tokens for job in jobs} == {20.0 + n for n in range(6)}
-    await laps("simulate", str(path), "--policies", "fcfs,laps-sd", "--slots", "2", "--json", str(report))
+    command = shlex.split(next(line for line in told.splitlines() if line.startswith("laps simulate")))
+    assert command[1:5] == ["simulate", str(path), "--as-recorded", "--slots"]
+    await laps(*command[1:], "--policies", "fcfs,laps-sd", "--json", str(report))
+    costs = json.loads(report.read_text())["costs"]
+    # What a worker has measured and what its requests tell: all of it is there.
+    assert 0.0 < costs["prefill_ms"] < 50.0
+    assert 0.0 < costs["start_ms"] < 1000.0
     figures = json.loads(report.read_text())["policies"]
     assert all(figures[policy]["mean_latency_s"] > 0.0 for policy in ("fcfs", "laps-sd"))
