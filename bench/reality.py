@@ -36,9 +36,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from laps.client import AsyncClient
 from laps.settings import BUILT_IN_TARGET, Settings
 from laps.stack import Stack
-from simulator.pool_costs import PoolCosts
+from simulator.pool_costs import PoolCosts, replay
 from simulator.pool_log import PoolLog, from_pool
-from simulator.replay import simulate
 from simulator.workload import Workload
 
 POLICIES = ("fcfs", "srpt", "laps-sd")
@@ -126,17 +125,7 @@ async def run_one(policy: str, planned: list[Planned], duration_s: float) -> Run
 
 def foretell(log: PoolLog, policy: str, costs: PoolCosts) -> float:
     """Mean latency of the measured requests in a replay, in seconds."""
-    result = simulate(
-        log.workload,
-        policy,
-        SLOTS,
-        None,
-        draft_ms=0.0,
-        verify_ms=costs.step_ms,
-        switch_ms=costs.switch_ms,
-        prefill_ms=costs.prefill_ms,
-        start_ms=costs.start_ms,
-    )
+    result = replay(log.workload, policy, costs)
     return measured_mean(log.workload, result.latencies_s)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from simulator.prefill import Prefill
+from simulator.prefill import prompt_left
+from simulator.replay import simulate
+from simulator.result import Result
+from simulator.workload import Workload
 
 Fields = dict[str, Any]
 """Typed values of a stored record by name."""
+
+_ROUNDS = 3
+"""The start of one request changes beside whom the next ones start, but little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,46 +41,69 @@ class PoolCosts:
         )
 
 
-def pool_costs(finished: Sequence[Fields], workers: Sequence[Fields]) -> PoolCosts | None:
-    """`finished`: records of requests that ended by themselves. `workers`: those in session, for what only
-    they can measure: a prompt token's prefill and a return to a slot.
+def pool_costs(served: Sequence[Fields], workload: Workload, workers: Sequence[Fields]) -> PoolCosts | None:
+    """`served`: records of requests that ended by themselves; `workload`: the same requests. `workers`: those
+    in session, for what only they can measure: a prompt token's prefill and a return to a slot.
 
-    What a step takes, and how late a decision takes effect, is told by the requests that were never
-    preempted: their time from the first token to the end, less the prefill of others that fell into it, over
-    their steps; and their time from the slot to the first token, less prefill and steps of their own. That
-    holds the pauses between steps too, which no worker sees. None: there is no worker, or no such request.
+    The rest is told by the requests that were never preempted. A step: their time from the first token to
+    the end, less the prefill of others that fell into it, over the steps; that holds the pauses between
+    steps too, which no worker sees. The start of a request: how much longer it was from its slot to its
+    first token than in a replay with the other costs. None: there is no worker, or no such request.
     """
     whole = [
-        each for each in finished if not each["preemptions"] and each["first_token_s"] and each["steps"] > 1
+        index
+        for index, each in enumerate(served)
+        if not each["preemptions"] and each["first_token_s"] and each["steps"] > 1
     ]
     if not whole or not workers:
         return None
-    prefill_s = _mean([worker["prefill_token_s"] for worker in workers])
+    costs = PoolCosts(
+        slots=sum(worker["slots"] for worker in workers),
+        step_ms=0.0,
+        prefill_ms=1000.0 * _mean([worker["prefill_token_s"] for worker in workers]),
+        switch_ms=1000.0 * _mean([worker["switch_s"] for worker in workers]),
+        start_ms=0.0,
+    )
+    costs = replace(costs, step_ms=_step_ms(served, [served[index] for index in whole], costs.prefill_ms))
+    first_s = _mean([served[index]["first_token_s"] - served[index]["first_scheduled_s"] for index in whole])
+    for _ in range(_ROUNDS):
+        result = replay(workload, "fcfs", costs)
+        missing_s = first_s - _mean([result.first_steps_s[index] for index in whole])
+        costs = replace(costs, start_ms=max(0.0, costs.start_ms + 1000.0 * missing_s))
+    return costs
+
+
+def replay(workload: Workload, policy: str, costs: PoolCosts) -> Result:
+    """With the arrivals as they were."""
+    return simulate(
+        workload,
+        policy,
+        costs.slots,
+        None,
+        draft_ms=0.0,
+        verify_ms=costs.step_ms,
+        switch_ms=costs.switch_ms,
+        prefill_ms=costs.prefill_ms,
+        start_ms=costs.start_ms,
+    )
+
+
+def _step_ms(served: Sequence[Fields], whole: Sequence[Fields], prefill_ms: float) -> float:
     by_worker: dict[str, list[Fields]] = defaultdict(list)
     for each in whole:
         by_worker[each["worker_id"]].append(each)
     decoding = {worker_id: _Intervals(requests) for worker_id, requests in by_worker.items()}
-    held_s = sum(each["finished_s"] - each["first_token_s"] for each in whole)
-    steps = sum(each["steps"] - 1 for each in whole)
-    others_s = sum(
-        _prompt_left(each) * prefill_s * decoding[each["worker_id"]].at(each["first_token_s"])
-        for each in finished
+    decoded_ms: float = 1000.0 * sum(each["finished_s"] - each["first_token_s"] for each in whole)
+    others_ms = sum(
+        prompt_left(each["prompt_tokens"], each["cached_tokens"])
+        * prefill_ms
+        * decoding[each["worker_id"]].at(each["first_token_s"])
+        for each in served
         if each["first_token_s"] and each["worker_id"] in decoding
     )
-    # Where prefill is most of it, its measured cost times its share says little of the rest.
-    step_s = max(held_s - others_s, 0.5 * held_s) / steps
-    starts_s = []
-    for each in whole:
-        others = decoding[each["worker_id"]].at(each["first_scheduled_s"])
-        first_s = each["first_token_s"] - each["first_scheduled_s"]
-        starts_s.append(first_s - _first_token_s(_prompt_left(each), others, prefill_s, step_s))
-    return PoolCosts(
-        slots=sum(worker["slots"] for worker in workers),
-        step_ms=1000.0 * step_s,
-        prefill_ms=1000.0 * prefill_s,
-        switch_ms=1000.0 * _mean([worker["switch_s"] for worker in workers]),
-        start_ms=1000.0 * max(0.0, _mean(starts_s)),
-    )
+    # Where nearly all of it is prefill, what is left says little of the steps.
+    steps: int = sum(each["steps"] - 1 for each in whole)
+    return max(decoded_ms - others_ms, 0.5 * decoded_ms) / steps
 
 
 class _Intervals:
@@ -87,29 +116,6 @@ class _Intervals:
     def at(self, instant_s: float) -> int:
         """How many had begun before and ended no earlier."""
         return bisect_left(self._begins, instant_s) - bisect_left(self._ends, instant_s)
-
-
-@dataclass(slots=True)
-class _Prompt:
-    prompt_left: int
-
-
-def _prompt_left(request: Fields) -> int:
-    prompt_tokens: int = request["prompt_tokens"]
-    cached_tokens: int = request["cached_tokens"]
-    return max(0, prompt_tokens - 1 - cached_tokens)
-
-
-def _first_token_s(prompt_left: int, others: int, prefill_token_s: float, step_s: float) -> float:
-    """Seconds from a request's entry to the end of its first step, beside others that decode."""
-    prefill = Prefill(prefill_token_s, step_s)
-    prefill.enter(_Prompt(prompt_left))
-    seconds = step_s
-    while prefill:
-        seconds += prefill.compute(1 + others)
-        if prefill:
-            seconds += step_s
-    return seconds
 
 
 def _mean(values: Sequence[float]) -> float:

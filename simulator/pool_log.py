@@ -57,10 +57,11 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
         raise WorkloadError(f"the store keeps no request of pool {pool!r} that ended by itself")
     served.sort(key=lambda entry: entry[0]["arrival_s"])
     first_s = served[0][0]["arrival_s"]
+    workload = tuple(replace(job, arrival_s=fields["arrival_s"] - first_s) for fields, job in served)
     return PoolLog(
-        workload=tuple(replace(job, arrival_s=fields["arrival_s"] - first_s) for fields, job in served),
+        workload=workload,
         latencies_s=[fields["finished_s"] - fields["arrival_s"] for fields, _ in served],
-        costs=pool_costs([fields for fields, _ in served], workers),
+        costs=pool_costs([fields for fields, _ in served], workload, workers),
     )
 
 

@@ -12,6 +12,11 @@ LEAST_TOKENS = 16
 """The first prompt gets on by so many tokens a step, whatever that takes."""
 
 
+def prompt_left(prompt_tokens: int, cached_tokens: int) -> int:
+    """Tokens of a new prompt that are to be computed: its last one is fed by the first step."""
+    return max(0, prompt_tokens - 1 - cached_tokens)
+
+
 class Prompted(Protocol):
     """Whoever enters a slot."""
 

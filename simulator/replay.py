@@ -39,7 +39,7 @@ from scheduler_svc.core.records import (
 )
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
-from simulator.prefill import Prefill
+from simulator.prefill import Prefill, prompt_left
 from simulator.result import Result, Stay
 from simulator.workload import Job, Workload, rescale, with_length_error
 
@@ -140,8 +140,7 @@ class _Slot:
         self.offsets = (0, *accumulate(self.emitted))
         """Tokens emitted before each step, and in all."""
         self.steps = len(self.emitted)
-        # The last token of a prompt is fed by the first step.
-        self.prompt_left = max(0, job.prompt_tokens - 1 - job.cached_tokens)
+        self.prompt_left = prompt_left(job.prompt_tokens, job.cached_tokens)
         self.step = 0
         self.offset = 0
         self.lease_id = 0
@@ -186,6 +185,8 @@ class Replay:
         self._step_duration_s = 0.0
         self._finished_s: list[float] = [0.0] * len(workload)
         self._started_s: list[float] = [-1.0] * len(workload)
+        self._granted_s: list[float] = [-1.0] * len(workload)
+        self._first_step_s: list[float] = [-1.0] * len(workload)
         self._stays: list[Stay] = []
 
     def run(self, every_step: bool = False) -> Result:
@@ -216,7 +217,7 @@ class Replay:
                 self._send(core.tick(now_s), workload[arrived_before].arrival_s if because_of_it else now_s)
             self._deliver(now_s)
             if any(self._slots):
-                duration_s = self._begin_step()
+                duration_s = self._begin_step(now_s)
                 worker_steps += 1
                 now_s += duration_s
                 if not (every_step or self._released or self._on_the_way or self._prefill):
@@ -233,8 +234,8 @@ class Replay:
                 raise RuntimeError("requests are left, but nothing runs and nothing will arrive")
         return self._result(worker_steps, now_s)
 
-    def _begin_step(self) -> float:
-        """Seconds that the next step lasts."""
+    def _begin_step(self, now_s: float) -> float:
+        """Seconds that the next step lasts. Whatever has entered since the last one passes through here."""
         running = sum(entry is not None for entry in self._slots)
         duration_s = self._prefill.compute(running) if self._prefill else 0.0
         if running > len(self._prefill):
@@ -242,6 +243,9 @@ class Replay:
         duration_s += self._switch_s * self._returns
         self._returns = 0
         self._step_duration_s = duration_s
+        for entry in self._slots:
+            if entry is not None and self._first_step_s[entry.job] < 0.0 and entry not in self._prefill:
+                self._first_step_s[entry.job] = now_s + duration_s
         return duration_s
 
     def _skip(self, now_s: float, duration_s: float, until_s: float) -> tuple[float, int]:
@@ -268,7 +272,7 @@ class Replay:
                     # This step's outcome is in; the decision is taken as if it had been reported.
                     self._send(core.tick(now_s), now_s)
                     self._deliver(now_s)
-                    return now_s + self._begin_step(), skipped + 1
+                    return now_s + self._begin_step(now_s), skipped + 1
                 skipped += 1
                 duration_s = step_s
                 now_s += duration_s
@@ -330,6 +334,10 @@ class Replay:
             if self._start_s:
                 self._late_s += now_s - decided_s - self._start_s
             self._apply(tick, now_s)
+            for grant in tick.grants:
+                job = self._known[grant.request.request_id].job
+                if self._granted_s[job] < 0.0:
+                    self._granted_s[job] = decided_s
 
     def _apply(self, tick: Tick, now_s: float) -> None:
         slots = self._slots
@@ -417,5 +425,9 @@ class Replay:
             stays=self._stays,
             first_waits_s=[
                 started_s - job.arrival_s for started_s, job in zip(self._started_s, workload, strict=True)
+            ],
+            first_steps_s=[
+                ended_s - granted_s
+                for ended_s, granted_s in zip(self._first_step_s, self._granted_s, strict=True)
             ],
         )

@@ -35,6 +35,8 @@ class Result:
     stays: list[Stay] = field(default_factory=list)
     first_waits_s: list[float] = field(default_factory=list)
     """Seconds from arrival to the first slot."""
+    first_steps_s: list[float] = field(default_factory=list)
+    """Seconds from the decision to give the first slot to the end of the first step in it."""
 
     @property
     def mean_latency_s(self) -> float:

@@ -59,7 +59,7 @@ def test_a_prompt_is_computed_in_parts_beside_one_that_decodes() -> None:
 def test_prompts_are_computed_in_order_of_entry() -> None:
     """Two wait and one decodes, so a step computes prompts for twice the share: 14 ms."""
     jobs = (job(0, 9), job(5, 1, prompt_tokens=21), job(6, 1, prompt_tokens=11))
-    # From 10 ms: 16 tokens of the first; 4 and then 10 of the second: the step lasts 24 ms and both are in it.
+    # From 10 to 36 ms 16 tokens of the first; then 4, and 10 of the second: 24 ms, and both take part.
     result = replayed(jobs, slots=3, prefill_ms=1.0)
     assert in_ms(result.latencies_s)[1:] == [55.0, 54.0]
 
