@@ -4,15 +4,16 @@
 
 A burst of requests with the built-in pair goes through whole stacks that differ only in their policy, with
 the same arrivals; the stacks take turns in every round, and every round has a burst of its own, so that
-what two policies differ by is not one burst's luck. The log of the pool under fcfs then becomes a workload,
-as by `laps workload pool`, and is replayed under each policy with the costs that the pool under that policy
-tells of itself, as printed by the same command; nothing is fitted to the latencies that are foretold.
+what two policies differ by is not one burst's luck. Each pool is then asked for its log and its costs, as
+`laps workload pool` prints them, and both are used twice:
 
-Printed for every policy: the mean latency in the scheduler, from a request's arrival there to its end, which
-is what a replay foretells; what was foretold and by how much that is off, in the mean over the rounds; and
-the mean latency as the clients saw it, which is a little more. Then both orders of the policies, and for
-every two of them the ratio of their means within a round: its geometric mean and twice its standard error.
-Two policies are told apart where that range leaves 1 out.
+- replayed: a pool's own log, with its own costs, under its own policy. Is the replay model right?
+- foretold: the log and the costs of the pool under fcfs, under every policy. What would they have done?
+
+Nothing is fitted to the latencies that are compared. They are means of the time in the scheduler, from a
+request's arrival there to its end; a client sees a little more, which is printed too. Below them stand both
+orders of the policies, and for every two the ratio of their means within a round: its geometric mean and
+twice its standard error. Two policies are told apart where that range leaves 1 out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from simulator.pool_log import PoolLog, from_pool
 from simulator.workload import Workload
 
 POLICIES = ("fcfs", "srpt", "laps-sd")
+KINDS = ("real", "replayed", "foretold", "client")
 SLOTS = 2
 WARM_UP, MEASURED = "warm-up", "measured"
 LEAST_TOKENS, MOST_TOKENS = 8, 400
@@ -123,7 +125,7 @@ async def run_one(policy: str, planned: list[Planned], duration_s: float) -> Run
     )
 
 
-def foretell(log: PoolLog, policy: str, costs: PoolCosts) -> float:
+def replayed_mean(log: PoolLog, policy: str, costs: PoolCosts) -> float:
     """Mean latency of the measured requests in a replay, in seconds."""
     result = replay(log.workload, policy, costs)
     return measured_mean(log.workload, result.latencies_s)
@@ -144,31 +146,29 @@ async def seconds_per_token() -> float:
 
 
 async def measure(requests: int, rounds: int, load: float, token_s: float) -> dict[str, Any]:
-    series: dict[str, dict[str, list[float]]] = {
-        policy: {"real": [], "foretold": [], "client": []} for policy in POLICIES
-    }
+    series: dict[str, dict[str, list[float]]] = {policy: {kind: [] for kind in KINDS} for policy in POLICIES}
     for number in range(rounds):
         planned = plan(requests, SEED + number)
         duration_s = token_s * sum(each.tokens for each in planned) / SLOTS / load
         turn = POLICIES[number % len(POLICIES) :] + POLICIES[: number % len(POLICIES)]
         runs = {policy: await run_one(policy, planned, duration_s) for policy in turn}
+        known = runs["fcfs"]
         for policy, run in runs.items():
-            foretold_s = foretell(runs["fcfs"].log, policy, run.costs)
-            series[policy]["real"].append(run.latency_s)
-            series[policy]["foretold"].append(foretold_s)
-            series[policy]["client"].append(run.client_latency_s)
+            means = (
+                run.latency_s,
+                replayed_mean(run.log, policy, run.costs),
+                replayed_mean(known.log, policy, known.costs),
+                run.client_latency_s,
+            )
+            for kind, mean_s in zip(KINDS, means, strict=True):
+                series[policy][kind].append(mean_s)
+            told = ", ".join(f"{kind} {mean_s:.3f} s" for kind, mean_s in zip(KINDS, means, strict=True))
             print(
-                f"  load {load:g}, round {number + 1}: {policy}: {run.latency_s:.3f} s, "
-                f"foretold {foretold_s:.3f} s ({run.costs.options()})",
-                flush=True,
+                f"  load {load:g}, round {number + 1}, {policy}: {told} ({run.costs.options()})", flush=True
             )
     return {
         "policies": {
-            policy: {
-                "real_mean_latency_s": statistics.mean(each["real"]),
-                "foretold_mean_latency_s": statistics.mean(each["foretold"]),
-                "client_mean_latency_s": statistics.mean(each["client"]),
-            }
+            policy: {f"{kind}_mean_latency_s": statistics.mean(each[kind]) for kind in KINDS}
             for policy, each in series.items()
         },
         "ratios": [
@@ -192,21 +192,18 @@ def ratio(firsts: list[float], seconds: list[float]) -> dict[str, float]:
 
 def show(load: float, report: dict[str, Any]) -> None:
     rows = report["policies"]
-    base = rows["fcfs"]
-    heading = f"{'real s':>9}{'foretold s':>12}{'error':>9}{'real/fcfs':>11}{'foretold':>10}{'client s':>10}"
-    print(f"\nload {load:g}\n{'policy':<10}{heading}")
-    for policy, row in rows.items():
-        real, foretold = row["real_mean_latency_s"], row["foretold_mean_latency_s"]
+    means = {kind: {policy: row[f"{kind}_mean_latency_s"] for policy, row in rows.items()} for kind in KINDS}
+    print(f"\nload {load:g}\n")
+    print("| policy | real, s | replayed, s | error | foretold, s | error | at the client, s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for policy in rows:
+        real, replayed, foretold, client = (means[kind][policy] for kind in KINDS)
         print(
-            f"{policy:<10}{real:>9.3f}{foretold:>12.3f}{100 * (foretold / real - 1):>+8.1f}%"
-            f"{real / base['real_mean_latency_s']:>11.3f}{foretold / base['foretold_mean_latency_s']:>10.3f}"
-            f"{row['client_mean_latency_s']:>10.3f}"
+            f"| {policy} | {real:.3f} | {replayed:.3f} | {100 * (replayed / real - 1):+.1f}% "
+            f"| {foretold:.3f} | {100 * (foretold / real - 1):+.1f}% | {client:.3f} |"
         )
-    orders = [
-        sorted(rows, key=lambda policy: rows[policy][name])
-        for name in ("real_mean_latency_s", "foretold_mean_latency_s")
-    ]
-    print(f"order, best first: real {', '.join(orders[0])}; foretold {', '.join(orders[1])}")
+    orders = (", ".join(sorted(rows, key=means[kind].__getitem__)) for kind in ("real", "foretold"))
+    print("\norder, best first: real {}; foretold {}".format(*orders))
     for row in report["ratios"]:
         real, foretold = (
             f"{row[name]['mean']:.3f} (times or over {row[name]['within_factor']:.3f})"
