@@ -1,6 +1,6 @@
 """Does the simulator foretell what happens in reality?
 
-    python bench/reality.py [--requests 120] [--rounds 5] [--loads 1.3 0.8] [--json OUT]
+    python bench/reality.py [--requests 120] [--rounds 5] [--loads 1.3 0.8] [--json OUT] [--page PAGE]
 
 A burst of requests with the built-in pair goes through whole stacks that differ only in their policy, with
 the same arrivals; the stacks take turns in every round, and every round has a burst of its own, so that
@@ -190,26 +190,46 @@ def ratio(firsts: list[float], seconds: list[float]) -> dict[str, float]:
     return {"mean": math.exp(statistics.mean(logs)), "within_factor": math.exp(2.0 * error)}
 
 
-def show(load: float, report: dict[str, Any]) -> None:
+def table(load: str, report: dict[str, Any]) -> list[str]:
+    """In Markdown, with what is to be said below it."""
     rows = report["policies"]
     means = {kind: {policy: row[f"{kind}_mean_latency_s"] for policy, row in rows.items()} for kind in KINDS}
-    print(f"\nload {load:g}\n")
-    print("| policy | real, s | replayed, s | error | foretold, s | error | at the client, s |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = [
+        f"| load {load} | real, s | replayed, s | error | foretold, s | error | at the client, s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for policy in rows:
         real, replayed, foretold, client = (means[kind][policy] for kind in KINDS)
-        print(
+        lines.append(
             f"| {policy} | {real:.3f} | {replayed:.3f} | {100 * (replayed / real - 1):+.1f}% "
             f"| {foretold:.3f} | {100 * (foretold / real - 1):+.1f}% | {client:.3f} |"
         )
     orders = (", ".join(sorted(rows, key=means[kind].__getitem__)) for kind in ("real", "foretold"))
-    print("\norder, best first: real {}; foretold {}".format(*orders))
+    lines += ["", "Order, best first: real {}; foretold {}.".format(*orders)]
     for row in report["ratios"]:
         real, foretold = (
-            f"{row[name]['mean']:.3f} (times or over {row[name]['within_factor']:.3f})"
+            f"{row[name]['mean']:.2f} (times or over {row[name]['within_factor']:.2f})"
             for name in ("real", "foretold")
         )
-        print(f"{row['of']} / {row['to']}: real {real}, foretold {foretold}")
+        lines.append(f"{row['of']} / {row['to']}: real {real}, foretold {foretold}.")
+    return lines
+
+
+def text(report: dict[str, Any]) -> str:
+    """Whatever was measured, in Markdown."""
+    lines = [f"Means of {report['rounds']} rounds of {report['requests']} requests."]
+    for load, of_load in report["loads"].items():
+        lines += ["", *table(load, of_load)]
+    return "\n".join(lines) + "\n"
+
+
+def fill(page: Path, made: str) -> None:
+    """Puts the tables where the page has a place for them."""
+    before, begin, rest = page.read_text().partition("<!-- bench/reality.py -->\n")
+    _, end, after = rest.partition("<!-- /bench/reality.py -->\n")
+    if not end:
+        raise SystemExit(f"{page} has no place for the tables")
+    page.write_text(before + begin + made + end + after)
 
 
 async def measure_all(requests: int, rounds: int, loads: list[float]) -> dict[str, Any]:
@@ -228,20 +248,18 @@ def main() -> None:
         "--loads", type=float, nargs="+", default=[1.3, 0.8], help="work that arrives over work that is done"
     )
     parser.add_argument("--json", type=Path, help="write the means here")
+    parser.add_argument("--page", type=Path, help="put the tables into this page, between its marks")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("at least two rounds: how much they differ is part of the result")
     by_load = asyncio.run(measure_all(arguments.requests, arguments.rounds, arguments.loads))
-    for load, report in by_load.items():
-        show(float(load), report)
+    report = {"requests": arguments.requests, "rounds": arguments.rounds, "slots": SLOTS, "loads": by_load}
+    made = text(report)
+    print(f"\n{made}")
     if arguments.json:
-        report = {
-            "requests": arguments.requests,
-            "rounds": arguments.rounds,
-            "slots": SLOTS,
-            "loads": by_load,
-        }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.page:
+        fill(arguments.page, made)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,13 @@ _AT_LEAST_ZERO = click.FloatRange(min=0.0)
     help="One prompt token at first entry.",
 )
 @click.option(
+    "--row-ms",
+    type=_AT_LEAST_ZERO,
+    default=0.0,
+    show_default=True,
+    help="What each request beyond the first adds to a step.",
+)
+@click.option(
     "--start-ms",
     type=_AT_LEAST_ZERO,
     default=0.0,
@@ -100,6 +107,7 @@ def simulate(
     verify_ms: float,
     switch_ms: float,
     prefill_ms: float,
+    row_ms: float,
     start_ms: float,
     seed: int,
     length_error: float | None,
@@ -132,6 +140,7 @@ def simulate(
             switch_ms,
             seed,
             prefill_ms=prefill_ms,
+            row_ms=row_ms,
             start_ms=start_ms,
             length_error=length_error,
             starvation_bound_s=starvation_bound_s,
@@ -163,8 +172,8 @@ def simulate(
     (console if console.is_terminal else Console(width=120)).print(_table(results, jobs))
     if json_path is not None:
         report: dict[str, Any] = {"policies": {name: result.summary() for name, result in results.items()}}
-        if prefill_ms or start_ms:
-            report["costs"] = {"prefill_ms": prefill_ms, "start_ms": start_ms}
+        if prefill_ms or row_ms or start_ms:
+            report["costs"] = {"prefill_ms": prefill_ms, "row_ms": row_ms, "start_ms": start_ms}
         json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if plot_path is not None:
         from simulator.plots import draw

@@ -9,7 +9,7 @@ from typing import Any
 from scheduler_svc.core.records import FinishReason, RequestState
 from scheduler_svc.store.inspector import PAGE_LIMIT, Inspector
 from simulator.convert import cut_to
-from simulator.pool_costs import PoolCosts, pool_costs
+from simulator.pool_costs import PoolCosts, Served, pool_costs, served
 from simulator.workload import Job, Workload, WorkloadError
 
 ENDED_BY_THEMSELVES = (FinishReason.STOP, FinishReason.LENGTH)
@@ -36,7 +36,7 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
     Raises WorkloadError where there are none, StoreUnavailable where the store does not answer.
     """
     inspector = Inspector.open(redis_url, pool, **connection_options)
-    served: list[tuple[dict[str, Any], Job]] = []
+    found: list[tuple[Served, Job]] = []
     try:
         token = ""
         while True:
@@ -46,22 +46,26 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
                     timeline = await inspector.timeline(view.request_id)
                     if timeline is not None:
                         job = _job(view.request_id, view.fields, timeline.tokens_per_entry)
-                        served.append((view.fields, job))
+                        found.append((served(view.fields, timeline.events), job))
             token = page.next_page_token
             if not token:
                 break
         workers = [view.fields for view in await inspector.list_workers()]
     finally:
         await inspector.close()
-    if not served:
+    if not found:
         raise WorkloadError(f"the store keeps no request of pool {pool!r} that ended by itself")
-    served.sort(key=lambda entry: entry[0]["arrival_s"])
-    first_s = served[0][0]["arrival_s"]
-    workload = tuple(replace(job, arrival_s=fields["arrival_s"] - first_s) for fields, job in served)
+    found.sort(key=lambda entry: entry[0].fields["arrival_s"])
+    log = [each for each, _ in found]
+    arrivals_s = [each.fields["arrival_s"] for each in log]
+    workload = tuple(
+        replace(job, arrival_s=arrival_s - arrivals_s[0])
+        for (_, job), arrival_s in zip(found, arrivals_s, strict=True)
+    )
     return PoolLog(
         workload=workload,
-        latencies_s=[fields["finished_s"] - fields["arrival_s"] for fields, _ in served],
-        costs=pool_costs([fields for fields, _ in served], workload, workers),
+        latencies_s=[each.fields["finished_s"] - each.fields["arrival_s"] for each in log],
+        costs=pool_costs(log, workload, workers),
     )
 
 

@@ -27,10 +27,9 @@ class Prompted(Protocol):
 class Prefill:
     """The requests in slots whose prompts are not computed yet, in order of entry."""
 
-    def __init__(self, token_s: float, step_s: float) -> None:
-        """`token_s` 0: prompts cost nothing. `step_s`: of a step without prefill."""
+    def __init__(self, token_s: float) -> None:
+        """`token_s` 0: prompts cost nothing."""
         self._token_s = token_s
-        self._step_s = step_s
         self._waiting: list[Prompted] = []
 
     def __len__(self) -> int:
@@ -48,12 +47,12 @@ class Prefill:
         if entry in self._waiting:
             self._waiting.remove(entry)
 
-    def compute(self, running: int) -> float:
-        """What the next step computes of prompts, in seconds; `running` counts all requests in slots."""
-        decoding = running - len(self._waiting)
+    def compute(self, decoding: int, step_s: float) -> float:
+        """What the next step computes of prompts, in seconds, beside `decoding` requests that decode, which
+        takes `step_s`."""
         limit_s = math.inf
         if decoding:
-            limit_s = SHARE * max(1.0, len(self._waiting) / decoding) * self._step_s
+            limit_s = SHARE * max(1.0, len(self._waiting) / decoding) * step_s
         seconds = 0.0
         for place, entry in enumerate(self._waiting):
             tokens = entry.prompt_left

@@ -5,8 +5,10 @@ re-enters a slot (its first entry is free); in a step every running request emit
 count. Decisions fall on step boundaries; an idle worker's next step starts at the next arrival.
 Latency is finish minus arrival.
 
-Two terms more, both 0 unless they are asked for, make it what a stack does:
+Three terms more, all 0 unless they are asked for, make it what a stack does:
 
+- `row_ms` for each request in a step beyond the first. On a GPU a step of a few requests takes hardly longer
+  than one of a single request, on a CPU much.
 - `prefill_ms` for each prompt token but the last, at a request's first entry. As in the engine, prompts are
   computed at the beginning of a step, in order of entry, and what they take makes that step longer for all;
   a request whose prompt is done takes part in the same step. While other requests decode, a step computes
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 
 from scheduler_svc.core.policies import Policy, make_policy, policies
@@ -66,6 +69,7 @@ def simulate(
     seed: int = 0,
     *,
     prefill_ms: float = 0.0,
+    row_ms: float = 0.0,
     start_ms: float = 0.0,
     length_error: float | None = None,
     starvation_bound_s: float | None = None,
@@ -75,22 +79,28 @@ def simulate(
 ) -> Result:
     """Replays `workload` under a policy.
 
-    `load` None leaves the arrivals as they are; a load is of decoding alone. `length_error` replaces the
-    predicted lengths by the true ones with that log-error, drawn from `seed` (the only randomness there
-    is). `every_step` reports every single step to the core instead of skipping those that cannot change
-    a decision: the same result, several times slower.
+    `load` None leaves the arrivals as they are; a load is of decoding alone, in steps with all slots taken.
+    `length_error` replaces the predicted lengths by the true ones with that log-error, drawn from `seed`
+    (the only randomness there is). `every_step` reports every single step to the core instead of skipping
+    those that cannot change a decision: the same result, several times slower.
     Raises ValueError for an unknown policy or a workload that cannot be rescaled.
     """
-    step_s = (draft_tokens * draft_ms + verify_ms) / 1000.0
+    costs = Costs(
+        step_s=(draft_tokens * draft_ms + verify_ms) / 1000.0,
+        row_s=row_ms / 1000.0,
+        switch_s=switch_ms / 1000.0,
+        prefill_token_s=prefill_ms / 1000.0,
+        start_s=start_ms / 1000.0,
+    )
     if length_error is not None:
         workload = with_length_error(workload, length_error, seed)
     if load is not None:
-        workload = rescale(workload, slots, load, step_s)
-    costs = StepCosts(
+        workload = rescale(workload, slots, load, costs.of(slots))
+    measured = StepCosts(
         draft_token_s=draft_ms / 1000.0,
-        verify_s=verify_ms / 1000.0,
-        prefill_token_s=prefill_ms / 1000.0,
-        switch_s=switch_ms / 1000.0,
+        verify_s=verify_ms / 1000.0 + costs.row_s * (slots - 1),
+        prefill_token_s=costs.prefill_token_s,
+        switch_s=costs.switch_s,
     )
     policy = _policy(policy_name, workload)
     settings = SchedulerSettings(
@@ -105,16 +115,30 @@ def simulate(
         learnt_interval_s=_FOREVER_S,
     )
     core = Scheduler("replay", policy, settings)
-    core.worker_joined(Worker(_WORKER, slots, costs), [], 0.0)
-    return Replay(
-        core, workload, slots, step_s, costs, start_ms / 1000.0, draft_tokens, progress, record_stays
-    ).run(every_step)
+    core.worker_joined(Worker(_WORKER, slots, measured), [], 0.0)
+    return Replay(core, workload, slots, costs, draft_tokens, progress, record_stays).run(every_step)
 
 
 def _policy(name: str, workload: Workload) -> Policy:
     if not policies().get(name, Policy).servable:
         return make_policy(name, true_steps={f"r{index}": job.steps for index, job in enumerate(workload)})
     return make_policy(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of the simulated worker, in seconds; see the head of this file."""
+
+    step_s: float
+    """Of one request alone."""
+    row_s: float
+    switch_s: float
+    prefill_token_s: float
+    start_s: float
+
+    def of(self, rows: int) -> float:
+        """Of a step in which so many requests decode, at least one."""
+        return self.step_s + self.row_s * (rows - 1)
 
 
 class _Slot:
@@ -155,19 +179,15 @@ class Replay:
         core: Scheduler,
         workload: Workload,
         slots: int,
-        step_s: float,
-        costs: StepCosts,
-        start_s: float,
+        costs: Costs,
         draft_tokens: int,
         progress: Progress | None = None,
         record_stays: bool = False,
     ) -> None:
         self._core = core
         self._workload = workload
-        self._step_s = step_s
-        self._switch_s = costs.switch_s
-        self._start_s = start_s
-        self._prefill = Prefill(costs.prefill_token_s, step_s)
+        self._costs = costs
+        self._prefill = Prefill(costs.prefill_token_s)
         self._progress = progress
         self._record_stays = record_stays
         longest_step = max(max(job.emitted_per_step) for job in workload)
@@ -237,10 +257,13 @@ class Replay:
     def _begin_step(self, now_s: float) -> float:
         """Seconds that the next step lasts. Whatever has entered since the last one passes through here."""
         running = sum(entry is not None for entry in self._slots)
-        duration_s = self._prefill.compute(running) if self._prefill else 0.0
+        duration_s = 0.0
+        if self._prefill:
+            decoding = running - len(self._prefill)
+            duration_s = self._prefill.compute(decoding, self._costs.of(decoding) if decoding else 0.0)
         if running > len(self._prefill):
-            duration_s += self._step_s
-        duration_s += self._switch_s * self._returns
+            duration_s += self._costs.of(running - len(self._prefill))
+        duration_s += self._costs.switch_s * self._returns
         self._returns = 0
         self._step_duration_s = duration_s
         for entry in self._slots:
@@ -256,7 +279,7 @@ class Replay:
         and the number of steps that were skipped.
         """
         entries = [entry for entry in self._slots if entry is not None]
-        core, policy, step_s = self._core, self._core.policy, self._step_s
+        core, policy, step_s = self._core, self._core.policy, self._costs.of(len(entries))
         # The last step of a request is reported, and so is the first one past an arrival or a timer.
         most = min(entry.steps - entry.step for entry in entries) - 1
         until_s = min(until_s, core.next_timer_s() or _FOREVER_S)
@@ -324,15 +347,15 @@ class Replay:
 
     def _send(self, tick: Tick, decided_s: float) -> None:
         if tick.grants or tick.revokes:
-            due_s = decided_s + max(0.0, self._start_s - self._late_s)
+            due_s = decided_s + max(0.0, self._costs.start_s - self._late_s)
             self._on_the_way.append((decided_s, due_s, tick))
 
     def _deliver(self, now_s: float) -> None:
         """The worker takes note of what has come, as it does between two steps."""
         while self._on_the_way and self._on_the_way[0][1] <= now_s:
             decided_s, _, tick = self._on_the_way.popleft()
-            if self._start_s:
-                self._late_s += now_s - decided_s - self._start_s
+            if self._costs.start_s:
+                self._late_s += now_s - decided_s - self._costs.start_s
             self._apply(tick, now_s)
             for grant in tick.grants:
                 job = self._known[grant.request.request_id].job
@@ -416,7 +439,7 @@ class Replay:
             policy=self._core.policy.name,
             latencies_s=latencies_s,
             slowdowns=[
-                latency_s / (job.steps * self._step_s)
+                latency_s / (job.steps * self._costs.step_s)
                 for latency_s, job in zip(latencies_s, workload, strict=True)
             ],
             switches=self._switches,

@@ -25,7 +25,9 @@ from worker_svc.tracing import LeaseTrace
 
 log = structlog.get_logger()
 
-SWITCH_SMOOTHING = 0.2
+SWITCH_SMOOTHING = 0.05
+"""The least weight of the newest return to a slot in the average: some find their KV where they left it, most
+have it moved, and a few wait for a core meanwhile, so a handful of them tells little."""
 
 
 @dataclass(slots=True)
@@ -88,7 +90,8 @@ class EngineDriver:
     _detached: threading.Event = field(default_factory=threading.Event)
     _idle: threading.Event = field(default_factory=threading.Event)
     _switch_s: float = 0.0
-    """Seconds of one request's return to a slot, a moving average."""
+    """Seconds of one request's return to a slot: the mean of the first ones, then a moving average."""
+    _switches: int = 0
     last_progress_s: float = field(default_factory=time.monotonic)
     """Monotonic instant of the last turn of the loop: a worker whose engine hangs shows here."""
 
@@ -286,7 +289,9 @@ class EngineDriver:
                 self._finished[request_id] = self._step + 1
         if result.switched:
             measured_s = result.switch_s / result.switched
-            self._switch_s += SWITCH_SMOOTHING * (measured_s - self._switch_s)
+            self._switches += 1
+            weight = max(SWITCH_SMOOTHING, 1.0 / self._switches)
+            self._switch_s += weight * (measured_s - self._switch_s)
         report.timings.costs.CopyFrom(
             convert.step_costs(self.engine.costs, self.engine.config.draft_tokens, self._switch_s)
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from simulator.prefill import LEAST_TOKENS, SHARE, Prefill
 from simulator.replay import simulate
 from simulator.result import Result
@@ -15,9 +13,7 @@ def job(arrival_ms: float, steps: int, prompt_tokens: int = 1, cached_tokens: in
     return Job(arrival_ms / 1000.0, (1,) * steps, prompt_tokens, "", float(steps), cached_tokens)
 
 
-def replayed(
-    jobs: Workload, policy: str = "fcfs", slots: int = 1, *, prefill_ms: float = 0.0, start_ms: float = 0.0
-) -> Result:
+def replayed(jobs: Workload, policy: str = "fcfs", slots: int = 1, **costs_ms: float) -> Result:
     """With steps of 10 ms and returns of 1 ms."""
     return simulate(
         order(jobs),
@@ -27,9 +23,8 @@ def replayed(
         draft_ms=0.0,
         verify_ms=10.0,
         switch_ms=1.0,
-        prefill_ms=prefill_ms,
-        start_ms=start_ms,
         record_stays=True,
+        **costs_ms,  # type: ignore[arg-type]
     )
 
 
@@ -112,13 +107,18 @@ def test_the_engine_has_the_same_rules() -> None:
     assert prefill._LEAST_TOKENS == LEAST_TOKENS
 
 
-@pytest.mark.parametrize("running", [1, 2, 5])
-def test_prefill_gets_on_in_every_step(running: int) -> None:
+def test_prefill_gets_on_in_every_step() -> None:
     class Prompt:
         prompt_left = 100
 
-    waiting = Prefill(1.0, 0.001)
-    waiting.enter(Prompt())
-    seconds = [waiting.compute(running) for _ in range(7) if waiting]
-    assert sum(seconds) == 100.0
-    assert len(seconds) == (1 if running == 1 else 7)
+    for decoding, steps in ((0, 1), (1, 7), (5, 7)):
+        waiting = Prefill(1.0)
+        waiting.enter(Prompt())
+        seconds = [waiting.compute(decoding, 0.001) for _ in range(7) if waiting]
+        assert (sum(seconds), len(seconds)) == (100.0, steps)
+
+
+def test_a_step_is_longer_for_each_further_request() -> None:
+    # Together until 14 and 28 ms, then alone.
+    result = replayed((job(0, 4), job(0, 2)), slots=2, row_ms=4.0)
+    assert in_ms(result.latencies_s) == [48.0, 28.0]

@@ -23,6 +23,7 @@ from simulator.replay import simulate
     switch_ms=st.sampled_from((0.0, 2.0, 30.0)),
     bound_s=st.sampled_from((None, None, 3.0)),
     prefill_ms=st.sampled_from((0.0, 0.0, 0.3, 4.0)),
+    row_ms=st.sampled_from((0.0, 0.0, 3.0)),
     start_ms=st.sampled_from((0.0, 0.0, 5.0, 80.0)),
 )
 def test_skipped_steps_change_nothing(
@@ -33,6 +34,7 @@ def test_skipped_steps_change_nothing(
     switch_ms: float,
     bound_s: float | None,
     prefill_ms: float,
+    row_ms: float,
     start_ms: float,
 ) -> None:
     mix = make_mix(jobs=40, seed=seed, length_error=0.6)
@@ -47,6 +49,7 @@ def test_skipped_steps_change_nothing(
             load,
             switch_ms=switch_ms,
             prefill_ms=prefill_ms,
+            row_ms=row_ms,
             start_ms=start_ms,
             starvation_bound_s=bound_s,
             record_stays=True,
