@@ -212,13 +212,15 @@ class Leader:
             self._sessions.pop(worker_id).close()
 
     async def _until_due(self) -> None:
-        timers = [t for t in (self.core.next_timer_s(), self.hub.next_orphan_s()) if t is not None]
-        timeout_s = max(0.0, min(timers) - self.now_s()) if timers else None
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._wake.wait()
-        except TimeoutError:
-            return
+        if not self._wake.is_set():
+            timers = [t for t in (self.core.next_timer_s(), self.hub.next_orphan_s()) if t is not None]
+            alarm = None
+            if timers:
+                due_s = max(0.0, min(timers) - self.now_s())
+                alarm = asyncio.get_running_loop().call_later(due_s, self._wake.set)
+            await self._wake.wait()
+            if alarm is not None:
+                alarm.cancel()
         self._wake.clear()
         # After a pause at once, for somebody waits for the answer. Otherwise what comes in the meantime joins
         # this tick, and its one commit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -67,21 +67,19 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             )
         return scheduler_pb2.SubmitResponse(joined=joined, state=state, epoch=leader.epoch)
 
-    async def Deliver(
-        self,
-        request_iterator: AsyncIterator[scheduler_pb2.DeliverRequest],
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[scheduler_pb2.DeliverResponse]:
+    async def Deliver(  # type: ignore[override]
+        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         leader = await self._terms.leader_or_abort(context)
         follower = Follower(gateway_id="")
         leader.hub.opened(follower)
-        reading = asyncio.create_task(self._read_follows(leader, follower, request_iterator))
+        reading = asyncio.create_task(self._read_follows(leader, follower, context))
         reading.add_done_callback(lambda _: follower.close())
         try:
             while (response := await follower.next_message()) is not None:
                 response.history.CopyFrom(self._terms.store.seen.to_proto())
                 response.commit_seq = response.history.commit_seq
-                yield response
+                await context.write(response)
                 if follower.overrun:
                     await errors.abort(
                         context,
@@ -105,9 +103,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self,
         leader: Leader,
         follower: Follower,
-        requests: AsyncIterator[scheduler_pb2.DeliverRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
-        async for message in requests:
+        while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
             follower.gateway_id = message.gateway_id or follower.gateway_id
             for follow in message.follow:
                 await self._follow(leader, follower, follow.request_id, follow.offset)

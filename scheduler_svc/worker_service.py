@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -30,13 +30,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._on_refused = on_refused
         self._heartbeat_interval_s = heartbeat_interval_s
 
-    async def Session(
-        self,
-        request_iterator: AsyncIterator[worker_pb2.SessionRequest],
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[worker_pb2.SessionResponse]:
+    # Reads and writes by `context`: to iterate over what comes and to yield what goes out costs a coroutine
+    # more for every message.
+    async def Session(  # type: ignore[override]
+        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
         leader = await self._terms.leader_or_abort(context)
-        hello = await self._hello_or_abort(leader, request_iterator, context)
+        hello = await self._hello_or_abort(leader, context)
         await self._terms.check_seen_or_abort(leader, HistoryPoint.from_proto(hello.seen), context)
         if leader.ended.is_set():
             # While the hello was on its way. Nobody would ever close a session with a term that is over.
@@ -50,11 +50,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         )
         leader.open_session(session, convert.worker(hello), convert.residents(hello))
         log.info("worker joined", worker_id=hello.worker_id, slots=hello.slots, resident=len(hello.resident))
-        reading = asyncio.create_task(self._read(leader, session, request_iterator))
+        reading = asyncio.create_task(self._read(leader, session, context))
         try:
-            yield worker_pb2.SessionResponse(welcome=welcome)
+            await context.write(worker_pb2.SessionResponse(welcome=welcome))
             while (message := await session.outbox.get()) is not None:
-                yield message
+                await context.write(message)
             if reading.done() and isinstance(refusal := reading.exception(), errors.InvalidArgument):
                 await self._refuse(context, refusal)
             await errors.abort(context, self._terms.not_leading())
@@ -66,14 +66,12 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def _hello_or_abort(
         self,
         leader: Leader,
-        requests: AsyncIterator[worker_pb2.SessionRequest],
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> worker_pb2.WorkerHello:
-        first = await anext(requests, None)
-        if first is None or first.WhichOneof("message") != "hello":
+        first = await context.read()
+        if first is grpc.aio.EOF or first.WhichOneof("message") != "hello":  # type: ignore[attr-defined]
             await self._refuse(context, errors.InvalidArgument("message", "a session begins with hello"))
-        assert first is not None
-        hello = first.hello
+        hello: worker_pb2.WorkerHello = first.hello
         if hello.pool != self._terms.pool:
             message = f"this scheduler leads pool {self._terms.pool!r}, not {hello.pool!r}"
             await self._refuse(context, errors.InvalidArgument("hello.pool", message))
@@ -97,7 +95,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
     @staticmethod
     async def _read(
-        leader: Leader, session: WorkerSession, requests: AsyncIterator[worker_pb2.SessionRequest]
+        leader: Leader, session: WorkerSession, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         """Ends by itself when the stream does.
 
@@ -105,7 +103,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             InvalidArgument: the worker said what cannot be. Its session is over, its requests wait again.
         """
         try:
-            async for message in requests:
+            while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 match message.WhichOneof("message"):
                     case "report" if message.report.epoch == leader.epoch:
                         checks.check_report(message.report)

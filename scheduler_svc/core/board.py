@@ -50,6 +50,7 @@ class Board:
         self.waiting_prompt_tokens = 0
         self.free: dict[str, list[int]] = {}
         """Free slots by worker."""
+        self.policy_follows_steps = getattr(type(policy), "stepped") is not getattr(Policy, "stepped")  # noqa: B009
         self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
         """By worker: the one of its running requests that should make room first, with its key. Missing where
         something has changed since it was sought."""
@@ -114,7 +115,9 @@ class Board:
         """A running request's place among its like has changed without a step of its own."""
         self.worst.pop(request.worker_id, None)
         self.changed = True
-        self.ledger.stepped[request.request_id] = request
+        if not request.book.unwritten:
+            self.ledger.aged(request)
+        self.ledger.relabelled((request,))
 
     def grant(self, request: Request, worker: Worker, slot: int, now_s: float) -> Grant:
         """Moves a waiting request into a slot. The slot must be free or just taken from its holder."""
@@ -144,6 +147,7 @@ class Board:
         )
         request.kv_resident = True
         book.short_prefix = False
+        self.policy.leased(request)
         self.ledger.grants[grant.lease_id] = grant
         self.ledger.leased(request, now_s + self._lease_duration_s)
         self.ledger.changed(request)

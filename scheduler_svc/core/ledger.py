@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from scheduler_svc.core.records import (
@@ -58,8 +59,6 @@ class Ledger:
         self._revokes: list[Revoke] = []
         self._submitted: dict[str, Request] = {}
         self._changed: dict[str, Request] = {}
-        self.stepped: dict[str, Request] = {}
-        """Did a step: the record is written if something visible changed or it has become old."""
         self._finished: dict[str, Request] = {}
         self.emitted: list[Emitted] = []
         self._logprobs: dict[int, bytes] = {}
@@ -76,6 +75,19 @@ class Ledger:
     def changed(self, request: Request) -> None:
         """Its record is to be written in any case."""
         self._changed[request.request_id] = request
+
+    def aged(self, request: Request) -> None:
+        """It has done a step, the first one since its record was written: the record is written again when it
+        has become old."""
+        book = request.book
+        book.unwritten = True
+        heappush(self._unwritten, (book.written_tick, request.arrival_seq, request))
+
+    def relabelled(self, requests: Iterable[Request]) -> None:
+        """These running requests may show another level than their records: such are written soon."""
+        for request in requests:
+            if request.lease_id and _shows_another_level(request):
+                self._shifted[request.request_id] = request
 
     def emitted_with_logprobs(self, request: Request, offset: int, logprobs: bytes) -> None:
         """What `request` grew by from `offset` on, and what belongs to that. Log probabilities are opaque to
@@ -133,15 +145,6 @@ class Ledger:
         self._running = running
         interval_s = self._interval_s()
         unwritten, shifted = self._unwritten, self._shifted
-        for request in self.stepped.values():
-            book = request.book
-            if request.state is RequestState.FINISHED:
-                continue
-            if not book.unwritten:
-                book.unwritten = True
-                heappush(unwritten, (book.written_tick, request.arrival_seq, request))
-            if _shows_another_level(request):
-                shifted[request.request_id] = request
         due: list[Request] = []
         while shifted and len(due) < MAX_RECORDS_AT_ONCE:
             request = shifted.pop(next(iter(shifted)))

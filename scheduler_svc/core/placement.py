@@ -111,12 +111,17 @@ def worst_of(
     board: Board, worker: Worker, newcomers: Container[str]
 ) -> tuple[tuple[float, ...], Request] | None:
     """The running request of one worker that should make room first, with its key."""
-    key = board.policy.victim_key
-    worst: tuple[tuple[float, ...], Request] | None = None
-    for request in worker.running:
-        if request is None or request.spec.request_id in newcomers:
-            continue
-        candidate = (-request.spec.priority, not request.book.overdue, *key(request))
-        if worst is None or candidate > worst[0]:
-            worst = candidate, request
-    return worst
+    running = [request for request in worker.running if request is not None]
+    if newcomers:
+        running = [request for request in running if request.request_id not in newcomers]
+    if not running:
+        return None
+    priorities = {request.spec.priority for request in running}
+    lowest = min(priorities)
+    if len(priorities) > 1:
+        running = [request for request in running if request.spec.priority == lowest]
+    overdue = {request.book.overdue for request in running}
+    if len(overdue) > 1:
+        running = [request for request in running if not request.book.overdue]
+    worst = board.policy.worst(running)
+    return (-lowest, not worst.book.overdue, *board.policy.victim_key(worst)), worst

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from scheduler_svc.core.records import Request, Worker
+from scheduler_svc.core.records import Worker
 
 UNMEASURED_STEP_S = 0.032
 """Taken for a step's duration until a worker has told its own; only the scale of estimates depends on it."""
@@ -26,13 +25,6 @@ class PoolView:
     """Seconds of one step, n * T_ssm + T_llm, mean over the workers."""
     switch_s: float = 0.0
     """Seconds that a request's return to a slot costs every request of that worker."""
-
-    def running(self) -> Iterator[Request]:
-        """Requests that hold a slot, by worker and slot."""
-        for worker in self.workers.values():
-            for request in worker.running:
-                if request is not None:
-                    yield request
 
     def measure(self) -> None:
         """Takes the means of slots and costs over the workers anew."""

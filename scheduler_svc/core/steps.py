@@ -131,7 +131,6 @@ def _apply_rows(
 ) -> None:
     leases = board.leases
     ledger = board.ledger
-    stepped = ledger.stepped
     worker_id = worker.worker_id
     step_s = report.step_s
     tokens = report.token_ids
@@ -194,7 +193,8 @@ def _apply_rows(
             while len(histogram) <= accepted:
                 histogram.append(0)
             histogram[accepted] += 1
-        stepped[spec.request_id] = request
+        if not request.book.unwritten:
+            ledger.aged(request)
         if emitted:
             total_emitted += emitted
             output += tokens[begin_byte:end_byte]
@@ -226,7 +226,9 @@ def _apply_rows(
             request.matched_stop_token_id = finish.matched_stop_token_id
             board.finish(request, finish.reason, now_s, told_by_worker=True)
     if moved_on:
-        board.policy.stepped(moved_on)
+        if board.policy_follows_steps:
+            board.policy.stepped(moved_on)
+            ledger.relabelled(moved_on)
         board.worst.pop(worker_id, None)
 
 

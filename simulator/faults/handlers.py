@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from simulator.faults.wire import EOF, Exchange, ServerContext
+from simulator.faults.wire import Exchange, ServerContext
 
 Serve = Callable[[Exchange, ServerContext], Awaitable[None]]
-
-
-async def _incoming(exchange: Exchange) -> AsyncIterator[Any]:
-    while (message := await exchange.up.read()) is not EOF:
-        yield message
 
 
 def unary(method: Callable[[Any, Any], Any]) -> Serve:
@@ -23,15 +18,10 @@ def unary(method: Callable[[Any, Any], Any]) -> Serve:
 
 
 def streaming(method: Callable[[Any, Any], Any]) -> Serve:
-    """A handler that is an asynchronous generator over the client's messages."""
+    """A handler that reads from its context and writes to it."""
 
     async def serve(exchange: Exchange, context: ServerContext) -> None:
-        answers = method(_incoming(exchange), context)
-        try:
-            async for message in answers:
-                await exchange.down.send_in_window(message)
-        finally:
-            await answers.aclose()
+        await method(None, context)
 
     return serve
 

@@ -142,6 +142,9 @@ class ServerContext:
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> None:
         raise Abort(code, details, trailing_metadata)
 
+    async def read(self) -> Any:
+        return await self._exchange.up.read()
+
     async def write(self, message: Any) -> None:
         # gRPC packs it at once: its sender may change it afterwards.
         packed = type(message)()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +24,20 @@ class Aborted(Exception):
 
 
 class Context:
+    """A call on which messages can be put and read."""
+
+    def __init__(self, *messages: worker_pb2.SessionRequest) -> None:
+        self.requests: asyncio.Queue[worker_pb2.SessionRequest] = asyncio.Queue()
+        self.responses: asyncio.Queue[worker_pb2.SessionResponse] = asyncio.Queue()
+        for message in messages:
+            self.requests.put_nowait(message)
+
+    async def read(self) -> worker_pb2.SessionRequest:
+        return await self.requests.get()
+
+    async def write(self, message: worker_pb2.SessionResponse) -> None:
+        self.responses.put_nowait(message)
+
     async def abort(self, code: grpc.StatusCode, details: str, trailing: Any = ()) -> None:
         raise Aborted(code.name)
 
@@ -56,20 +69,13 @@ def hello(**fields: Any) -> worker_pb2.SessionRequest:
 
 async def test_a_hello_that_comes_when_the_term_is_over_is_turned_away() -> None:
     terms: Any = FakeTerms()
-    arrived = asyncio.Event()
-
-    async def requests() -> AsyncIterator[worker_pb2.SessionRequest]:
-        await arrived.wait()
-        yield hello()
-
     context: Any = Context()
-    session = WorkerService(terms, 1.0).Session(requests(), context)
-    first = asyncio.ensure_future(anext(session))
+    session = asyncio.create_task(WorkerService(terms, 1.0).Session(None, context))
     await asyncio.sleep(0)
     terms.leader.ended.set()
-    arrived.set()
+    context.requests.put_nowait(hello())
     with pytest.raises(Aborted, match="UNAVAILABLE"):
-        await asyncio.wait_for(first, 60)
+        await asyncio.wait_for(session, 60)
     assert terms.leader.core.workers == {}
 
 
@@ -77,17 +83,14 @@ async def test_a_worker_that_has_seen_more_is_turned_away_and_one_that_has_not_i
     None
 ):
     terms: Any = FakeTerms()
-    context: Any = Context()
-
-    async def says(message: worker_pb2.SessionRequest) -> AsyncIterator[worker_pb2.SessionRequest]:
-        yield message
-        await asyncio.Event().wait()
-
     service = WorkerService(terms, 1.0)
-    ahead = hello(seen=HistoryPoint(1, 1, 6).to_proto())
+    ahead: Any = Context(hello(seen=HistoryPoint(1, 1, 6).to_proto()))
     with pytest.raises(Aborted):
-        await anext(service.Session(says(ahead), context))
-    session = service.Session(says(hello(seen=HistoryPoint(1, 1, 5).to_proto())), context)
-    welcome = (await anext(session)).welcome
+        await service.Session(None, ahead)
+    even: Any = Context(hello(seen=HistoryPoint(1, 1, 5).to_proto()))
+    session = asyncio.create_task(service.Session(None, even))
+    welcome = (await asyncio.wait_for(even.responses.get(), 60)).welcome
     assert HistoryPoint.from_proto(welcome.history) == terms.store.seen
-    await session.aclose()
+    session.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await session

@@ -50,6 +50,9 @@ class Policy(ABC):
 
     def __init__(self) -> None:
         self.pool = PoolView()
+        self.relabelled: list[Request] = []
+        """Running requests that have another level, or became perceptible or not, otherwise than in `stepped`
+        and `due`: readers are to see it soon. The scheduler empties it."""
 
     def bind(self, pool: PoolView) -> None:
         """Called once, before anything else."""
@@ -64,7 +67,11 @@ class Policy(ABC):
         the same `order`: what is believed about it, level and rank included, stays as it was."""
 
     def stepped(self, requests: Sequence[Request]) -> None:  # noqa: B027
-        """These requests have done a step, their counters are current. The hot path."""
+        """These requests have done a step, their counters are current. The hot path: a policy without
+        this method spares the scheduler to look at each request once more."""
+
+    def leased(self, request: Request) -> None:  # noqa: B027
+        """It has got a slot."""
 
     def requeued(self, request: Request) -> None:  # noqa: B027
         """It is about to wait again."""
@@ -84,6 +91,11 @@ class Policy(ABC):
     def victim_key(self, request: Request) -> tuple[float, ...]:
         """Of the running requests, the one with the greatest key is asked to make room first."""
         return (request.level, request.rank, request.arrival_seq)
+
+    def worst(self, running: Sequence[Request]) -> Request:
+        """The one with the greatest key of some running requests, at least one. Asked for every worker that
+        has done a step."""
+        return max(running, key=self.victim_key)
 
     def due(self, now_s: float) -> Iterable[Request]:
         """Requests whose level or rank the policy has changed because time has passed."""

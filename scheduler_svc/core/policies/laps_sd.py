@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from scheduler_svc.core.class_records import ClassRecord
 from scheduler_svc.core.learning import Knowledge, LengthBelief, mean_excess_tokens
@@ -176,6 +176,9 @@ class LapsSd(Policy):
         self._live[request.request_id] = request
         self._recall(request)
 
+    def leased(self, request: Request) -> None:
+        self._waiting.remove(request.request_id)
+
     def requeued(self, request: Request) -> None:
         self._rank(request)
         self._waiting.add(request.request_id, request.rank)
@@ -219,27 +222,49 @@ class LapsSd(Policy):
             self._rank(request)
 
     def _rank(self, request: Request) -> None:
+        self._rank_all((request,), anew=True)
+
+    def _rank_all(self, requests: Sequence[Request], anew: bool) -> Request:
+        """Ranks those that did a step since they were ranked last, or all `anew`. Returns the last of them by
+        rank and arrival."""
         # `_estimate`, inlined: the search for whom to preempt ranks every running request after each of
         # its steps.
-        belief, emitted, steps = _belief(request), len(request.output) // TOKEN_BYTES, request.steps
-        rate_steps, length = belief.rate_steps, belief.length
-        rate = (rate_steps * belief.class_rate + emitted) / (rate_steps + steps)
-        length_tokens = length.median_tokens
-        if belief.slope > 0.0:
-            length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
-        left_tokens = length_tokens - emitted
-        unsure_tokens = _MEAN_EXCESS * length.log_sd * length_tokens
-        if left_tokens < unsure_tokens:
-            overrun_tokens = -self._overrun * left_tokens
-            left_tokens = unsure_tokens if unsure_tokens > overrun_tokens else overrun_tokens
-        most_tokens = float(request.spec.max_tokens - emitted)
-        if left_tokens > most_tokens:
-            left_tokens = most_tokens
-        rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * self.pool.step_s
-        request.rank = rank
-        request.level = bisect_right(self.level_thresholds_s, rank)
-        belief.ranked_steps = steps
-        request.perceptible = emitted < length_tokens and length.log_sd <= self._perceptible_log_sd
+        thresholds_s, overrun, step_s = self.level_thresholds_s, self._overrun, self.pool.step_s
+        perceptible_log_sd = self._perceptible_log_sd
+        last = requests[0]
+        last_rank = -math.inf
+        for request in requests:
+            belief = request.policy_data
+            assert type(belief) is _Belief
+            steps = request.steps
+            if anew or steps != belief.ranked_steps:
+                emitted = len(request.output) // TOKEN_BYTES
+                rate_steps, length = belief.rate_steps, belief.length
+                rate = (rate_steps * belief.class_rate + emitted) / (rate_steps + steps)
+                length_tokens = length.median_tokens
+                if belief.slope > 0.0:
+                    length_tokens *= math.exp(belief.slope * (math.log(rate) - belief.typical_log_rate))
+                left_tokens = length_tokens - emitted
+                unsure_tokens = _MEAN_EXCESS * length.log_sd * length_tokens
+                if left_tokens < unsure_tokens:
+                    overrun_tokens = -overrun * left_tokens
+                    left_tokens = unsure_tokens if unsure_tokens > overrun_tokens else overrun_tokens
+                most_tokens = float(request.spec.max_tokens - emitted)
+                if left_tokens > most_tokens:
+                    left_tokens = most_tokens
+                request.rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * step_s
+                belief.ranked_steps = steps
+                level = bisect_right(thresholds_s, request.rank)
+                perceptible = emitted < length_tokens and length.log_sd <= perceptible_log_sd
+                if level != request.level or perceptible is not request.perceptible:
+                    request.level = level
+                    request.perceptible = perceptible
+                    if request.lease_id:
+                        self.relabelled.append(request)
+            rank = request.rank
+            if rank > last_rank or (rank == last_rank and request.arrival_seq > last.arrival_seq):
+                last, last_rank = request, rank
+        return last
 
     # --- Learning -----------------------------------------------------------------------
 
@@ -306,6 +331,10 @@ class LapsSd(Policy):
         self._keep_ranked(request)
         return (request.level, request.rank, request.arrival_seq)
 
+    def worst(self, running: Sequence[Request]) -> Request:
+        # Levels follow ranks, so the last by rank and arrival has the greatest key.
+        return self._rank_all(running, anew=False)
+
     def preempts(self, newcomer: Request, victim: Request) -> str:
         if not self._news:
             return ""
@@ -317,8 +346,6 @@ class LapsSd(Policy):
         if newcomer.rank >= victim.rank:
             return ""
         pool, waiting = self.pool, self._waiting
-        for request in pool.running():
-            waiting.remove(request.request_id)
         gain_s = waiting.shorter_by_s(victim.rank) / pool.slots
         switch_s = pool.switch_s
         if newcomer.steps and not (newcomer.kv_resident and newcomer.worker_id == victim.worker_id):
@@ -335,11 +362,12 @@ class LapsSd(Policy):
 
 def _step_variance(request: Request) -> float | None:
     """Variance of the tokens per step over the request's life; None where nothing was drafted."""
-    steps = sum(request.acceptance_histogram)
+    histogram = request.acceptance_histogram
+    steps = sum(histogram)
     if not steps:
         return None
-    mean = sum(accepted * count for accepted, count in enumerate(request.acceptance_histogram)) / steps
-    squares = sum(accepted**2 * count for accepted, count in enumerate(request.acceptance_histogram)) / steps
+    mean = sum(accepted * count for accepted, count in enumerate(histogram)) / steps
+    squares = sum(accepted**2 * count for accepted, count in enumerate(histogram)) / steps
     return max(0.0, squares - mean * mean)
 
 

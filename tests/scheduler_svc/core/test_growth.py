@@ -150,6 +150,7 @@ def test_many_that_change_their_level_together_are_written_a_few_at_a_time() -> 
     written_by_ticks(core, 0.1, 0.2)
     for request in core.requests.values():
         request.level += 1
+        core.policy.relabelled.append(request)
     core.report(fake.step(1), 0.3)
     ticks = written_by_ticks(core, 0.3, 1.0)
     assert max(ticks) == MAX_RECORDS_AT_ONCE

@@ -4,6 +4,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.policies.laps_sd import LapsSd
@@ -115,6 +117,31 @@ def test_well_accepted_requests_go_first() -> None:
     core.tick(3.0)
     assert fast.acceptance_estimate > 0.4 > slow.acceptance_estimate
     assert fast.rank < slow.rank
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 60), st.sampled_from((8.0, 40.0, 400.0)), st.integers(1, 4)), min_size=1
+    )
+)
+def test_the_worst_of_the_running_is_the_one_with_the_greatest_key(
+    lives: list[tuple[int, float, int]],
+) -> None:
+    """Of requests that did so many steps, are predicted to become so long, and emit so much a step."""
+    policy = LapsSd()
+    core = core_with(policy)
+    core.worker_joined(worker(slots=len(lives)), [], 0.0)
+    levels = {}
+    for number, (steps, predicted, per_step) in enumerate(lives):
+        request, _ = core.submit(spec(f"r{number}", max_tokens=4000, predicted_output_tokens=predicted), 0.0)
+        assert request is not None
+        levels[request] = (request.level, request.perceptible)
+        request.lease_id = number + 1
+        request.steps, request.output = steps, bytearray(4 * steps * per_step)
+    worst = policy.worst(list(levels))
+    assert worst is max(levels, key=policy.victim_key)
+    changed = [request for request, was in levels.items() if was != (request.level, request.perceptible)]
+    assert policy.relabelled == changed
 
 
 @pytest.mark.parametrize(
