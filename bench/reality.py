@@ -39,7 +39,6 @@ from laps.settings import BUILT_IN_TARGET, Settings
 from laps.stack import Stack
 from simulator.pool_costs import PoolCosts, replay
 from simulator.pool_log import PoolLog, from_pool
-from simulator.workload import Workload
 
 POLICIES = ("fcfs", "srpt", "laps-sd")
 KINDS = ("real", "replayed", "foretold", "client")
@@ -90,18 +89,10 @@ async def one(client: AsyncClient, planned: Planned, at_s: float, request_class:
 @dataclass(slots=True)
 class Run:
     log: PoolLog
-    """With the requests that warmed the stack up: they were served as the others were."""
+    """Of the measured requests."""
     client_latency_s: float
-    """Mean, of the measured requests as that of `latency_s` is."""
-    latency_s: float
-    """From arrival to end in the scheduler."""
+    """Their mean, as the clients saw it."""
     costs: PoolCosts
-
-
-def measured_mean(workload: Workload, latencies_s: list[float]) -> float:
-    return statistics.mean(
-        latency_s for job, latency_s in zip(workload, latencies_s, strict=True) if job.task == MEASURED
-    )
 
 
 async def run_one(policy: str, planned: list[Planned], duration_s: float) -> Run:
@@ -115,34 +106,16 @@ async def run_one(policy: str, planned: list[Planned], duration_s: float) -> Run
             latencies_s = await asyncio.gather(
                 *(one(client, each, begin_s + each.arrival_share * duration_s, MEASURED) for each in planned)
             )
-            log = await from_pool(stack.redis_url, settings.pool)
+            log = await from_pool(stack.redis_url, settings.pool, MEASURED)
     assert log.costs is not None, "the worker is in session, and not every request was preempted"
-    return Run(
-        log,
-        statistics.mean(latencies_s),
-        measured_mean(log.workload, log.latencies_s),
-        log.costs,
-    )
-
-
-def replayed_mean(log: PoolLog, policy: str, costs: PoolCosts) -> float:
-    """Mean latency of the measured requests in a replay, in seconds."""
-    result = replay(log.workload, policy, costs)
-    return measured_mean(log.workload, result.latencies_s)
+    return Run(log, statistics.mean(latencies_s), log.costs)
 
 
 async def seconds_per_token() -> float:
     """What a token takes of a slot's time on this machine, prefill and all."""
-    planned = plan(16 * SLOTS, SEED)
-    run = await run_one("fcfs", planned, 0.0)
-    tokens = sum(job.output_tokens for job in run.log.workload if job.task == MEASURED)
-    ends_s = [
-        job.arrival_s + latency_s
-        for job, latency_s in zip(run.log.workload, run.log.latencies_s, strict=True)
-        if job.task == MEASURED
-    ]
-    begin_s = min(job.arrival_s for job in run.log.workload if job.task == MEASURED)
-    return SLOTS * (max(ends_s) - begin_s) / tokens
+    log = (await run_one("fcfs", plan(16 * SLOTS, SEED), 0.0)).log
+    ends_s = (job.arrival_s + took_s for job, took_s in zip(log.workload, log.latencies_s, strict=True))
+    return SLOTS * max(ends_s) / sum(job.output_tokens for job in log.workload)
 
 
 async def measure(requests: int, rounds: int, load: float, token_s: float) -> dict[str, Any]:
@@ -155,9 +128,9 @@ async def measure(requests: int, rounds: int, load: float, token_s: float) -> di
         known = runs["fcfs"]
         for policy, run in runs.items():
             means = (
-                run.latency_s,
-                replayed_mean(run.log, policy, run.costs),
-                replayed_mean(known.log, policy, known.costs),
+                run.log.mean_latency_s,
+                replay(run.log.workload, policy, run.costs).mean_latency_s,
+                replay(known.log.workload, policy, known.costs).mean_latency_s,
                 run.client_latency_s,
             )
             for kind, mean_s in zip(KINDS, means, strict=True):

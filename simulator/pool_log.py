@@ -30,8 +30,11 @@ class PoolLog:
         return sum(self.latencies_s) / len(self.latencies_s)
 
 
-async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> PoolLog:
-    """The requests that ended by themselves, with their true arrivals, classes and client's predictions.
+async def from_pool(
+    redis_url: str, pool: str, request_class: str | None = None, **connection_options: Any
+) -> PoolLog:
+    """The requests that ended by themselves, with their true arrivals, classes and client's predictions;
+    those of one class, or all.
 
     Raises WorkloadError where there are none, StoreUnavailable where the store does not answer.
     """
@@ -42,7 +45,7 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
         while True:
             page = await inspector.list_requests({RequestState.FINISHED}, PAGE_LIMIT, token)
             for view in page.requests:
-                if view.fields["finish_reason"] in ENDED_BY_THEMSELVES and view.fields["output_tokens"] > 0:
+                if _wanted(view.fields, request_class):
                     timeline = await inspector.timeline(view.request_id)
                     if timeline is not None:
                         job = _job(view.request_id, view.fields, timeline.tokens_per_entry)
@@ -54,7 +57,8 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
     finally:
         await inspector.close()
     if not found:
-        raise WorkloadError(f"the store keeps no request of pool {pool!r} that ended by itself")
+        which = "" if request_class is None else f" of class {request_class!r}"
+        raise WorkloadError(f"the store keeps no request{which} of pool {pool!r} that ended by itself")
     found.sort(key=lambda entry: entry[0].fields["arrival_s"])
     log = [each for each, _ in found]
     arrivals_s = [each.fields["arrival_s"] for each in log]
@@ -67,6 +71,11 @@ async def from_pool(redis_url: str, pool: str, **connection_options: Any) -> Poo
         latencies_s=[each.fields["finished_s"] - each.fields["arrival_s"] for each in log],
         costs=pool_costs(log, workload, workers),
     )
+
+
+def _wanted(fields: dict[str, Any], request_class: str | None) -> bool:
+    ended = fields["finish_reason"] in ENDED_BY_THEMSELVES and fields["output_tokens"] > 0
+    return ended and request_class in (None, fields["request_class"])
 
 
 def _job(request_id: str, fields: dict[str, Any], tokens_per_entry: list[int]) -> Job:

@@ -72,7 +72,8 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
 @click.argument("out", type=_OUT)
 @click.option("--redis-url", required=True, help="The pool's store.")
 @click.option("--pool", default="default", show_default=True)
-def pool(out: Path, redis_url: str, pool: str) -> None:
+@click.option("--class", "request_class", help="Only requests of this class.")
+def pool(out: Path, redis_url: str, pool: str, request_class: str | None) -> None:
     """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`).
 
     Prints the command that replays them with the costs that the pool's workers have measured.
@@ -82,7 +83,7 @@ def pool(out: Path, redis_url: str, pool: str) -> None:
     read: list[PoolLog] = []
 
     def make() -> Workload:
-        read.append(asyncio.run(from_pool(redis_url, pool)))
+        read.append(asyncio.run(from_pool(redis_url, pool, request_class)))
         return read[0].workload
 
     _write(out, make)
