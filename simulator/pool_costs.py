@@ -95,22 +95,24 @@ def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fiel
     """`log` and `workload` are of the same requests. `workers`: records of those in session, for what only
     they can measure: a prompt token's prefill and a return to a slot.
 
-    The rest is told by the requests. A step: the time that they decoded, less the prefill of others that fell
-    into it, over their steps; that holds the pauses between steps too, which no worker sees. The start of a
-    request: how much longer those that were never preempted took from their slot to their first token than
-    in a replay with the other costs. None: there is no worker, or no such request.
+    The rest is told by the requests. A step: the time that they decoded, less the prefill of others and the
+    returns to slots that fell into it, over their steps; that holds the pauses between steps too, which no
+    worker sees. The start of a request: how much longer those that were never preempted took from their
+    slot to their first token than in a replay with the other costs. None: there is no worker, or no such
+    request.
     """
     whole = [index for index, each in enumerate(log) if each.decoding and not each.fields["preemptions"]]
     if not whole or not workers:
         return None
     prefill_s = _mean([worker["prefill_token_s"] for worker in workers])
-    step_s, row_s = _fit(log, prefill_s)
+    switch_s = _mean([worker["switch_s"] for worker in workers])
+    step_s, row_s = _fit(log, prefill_s, switch_s)
     costs = PoolCosts(
         slots=sum(worker["slots"] for worker in workers),
         step_ms=1000.0 * step_s,
         row_ms=1000.0 * row_s,
         prefill_ms=1000.0 * prefill_s,
-        switch_ms=1000.0 * _mean([worker["switch_s"] for worker in workers]),
+        switch_ms=1000.0 * switch_s,
         start_ms=0.0,
     )
     records = [log[index].fields for index in whole]
@@ -138,7 +140,7 @@ def replay(workload: Workload, policy: str, costs: PoolCosts) -> Result:
     )
 
 
-def _fit(log: Sequence[Served], prefill_token_s: float) -> tuple[float, float]:
+def _fit(log: Sequence[Served], prefill_token_s: float, switch_s: float) -> tuple[float, float]:
     """Seconds of a step of one request, and what each further request adds to it: the least squares of
     `time = steps * step + steps * (requests beside it) * row` over the requests, weighted by one over their
     steps, so that the times add up to what they were. Where more run, a second holds fewer steps, so how
@@ -149,7 +151,9 @@ def _fit(log: Sequence[Served], prefill_token_s: float) -> tuple[float, float]:
         for part in each.decoding:
             workers[part.worker_id].changes += [(part.begin_s, 1), (part.end_s, -1)]
         first = each.decoding[0]
-        workers[first.worker_id].prefills.append((first.begin_s, each.prompt_left * prefill_token_s))
+        workers[first.worker_id].entries.append((first.begin_s, each.prompt_left * prefill_token_s))
+        for part in each.decoding[1:]:
+            workers[part.worker_id].entries.append((part.begin_s, switch_s))
     step_s, row_s = 1.0, 0.0
     for _ in range(_ROUNDS):
         for work in workers.values():
@@ -160,8 +164,9 @@ def _fit(log: Sequence[Served], prefill_token_s: float) -> tuple[float, float]:
             sums = [workers[part.worker_id].between(part) for part in each.decoding]
             held_s = sum(part.end_s - part.begin_s for part in each.decoding)
             beside = sum(others for _, others, _ in sums) / sum(done for done, _, _ in sums)
-            # Where nearly all of it is the prefill of others, what is left says little of the steps.
-            decoded_s = max(held_s - sum(prefill_s for _, _, prefill_s in sums), 0.5 * held_s)
+            entries_s = sum(entered_s for _, _, entered_s in sums) + switch_s * (len(each.decoding) - 1)
+            # Where nearly all of it is the entry of others, what is left says little of the steps.
+            decoded_s = max(held_s - entries_s, 0.5 * held_s)
             total_steps += steps
             total_beside += steps * beside
             squares += steps * beside * beside
@@ -178,17 +183,17 @@ def _fit(log: Sequence[Served], prefill_token_s: float) -> tuple[float, float]:
 
 
 class _Work:
-    """When requests decoded on one worker, and what it computed of prompts meanwhile."""
+    """When requests decoded on one worker, and what entries cost it: prefill, or at a return the switch."""
 
     def __init__(self) -> None:
         self.changes: list[tuple[float, int]] = []
         """When one more or one less decoded."""
-        self.prefills: list[tuple[float, float]] = []
-        """When one ended, and its seconds."""
+        self.entries: list[tuple[float, float]] = []
+        """When one was over, and its seconds."""
 
     def add_up(self, step_s: float, row_s: float) -> None:
         self.changes.sort()
-        self.prefills.sort()
+        self.entries.sort()
         self._instants = [instant_s for instant_s, _ in self.changes]
         running = accumulate(sign for _, sign in self.changes)
         self._others = [max(count - 1, 0) for count in running]
@@ -197,16 +202,16 @@ class _Work:
         done = [span_s * rate for span_s, rate in zip(spans_s, self._rates, strict=False)]
         beside = [steps * others for steps, others in zip(done, self._others, strict=False)]
         self._done, self._beside = [0.0, *accumulate(done)], [0.0, *accumulate(beside)]
-        self._ends = [end_s for end_s, _ in self.prefills]
-        self._prefilled_s = [0.0, *accumulate(seconds for _, seconds in self.prefills)]
+        self._ends = [end_s for end_s, _ in self.entries]
+        self._entered_s = [0.0, *accumulate(seconds for _, seconds in self.entries)]
 
     def between(self, part: Decoding) -> tuple[float, float, float]:
-        """Steps, steps times requests beside it, and seconds of the prefill of others. Its own prefill ended
-        with its first token."""
+        """Steps, steps times requests beside it, and seconds of the entries of others. Its own was over when
+        the part began."""
         (done, beside), (done_before, beside_before) = self._until(part.end_s), self._until(part.begin_s)
         begin, end = bisect_right(self._ends, part.begin_s), bisect_right(self._ends, part.end_s)
-        prefill_s = self._prefilled_s[end] - self._prefilled_s[begin]
-        return done - done_before, beside - beside_before, prefill_s
+        entered_s = self._entered_s[end] - self._entered_s[begin]
+        return done - done_before, beside - beside_before, entered_s
 
     def _until(self, instant_s: float) -> tuple[float, float]:
         index = bisect_right(self._instants, instant_s) - 1
