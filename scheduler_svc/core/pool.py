@@ -23,6 +23,8 @@ class PoolView:
     slots: int = 0
     step_s: float = UNMEASURED_STEP_S
     """Seconds of one step, n * T_ssm + T_llm, mean over the workers."""
+    measured: bool = False
+    """Whether a worker has told `step_s`."""
     switch_s: float = 0.0
     """Seconds that a request's return to a slot costs every request of that worker."""
 
@@ -31,5 +33,6 @@ class PoolView:
         self.slots = sum(worker.slots for worker in self.workers.values())
         measured = [worker.costs for worker in self.workers.values() if worker.costs.verify_s > 0.0]
         if measured:
+            self.measured = True
             self.step_s = sum(costs.step_s(self.draft_tokens) for costs in measured) / len(measured)
             self.switch_s = sum(costs.switch_s for costs in measured) / len(measured)

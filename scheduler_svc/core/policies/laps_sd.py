@@ -12,7 +12,9 @@ Rule.
    seconds, L being the corrected length. The first is what the prediction leaves. The second is what a
    request that reaches a prediction with that error still needs in the mean. The third is for one that has
    outlived it: the longer past, the longer still, as with all long tails; but it starts small, since
-   lengths often have bounds, so that no request is set aside just before its end.
+   lengths often have bounds, so that no request is set aside just before its end. All ranks are made with
+   the same step time until what the workers measure differs from it by more than a quarter: who waits would
+   otherwise keep the rank of another moment's step and be compared with those of now.
 4. Levels: the rank cut at `first_threshold_s * threshold_growth ** i`. They follow the rank, so they show
    where a request stands without coarsening the order. A request is perceptible while it is within its
    predicted length and the log-error of that length is at most `perceptible_log_sd`.
@@ -38,6 +40,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from scheduler_svc.core.class_records import ClassRecord
 from scheduler_svc.core.learning import Knowledge, LengthBelief, mean_excess_tokens
@@ -46,12 +49,15 @@ from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
+_STEP_TIME = "laps-sd/step_s"
 _SHORT_QUEUE = 500
 """So many live requests are ranked anew in one tick."""
 _RANKED_AT_ONCE = 100
 """The same of a longer queue: it must not make a long tick, nor a long commit."""
 _MEAN_EXCESS = math.sqrt(2.0 / math.pi)
 """By how many standard deviations a normal variable above its median exceeds it in the mean."""
+_STEP_TIME_RATIO = 1.25
+"""Where the measured step time differs by more from the one that ranks are made with, all are made anew."""
 _BUCKETS_PER_DOUBLING = 4
 _BUCKETS = 96
 
@@ -151,6 +157,9 @@ class LapsSd(Policy):
         self._perceptible_log_sd = perceptible_log_sd
         self._least_finishes = least_finishes
         self._finishes = 0
+        self._step_s = 0.0
+        """What one step is taken for in ranks; 0: nothing was ranked yet."""
+        self._told_step_s = 0.0
         self._live: dict[str, Request] = {}
         self._to_rank: list[str] = []
         """Those whose turn has not come yet since enough was learnt, the next one last."""
@@ -171,6 +180,8 @@ class LapsSd(Policy):
         self._news = True
 
     def _take_in(self, request: Request) -> None:
+        if not self._step_s:
+            self._step_s = self.pool.step_s
         hinted = request.spec.predicted_output_tokens is not None
         request.policy_data = _Belief(predicted_tokens(request), hinted)
         self._live[request.request_id] = request
@@ -229,7 +240,7 @@ class LapsSd(Policy):
         rank and arrival."""
         # `_estimate`, inlined: the search for whom to preempt ranks every running request after each of
         # its steps.
-        thresholds_s, overrun, step_s = self.level_thresholds_s, self._overrun, self.pool.step_s
+        thresholds_s, overrun, step_s = self.level_thresholds_s, self._overrun, self._step_s
         perceptible_log_sd = self._perceptible_log_sd
         last = requests[0]
         last_rank = -math.inf
@@ -286,8 +297,15 @@ class LapsSd(Policy):
             )
 
     def due(self, now_s: float) -> Iterable[Request]:
-        """Ranks everything anew when enough was learnt since the last time: O(1) per finished request."""
-        if self._finishes >= max(self._least_finishes, len(self._live) // 8):
+        """Ranks everything anew when enough was learnt since the last time, O(1) per finished request, or
+        when steps have become longer or shorter."""
+        step_s = self.pool.step_s
+        other_step = self.pool.measured and not (
+            step_s / _STEP_TIME_RATIO <= self._step_s <= step_s * _STEP_TIME_RATIO
+        )
+        if other_step or self._finishes >= max(self._least_finishes, len(self._live) // 8):
+            if other_step:
+                self._step_s = step_s
             self._finishes = 0
             self._to_rank = list(reversed(self._live))
         if not self._to_rank:
@@ -311,9 +329,15 @@ class LapsSd(Policy):
         changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}
         if changes:
             changes[_EVERYTHING] = self.knowledge.everything.to_json()
+        if self._step_s != self._told_step_s:
+            self._told_step_s = self._step_s
+            changes[_STEP_TIME] = repr(self._step_s)
         return changes
 
     def restore_learnt(self, learnt: Mapping[str, str]) -> None:
+        # Requests that keep their places have ranks of it.
+        with suppress(ValueError):
+            self._step_s = self._told_step_s = max(0.0, float(learnt.get(_STEP_TIME, "")))
         records: dict[str, ClassRecord] = {}
         for key, text in sorted(learnt.items()):
             if key.startswith(_CLASS_PREFIX) or key == _EVERYTHING:

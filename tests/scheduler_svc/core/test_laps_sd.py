@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.policies.laps_sd import LapsSd
-from scheduler_svc.core.records import FinishReason, Recovered, StepCosts
+from scheduler_svc.core.records import FinishReason, Recovered, StepCosts, StepReport
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 
@@ -102,6 +102,45 @@ def test_a_request_that_outlives_its_prediction_is_not_perceptible_and_keeps_its
         core.report(fake.step(2), 1.1 + step * 0.032)
     core.submit(spec("c", max_tokens=4000, predicted_output_tokens=5.0), 9.0)
     assert core.tick(9.0).grants, "40 times its prediction: nobody knows how long it will be"
+
+
+def measured(core: Scheduler, step_s: float) -> None:
+    """The worker tells that its steps take so long, from now on."""
+    core.report(StepReport("w", costs=StepCosts(0.0, step_s)), 0.0)
+    core.tick(0.0)
+
+
+def test_ranks_are_of_one_step_time_until_another_one_is_measured() -> None:
+    policy = LapsSd()
+    core = core_with(policy)
+    core.worker_joined(worker(costs=StepCosts(0.0, 0.010)), [], 0.0)
+    core.submit(spec("running", max_tokens=4000, predicted_output_tokens=10.0), 0.0)
+    ranks = {}
+    for name, step_s in (("a", 0.010), ("b", 0.012), ("c", 0.0085)):
+        measured(core, step_s)
+        request, _ = core.submit(spec(name, max_tokens=4000, predicted_output_tokens=400.0), 0.0)
+        assert request is not None
+        ranks[name] = request.rank
+    assert ranks["a"] == ranks["b"] == ranks["c"]
+    measured(core, 0.020)
+    assert core.requests["a"].rank == core.requests["c"].rank == pytest.approx(2 * ranks["a"])
+
+
+def test_a_step_time_survives_a_restart_with_the_ranks_that_were_made_with_it() -> None:
+    before = LapsSd()
+    core = core_with(before)
+    core.worker_joined(worker(costs=StepCosts(0.0, 0.010)), [], 0.0)
+    request, _ = core.submit(spec("a", max_tokens=4000, predicted_output_tokens=400.0), 0.0)
+    assert request is not None
+    policy = LapsSd()
+    core = core_with(policy)
+    core.restore(Recovered(requests=[], learnt=dict(before.learnt())), 0.0)
+    again, _ = core.submit(spec("b", max_tokens=4000, predicted_output_tokens=400.0), 0.0)
+    assert again is not None
+    assert again.rank == request.rank, "though no worker has told its own yet"
+    damaged = LapsSd()
+    damaged.restore_learnt({"laps-sd/step_s": "nonsense"})
+    assert damaged.learnt() == {}
 
 
 def test_well_accepted_requests_go_first() -> None:
