@@ -29,11 +29,13 @@ from scheduler_svc.store import keys
 from scheduler_svc.store.server import LocalServer
 
 WORKERS, SLOTS, WORKER_STEPS_PER_S = 20, 64, 30.0
+FEW_SLOTS = 8
 OUTPUT_TOKENS = 1024
 """Mean output of a request; lengths are even between a quarter of it and seven quarters."""
 SHALLOW, DEEP = 1_000, 100_000
 SUBMISSIONS_PER_S = 200.0
 WARM_UP_S = 3.0
+PARTS = ("everysec", "always", "growth", "pools", "alone")
 LEADING = '"event": "leading"'
 
 
@@ -254,6 +256,15 @@ def pools(folder: Path, tree: Path, rate: float, seconds: float) -> dict[str, An
     }
 
 
+def alone(folder: Path, tree: Path, rate: float, seconds: float) -> dict[str, Any]:
+    """One worker of a few slots: every step is a tick of its own, and nobody shares what that costs."""
+    with bed(folder, tree, "everysec") as here:
+        here.load.ask("start", workers=1, slots=FEW_SLOTS)
+        here.load.ask("submit", count=4 * FEW_SLOTS)
+        here.load.ask("steps", seconds=WARM_UP_S, steps_per_s=rate)
+        return {"slots": FEW_SLOTS, **here.measure(seconds=seconds, steps_per_s=rate)}
+
+
 def measure_together(beds: list[Bed], **steps: Any) -> list[dict[str, Any]]:
     """Lets their loads run at the same time. A store that they share is divided by all their steps."""
     processes = {"store": Usage(beds[0].store.pid)}
@@ -292,7 +303,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=60.0, help="of the run at the offered rate")
-    parser.add_argument("--only", choices=("everysec", "always", "growth", "pools"), help="one part of it")
+    parser.add_argument("--only", choices=PARTS, help="one part of it")
     parser.add_argument("--rate", type=float, help="worker-steps per second that are offered")
     parser.add_argument("--queued", type=int, default=DEEP, help="requests of the long queue")
     parser.add_argument("--tree", type=Path, default=BENCH.parent, help="working tree of the scheduler")
@@ -317,6 +328,9 @@ def main() -> None:
         if arguments.only in (None, "pools"):
             result["pools"] = pools(folder / "pools", tree, arguments.rate or 150.0, seconds / 3)
             show("pools", result["pools"])
+        if arguments.only in (None, "alone"):
+            result["alone"] = alone(folder / "alone", tree, arguments.rate or 120.0, seconds / 3)
+            show("alone", result["alone"])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
