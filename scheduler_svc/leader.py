@@ -218,9 +218,11 @@ class Leader:
             if timers:
                 due_s = max(0.0, min(timers) - self.now_s())
                 alarm = asyncio.get_running_loop().call_later(due_s, self._wake.set)
-            await self._wake.wait()
-            if alarm is not None:
-                alarm.cancel()
+            try:
+                await self._wake.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
         self._wake.clear()
         # After a pause at once, for somebody waits for the answer. Otherwise what comes in the meantime joins
         # this tick, and its one commit.

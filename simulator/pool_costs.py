@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from statistics import fmean
 from typing import Any
 
 from scheduler_svc.store.inspector import EventView
@@ -104,8 +105,8 @@ def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fiel
     whole = [index for index, each in enumerate(log) if each.decoding and not each.fields["preemptions"]]
     if not whole or not workers:
         return None
-    prefill_s = _mean([worker["prefill_token_s"] for worker in workers])
-    switch_s = _mean([worker["switch_s"] for worker in workers])
+    prefill_s = fmean([worker["prefill_token_s"] for worker in workers])
+    switch_s = fmean([worker["switch_s"] for worker in workers])
     step_s, row_s = _fit(log, prefill_s, switch_s)
     costs = PoolCosts(
         slots=sum(worker["slots"] for worker in workers),
@@ -116,10 +117,10 @@ def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fiel
         start_ms=0.0,
     )
     records = [log[index].fields for index in whole]
-    first_s = _mean([each["first_token_s"] - each["first_scheduled_s"] for each in records])
+    first_s = fmean([each["first_token_s"] - each["first_scheduled_s"] for each in records])
     for _ in range(_ROUNDS):
         result = replay(workload, "fcfs", costs)
-        missing_s = first_s - _mean([result.first_steps_s[index] for index in whole])
+        missing_s = first_s - fmean([result.first_steps_s[index] for index in whole])
         costs = replace(costs, start_ms=max(0.0, costs.start_ms + 1000.0 * missing_s))
     return costs
 
@@ -217,7 +218,3 @@ class _Work:
         index = bisect_right(self._instants, instant_s) - 1
         done = (instant_s - self._instants[index]) * self._rates[index]
         return self._done[index] + done, self._beside[index] + done * self._others[index]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

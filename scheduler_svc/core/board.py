@@ -51,6 +51,7 @@ class Board:
         self.free: dict[str, list[int]] = {}
         """Free slots by worker."""
         self.policy_follows_steps = getattr(type(policy), "stepped") is not getattr(Policy, "stepped")  # noqa: B009
+        """The policy has a `stepped` of its own."""
         self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
         """By worker: the one of its running requests that should make room first, with its key. Missing where
         something has changed since it was sought."""

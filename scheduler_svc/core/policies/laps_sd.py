@@ -228,9 +228,7 @@ class LapsSd(Policy):
 
     def _keep_ranked(self, request: Request) -> None:
         """Steps are not ranked one by one: who looks at a running request's rank brings it up to date."""
-        belief = request.policy_data
-        if type(belief) is not _Belief or request.steps != belief.ranked_steps:
-            self._rank(request)
+        self._rank_all((request,), anew=False)
 
     def _rank(self, request: Request) -> None:
         self._rank_all((request,), anew=True)
