@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -42,8 +42,11 @@ def configure_logging(
     form: LogFormat = "json",
     stream: TextIO | None = None,
 ) -> None:
-    """Sets up this process's logs, those of libraries included. `level` is a name of `logging`."""
-    out = stream if stream is not None else sys.stderr
+    """Sets up this process's logs, those of libraries included. `level` is a name of `logging`.
+
+    Logging never raises afterwards: what cannot be written is lost.
+    """
+    out = _LossyStream(stream if stream is not None else sys.stderr)
     number = logging.getLevelNamesMapping()[level.upper()]
     fields = {"service": service} | ({"pool": pool} if pool else {})
     shared: list[Processor] = [
@@ -57,7 +60,7 @@ def configure_logging(
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=out),
+        logger_factory=structlog.WriteLoggerFactory(file=cast("TextIO", out)),
         # Otherwise loggers made before this call, or in an earlier test, keep their old stream.
         cache_logger_on_first_use=False,
     )
@@ -95,6 +98,32 @@ def mask_private(_logger: WrappedLogger, _method: str, event: EventDict) -> Even
     return event
 
 
+class _LossyStream:
+    """A stream that takes what it can. Of a log that cannot be written (its disk is full, its reader is gone)
+    lines are lost, and the service that wrote them goes on: it must not end, or hang, for want of a log."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._failed = False
+
+    def write(self, text: str) -> int:
+        try:
+            # What could still be written of the line before is none that can be read: this one stands alone.
+            self._out.write("\n" + text if self._failed else text)
+            self._out.flush()
+            self._failed = False
+        except (OSError, ValueError):
+            # ValueError: it is closed.
+            self._failed = True
+        return len(text)
+
+    def flush(self) -> None:
+        """Each `write` is flushed."""
+
+    def isatty(self) -> bool:
+        return self._out.isatty()
+
+
 class _AddFields:
     def __init__(self, fields: dict[str, str]) -> None:
         self._fields = fields
@@ -105,7 +134,7 @@ class _AddFields:
         return event
 
 
-def _renderer(form: LogFormat, out: TextIO) -> list[Processor]:
+def _renderer(form: LogFormat, out: _LossyStream) -> list[Processor]:
     if form == "console":
         colors = out.isatty()
         plain = structlog.dev.plain_traceback

@@ -54,8 +54,9 @@ class Lifetime:
     def _task_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            get_logger().error("task failed", task=task.get_name(), exc_info=error)
+            # First of all: whatever becomes of the line in the log, the service ends.
             self.end(EXIT_FAILED, f"task {task.get_name()} failed")
+            get_logger().error("task failed", task=task.get_name(), exc_info=error)
 
     async def wait(self) -> None:
         await self._ended.wait()

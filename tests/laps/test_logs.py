@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,9 +15,21 @@ import structlog
 from laps.logs import bind_context, configure_logging, get_logger
 
 
+class FullDisk(io.StringIO):
+    """As a file on a disk that is full at times: half a line still fits."""
+
+    full = False
+
+    def write(self, text: str) -> int:
+        if not self.full:
+            return super().write(text)
+        super().write(text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @pytest.fixture
-def out() -> Iterator[io.StringIO]:
-    stream = io.StringIO()
+def out() -> Iterator[FullDisk]:
+    stream = FullDisk()
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     configure_logging("gateway", pool="default", stream=stream)
@@ -71,3 +85,17 @@ async def test_context_stays_with_its_task(out: io.StringIO) -> None:
     a, b = asyncio.Event(), asyncio.Event()
     await asyncio.gather(one("a", a, b), one("b", b, a))
     assert [line["request_id"] for line in lines(out)] == [line["mine"] for line in lines(out)]
+
+
+def test_a_log_that_cannot_be_written_harms_nobody(out: FullDisk) -> None:
+    get_logger().info("before")
+    out.full = True
+    get_logger().error("lost")
+    logging.getLogger("some.library").error("lost as well")
+    out.full = False
+    get_logger().info("after")
+    kept = out.getvalue().splitlines()
+    assert json.loads(kept[0])["event"] == "before"
+    assert json.loads(kept[-1])["event"] == "after"
+    out.close()
+    get_logger().error("lost")

@@ -51,6 +51,24 @@ async def test_a_failed_task_ends_the_service() -> None:
     assert log == ["started", "stopped within 1"]
 
 
+async def test_a_failed_task_ends_the_service_although_that_cannot_be_logged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class NoLog:
+        def info(self, *_: object, **__: object) -> None: ...
+        def error(self, *_: object, **__: object) -> None:
+            raise OSError("no space left on device")
+
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(runtime, "get_logger", NoLog)
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    start = service([], lambda lifetime: lifetime.watch(asyncio.create_task(fail())))
+    async with asyncio.timeout(5):
+        assert await runtime.run_until_signalled(start, 1) == runtime.EXIT_FAILED
+
+
 async def test_a_signal_cancels_the_start() -> None:
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         os.kill(os.getpid(), signal.SIGTERM)
