@@ -157,6 +157,10 @@ def stopping_params(spec: RequestSpec) -> generation_pb2.StoppingParams:
     return _params(spec.params_json)[1]
 
 
+def wants_logprobs(spec: RequestSpec) -> bool:
+    return _params(spec.params_json)[0].HasField("logprobs")
+
+
 @lru_cache(maxsize=256)
 def _params(params_json: str) -> tuple[generation_pb2.SamplingParams, generation_pb2.StoppingParams]:
     """What `_params_json` was made of."""

@@ -23,10 +23,14 @@ ABANDONED_AT_ONCE = 100
 """Requests that are given up at once because nobody follows them. A gateway may have thousands, and after a
 crash of the scheduler none is followed yet."""
 MAX_PENDING_BYTES = 8 << 20
-"""Undelivered output of one gateway. A gateway that reads nothing loses its stream
+"""Undelivered new output of one gateway. A gateway that reads nothing loses its stream
 (and follows again from its offsets); the scheduler's memory does not grow for it."""
+MESSAGE_BYTES = 1 << 20
+"""Of one message, about. gRPC refuses one above `max_message_bytes`, and a gateway that follows again after
+such an end is owed the same once more."""
 ROW_BYTES = 64
 """What a row of it counts besides its tokens."""
+COMPLETION_BYTES = 512
 
 
 @dataclass(eq=False)
@@ -34,46 +38,65 @@ class Follower:
     """One gateway's Deliver stream and what waits to be sent on it."""
 
     gateway_id: str
+    message_bytes: int = MESSAGE_BYTES
     followed: set[str] = field(default_factory=set)
     overrun: bool = False
     closed: bool = False
+    _missed: list[tuple[Emitted, bytes]] = field(default_factory=list)
+    """Output from before it was followed, in pieces; goes out first. Its amount is the gateway's choice: no
+    more is to be added before `until_room`."""
     _emitted: list[tuple[Emitted, bytes]] = field(default_factory=list)
     """What waits, in order; with its serialized log probabilities where it has one row and these."""
     _completions: dict[str, scheduler_pb2.Completion] = field(default_factory=dict)
     _unknown: list[str] = field(default_factory=list)
+    _missed_bytes: int = 0
     _pending_bytes: int = 0
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _taken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def add(self, emitted: Emitted, logprobs: bytes = b"") -> None:
         """Queues stored tokens. `logprobs` belong to the one row that is in `emitted` then."""
+        if self.overrun:
+            return
         self._emitted.append((emitted, logprobs))
-        self._pending_bytes += _bytes(emitted, logprobs)
-        if self._pending_bytes > MAX_PENDING_BYTES:
-            self.overrun = True
-        self._wake.set()
+        self._count(_bytes(emitted, logprobs))
 
-    def add_tokens(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
+    def add_missed(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
         """Queues one request's stored tokens, from where its gateway wants them."""
         self._drop(request_id)
-        self.add(emitted_of([(request_id, offset, token_ids)]), logprobs)
+        for emitted, some in _pieces(request_id, offset, token_ids, logprobs, self.message_bytes):
+            self._missed.append((emitted, some))
+            self._missed_bytes += _bytes(emitted, some)
+        self._wake.set()
+
+    async def until_room(self) -> None:
+        """Waits until less waits than fills a message."""
+        while self._missed_bytes + self._pending_bytes >= self.message_bytes:
+            self._taken.clear()
+            await self._taken.wait()
 
     def _drop(self, request_id: str) -> None:
         """What waits of it is not wanted any more: its gateway has followed anew, or left."""
         if request_id not in self.followed and request_id not in self._completions:
             return
-        for place, (emitted, logprobs) in enumerate(self._emitted):
-            if request_id in emitted.request_ids:
-                rest = emitted.of({name for name in emitted.request_ids if name != request_id})
-                self._emitted[place] = rest, b""
-                self._pending_bytes += _bytes(rest, b"") - _bytes(emitted, logprobs)
+        self._missed_bytes += _drop_from(self._missed, request_id)
+        self._pending_bytes += _drop_from(self._emitted, request_id)
 
-    def add_completion(self, completion: scheduler_pb2.Completion) -> None:
+    def add_completion(self, completion: scheduler_pb2.Completion, *, missed: bool = False) -> None:
+        """`missed`: it has been stored since before it was followed."""
         self.followed.discard(completion.request_id)
+        if self.overrun:
+            return
         self._completions[completion.request_id] = completion
-        self._wake.set()
+        if missed:
+            self._missed_bytes += COMPLETION_BYTES
+            self._wake.set()
+        else:
+            self._count(COMPLETION_BYTES)
 
     def add_unknown(self, request_id: str) -> None:
         self._unknown.append(request_id)
+        self._missed_bytes += ROW_BYTES
         self._wake.set()
 
     def unfollow(self, request_id: str) -> None:
@@ -86,31 +109,65 @@ class Follower:
         self._wake.set()
 
     async def next_message(self) -> scheduler_pb2.DeliverResponse | None:
-        """Waits until something is to be sent and takes all of it; the caller adds the commit's number. None:
-        nothing more comes."""
-        while not (self._emitted or self._completions or self._unknown or self.overrun):
+        """Waits until something is to be sent and takes as much as a message holds; the caller adds the
+        commit's number. None: nothing more comes."""
+        while not (self._missed or self._emitted or self._completions or self._unknown or self.overrun):
             if self.closed:
                 return None
             self._wake.clear()
             await self._wake.wait()
-        emitted, self._emitted = self._emitted, []
-        completions, self._completions = self._completions, {}
-        unknown, self._unknown = self._unknown, []
-        self._pending_bytes = 0
+        if self._missed_bytes + self._pending_bytes <= self.message_bytes:
+            return self._take(self._missed + self._emitted, ends=True)
+        some: list[tuple[Emitted, bytes]] = []
+        room = self.message_bytes
+        for waiting in (self._missed, self._emitted):
+            for emitted, logprobs in waiting:
+                room -= _bytes(emitted, logprobs)
+                if room < 0 and some:
+                    break
+                some.append((emitted, logprobs))
+            if room < 0:
+                break
+        # An end must not come before the last tokens.
+        return self._take(some, ends=len(some) == len(self._missed) + len(self._emitted))
+
+    def _take(self, emitted: list[tuple[Emitted, bytes]], *, ends: bool) -> scheduler_pb2.DeliverResponse:
+        """The first ones of all that waits as a message, with completions and all if it `ends` with it."""
         message = scheduler_pb2.DeliverResponse(
             request_ids=list(chain.from_iterable([each.request_ids for each, _ in emitted])),
             offsets=list(chain.from_iterable([each.offsets for each, _ in emitted])),
             counts=list(chain.from_iterable([each.counts for each, _ in emitted])),
             token_ids=b"".join([each.token_ids for each, _ in emitted]),
-            completions=completions.values(),
-            unknown=unknown,
         )
         row = 0
         for each, logprobs in emitted:
             if logprobs:
                 message.logprobs[row].MergeFromString(logprobs)
             row += len(each.request_ids)
+        if ends:
+            message.completions.extend(self._completions.values())
+            message.unknown.extend(self._unknown)
+            self._clear()
+        else:
+            missed = min(len(emitted), len(self._missed))
+            self._missed_bytes -= sum([_bytes(each, some) for each, some in emitted[:missed]])
+            self._pending_bytes -= sum([_bytes(each, some) for each, some in emitted[missed:]])
+            self._missed = self._missed[missed:]
+            self._emitted = self._emitted[len(emitted) - missed :]
+        self._taken.set()
         return message
+
+    def _count(self, new_bytes: int) -> None:
+        self._pending_bytes += new_bytes
+        if self._pending_bytes > MAX_PENDING_BYTES:
+            # A write that waits for the gateway may do so for long: what it will never be sent is not kept.
+            self.overrun = True
+            self._clear()
+        self._wake.set()
+
+    def _clear(self) -> None:
+        self._missed, self._emitted, self._completions, self._unknown = [], [], {}, []
+        self._missed_bytes = self._pending_bytes = 0
 
 
 class DeliveryHub:
@@ -158,7 +215,7 @@ class DeliveryHub:
         if stored > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
             found = _first_logprobs(logprobs, stored - offset)
-            follower.add_tokens(request_id, offset, output, found)
+            follower.add_missed(request_id, offset, output, found)
         follower.followed.add(request_id)
         self._followers[request_id] = (*self._others(follower, request_id), follower)
         self._orphan_due_s.pop(request_id, None)
@@ -250,6 +307,35 @@ class DeliveryHub:
 
 def _bytes(emitted: Emitted, logprobs: bytes) -> int:
     return ROW_BYTES * len(emitted.request_ids) + len(emitted.token_ids) + len(logprobs)
+
+
+def _drop_from(waiting: list[tuple[Emitted, bytes]], request_id: str) -> int:
+    """Takes the rows of a request out; returns by how many bytes that changes what waits."""
+    change = 0
+    for place, (emitted, logprobs) in enumerate(waiting):
+        if request_id in emitted.request_ids:
+            rest = emitted.of({name for name in emitted.request_ids if name != request_id})
+            waiting[place] = rest, b""
+            change += _bytes(rest, b"") - _bytes(emitted, logprobs)
+    return change
+
+
+def _pieces(
+    request_id: str, offset: int, token_ids: bytes, logprobs: bytes, most_bytes: int
+) -> list[tuple[Emitted, bytes]]:
+    """One request's output as rows of about equal size, each of which fits into a message."""
+    whole_bytes = ROW_BYTES + len(token_ids) + len(logprobs)
+    tokens = len(token_ids) // TOKEN_BYTES
+    if whole_bytes <= most_bytes or tokens < 2:
+        return [(emitted_of([(request_id, offset, token_ids)]), logprobs)]
+    each = max(1, tokens * most_bytes // (2 * whole_bytes))
+    told = scheduler_pb2.TokenLogprobs.FromString(logprobs).logprobs
+    pieces: list[tuple[Emitted, bytes]] = []
+    for first in range(0, tokens, each):
+        some = token_ids[first * TOKEN_BYTES : (first + each) * TOKEN_BYTES]
+        of_some = scheduler_pb2.TokenLogprobs(logprobs=told[first : first + each])
+        pieces.append((emitted_of([(request_id, offset + first, some)]), of_some.SerializeToString()))
+    return pieces
 
 
 def _first_logprobs(logprobs: bytes, tokens: int) -> bytes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,6 +34,11 @@ T = TypeVar("T")
 
 RETRY_FIRST_S = 0.02
 RETRY_LAST_S = 1.0
+UPDATE_BYTES = 1 << 20
+"""Of one message to a worker, about: gRPC refuses what is larger than `max_message_bytes`, and the contexts
+that many slots are given in one tick can be. The worker would join anew, and be given the same."""
+MAX_UNREAD_UPDATES = 1000
+"""A worker that has not read so many reads nothing. It loses its session; what it ran waits again."""
 COMMIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -58,6 +63,12 @@ class WorkerSession:
 
     def close(self) -> None:
         self.outbox.put_nowait(None)
+
+    def abandon(self) -> None:
+        """Closes it without what has not been read: that may never be."""
+        while not self.outbox.empty():
+            self.outbox.get_nowait()
+        self.close()
 
 
 class Leader:
@@ -294,10 +305,35 @@ class Leader:
             update.acknowledged_step = steps[worker_id]
             update.step_credit = settings.step_credit
             update.lease_duration_s = settings.lease_duration_s
-            session.outbox.put_nowait(worker_pb2.SessionResponse(leases=update))
+            for message in messages(update):
+                session.outbox.put_nowait(message)
+            if session.outbox.qsize() > MAX_UNREAD_UPDATES:
+                log.warning("worker does not read", worker_id=worker_id)
+                self.close_session(session)
+                session.abandon()
 
     def _traceparent(self, request: Request) -> str:
         return request.spec.traceparent if self._traces is None else self._traces.traceparent(request)
+
+
+def messages(update: worker_pb2.LeaseUpdate) -> Iterator[worker_pb2.SessionResponse]:
+    """One, or several where the contexts in its grants are too long for that. Each holds for itself."""
+    grants = list(update.grants)
+    if sum(len(each.prompt_token_ids) + len(each.output_token_ids) for each in grants) <= UPDATE_BYTES:
+        yield worker_pb2.SessionResponse(leases=update)
+        return
+    del update.grants[:]
+    message, size = worker_pb2.SessionResponse(leases=update), 0
+    # A worker that has been told of what it loses has room for what it is given.
+    del update.revokes[:]
+    for grant in grants:
+        grant_bytes = grant.ByteSize()
+        if size and size + grant_bytes > UPDATE_BYTES:
+            yield message
+            message, size = worker_pb2.SessionResponse(leases=update), 0
+        message.leases.grants.append(grant)
+        size += grant_bytes
+    yield message
 
 
 async def while_leading(

@@ -132,7 +132,9 @@ async def serve(settings: Settings) -> SchedulerServer:
         gateway_grace_s=settings.session_timeout_s,
         on_change=on_change,
     )
-    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerService(terms, refusals), server)
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(
+        SchedulerService(terms, refusals, settings.max_message_bytes), server
+    )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(
         WorkerService(terms, settings.heartbeat_interval_s, refusals), server
     )

@@ -10,11 +10,12 @@ import grpc
 import structlog
 
 from laps import errors, telemetry
+from laps.channels import DEFAULT_MAX_MESSAGE_BYTES
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import checks, convert
 from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
-from scheduler_svc.deliveries import Follower
+from scheduler_svc.deliveries import MESSAGE_BYTES, Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.metrics import kv_cache_utilization
 from scheduler_svc.store import inspector_proto
@@ -26,10 +27,15 @@ log = structlog.get_logger()
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     def __init__(
-        self, terms: Terms, on_refused: Callable[[str, str], None] = lambda method, status: None
+        self,
+        terms: Terms,
+        on_refused: Callable[[str, str], None] = lambda method, status: None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._terms = terms
         self._on_refused = on_refused
+        # What a follower counts is about a third of a message whose rows have long ids and a token each.
+        self._message_bytes = min(MESSAGE_BYTES, max_message_bytes // 4)
 
     async def Submit(
         self, request: scheduler_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -71,7 +77,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         leader = await self._terms.leader_or_abort(context)
-        follower = Follower(gateway_id="")
+        follower = Follower("", self._message_bytes)
         leader.hub.opened(follower)
         reading = asyncio.create_task(self._read_follows(leader, follower, context))
         reading.add_done_callback(lambda _: follower.close())
@@ -91,9 +97,11 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                     )
             if not reading.done() or reading.cancelled():
                 await errors.abort(context, self._terms.not_leading())
-            if isinstance(failure := reading.exception(), StoreUnavailable):
+            if (failure := reading.exception()) is not None:
                 # The gateway comes back and follows again from its offsets.
-                await errors.abort(context, errors.store_unreachable(str(failure)))
+                if isinstance(failure, StoreUnavailable):
+                    await errors.abort(context, errors.store_unreachable(str(failure)))
+                raise failure
         finally:
             reading.cancel()
             leader.hub.lost(follower, leader.core.requests, leader.now_s())
@@ -108,6 +116,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
             follower.gateway_id = message.gateway_id or follower.gateway_id
             for follow in message.follow:
+                await follower.until_room()
                 await self._follow(leader, follower, follow.request_id, follow.offset)
             for unfollow in message.unfollow:
                 live = None if unfollow.done else leader.core.get(unfollow.request_id)
@@ -119,7 +128,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         logged_tokens = offset
         while (live := leader.core.get(request_id)) is not None:
             stored = leader.hub.stored_tokens(request_id)
-            if '"logprobs"' not in live.spec.params_json or stored <= logged_tokens:
+            if not convert.wants_logprobs(live.spec) or stored <= logged_tokens:
                 leader.hub.follow(follower, live, offset, logprobs)
                 return
             # Logprobs are in the store alone. More may be stored while we read: look again.
@@ -127,19 +136,25 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             logged_tokens = offset + len(tokens) // TOKEN_BYTES
         # Not live: finished, or its last commit is under way, or never heard of.
         await leader.settled()
-        stored_request = await self._terms.store.read_request(request_id)
+        try:
+            stored_request = await self._terms.store.read_request(request_id)
+        except RecordDamaged as error:
+            # Of one request that has ended. Whoever follows others on this stream must not suffer for it.
+            log.error("record not readable", request_id=request_id, error=str(error))
+            stored_request = None
         if stored_request is None:
             follower.add_unknown(request_id)
             return
         tokens, logprobs = await self._terms.store.read_log(request_id, offset)
         if tokens:
-            follower.add_tokens(request_id, offset, tokens, logprobs)
+            follower.add_missed(request_id, offset, tokens, logprobs)
         follower.add_completion(
             scheduler_pb2.Completion(
                 request_id=request_id,
                 output_tokens=stored_request.output_tokens,
                 complete=convert.complete(stored_request),
-            )
+            ),
+            missed=True,
         )
 
     async def CancelRequest(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
-from scheduler_svc.core.records import FinishReason, Request, RequestSpec, emitted_of
+from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request, RequestSpec, emitted_of
 from scheduler_svc.deliveries import (
     ABANDONED_AT_ONCE,
     MAX_PENDING_BYTES,
@@ -216,3 +216,90 @@ async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice
     request.output += pack([13])
     hub.published([emitted_of([("a", 3, pack([13]))])])
     assert joined(await take(follower)) == {"a": (offset, [10, 11, 12, 13][offset:])}
+
+
+def logprobs_of(tokens: int) -> bytes:
+    entries = [generation_pb2.TokenLogprob(logprob=-float(number)) for number in range(tokens)]
+    return scheduler_pb2.TokenLogprobs(logprobs=entries).SerializeToString()
+
+
+@pytest.mark.parametrize("with_logprobs", [False, True])
+async def test_what_was_missed_comes_in_messages_of_bounded_size_and_the_end_in_the_last(
+    with_logprobs: bool,
+) -> None:
+    """A gateway that comes back follows all of its requests from their beginnings at once."""
+    follower = Follower("g", message_bytes=4096)
+    tokens = {f"r{number}": list(range(number, number + 1500)) for number in range(4)}
+    logprobs = logprobs_of(1500) if with_logprobs else b""
+
+    async def follow_all() -> None:
+        for request_id, output in tokens.items():
+            await follower.until_room()
+            follower.add_missed(request_id, 0, pack(output), logprobs)
+            end = scheduler_pb2.Completion(request_id=request_id, output_tokens=1500)
+            follower.add_completion(end, missed=True)
+
+    reading = asyncio.create_task(follow_all())
+    rows: list[tuple[str, int, list[int]]] = []
+    told: dict[str, list[float]] = {request_id: [] for request_id in tokens}
+    ended: list[str] = []
+    while len(ended) < len(tokens):
+        message = await asyncio.wait_for(follower.next_message(), 60)
+        assert message is not None
+        assert message.ByteSize() <= 4096
+        position = 0
+        for row, (request_id, offset, count) in enumerate(
+            zip(message.request_ids, message.offsets, message.counts, strict=True)
+        ):
+            assert request_id not in ended
+            rows.append(
+                (request_id, offset, unpack(message.token_ids[4 * position : 4 * (position + count)]))
+            )
+            told[request_id] += [entry.logprob for entry in message.logprobs[row].logprobs]
+            position += count
+        ended += [completion.request_id for completion in message.completions]
+    await reading
+    assert joined(rows) == {request_id: (0, output) for request_id, output in tokens.items()}
+    expected = [-float(number) for number in range(1500)] if with_logprobs else []
+    assert list(told.values()) == [expected] * len(tokens)
+
+
+async def test_new_output_comes_after_what_was_missed_of_it() -> None:
+    hub, request = DeliveryHub(GATEWAY_GRACE_S), make_request()
+    follower = Follower("g", message_bytes=1024)
+    request.output[:] = pack(list(range(1000)))
+    hub.restored([request], 0.0)
+    hub.follow(follower, request, 0)
+    hub.published([emitted_of([("a", 1000, pack([1000]))])])
+    rows: list[tuple[str, int, list[int]]] = []
+    while not rows or rows[-1][1] < 1000:
+        rows += await take(follower)
+    assert joined(rows) == {"a": (0, list(range(1001)))}
+
+
+async def test_nothing_is_kept_for_a_gateway_whose_stream_is_given_up() -> None:
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    request = make_request()
+    request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
+    hub.follow(follower, request, 0)
+    for _ in range(3):
+        hub.published([emitted_of([("a", 0, bytes(MAX_PENDING_BYTES))])])
+    hub.finished([request])
+    assert follower.overrun
+    message = await asyncio.wait_for(follower.next_message(), 60)
+    assert message is not None
+    assert message.ByteSize() == 0
+
+
+async def test_who_asks_for_more_than_a_message_holds_must_take_it_first() -> None:
+    follower = Follower("g", message_bytes=1024)
+    follower.add_missed("a", 0, bytes(4096))
+    room = asyncio.create_task(follower.until_room())
+    waiting_tokens = 1024
+    while waiting_tokens * TOKEN_BYTES >= 1024:
+        await asyncio.sleep(0)
+        assert not room.done()
+        message = await asyncio.wait_for(follower.next_message(), 60)
+        assert message is not None
+        waiting_tokens -= sum(message.counts)
+    await asyncio.wait_for(room, 60)

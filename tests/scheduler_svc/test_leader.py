@@ -14,7 +14,7 @@ from scheduler_svc.core.records import Commit, RequestSpec, StepCosts, StepRepor
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.deliveries import Follower
-from scheduler_svc.leader import Leader, WorkerSession
+from scheduler_svc.leader import MAX_UNREAD_UPDATES, UPDATE_BYTES, Leader, WorkerSession
 from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
 
 TOKEN = bytes(4)
@@ -176,6 +176,43 @@ async def test_a_worker_given_up_by_the_core_must_join_anew() -> None:
         messages = [await asyncio.wait_for(session.outbox.get(), 60)]
         while messages[-1] is not None:
             messages.append(await asyncio.wait_for(session.outbox.get(), 60))
+
+
+async def test_contexts_too_long_for_one_message_come_in_several() -> None:
+    """As when a worker with many slots joins a pool of long prompts: gRPC refuses what is too large."""
+    store, slots = FakeStore(), 8
+    prompt = bytes(UPDATE_BYTES // 3 // 4 * 4)
+    async with running(store) as (leader, _):
+        for number in range(slots):
+            leader.core.submit(RequestSpec(f"r{number}", prompt, 10), leader.now_s())
+        session = WorkerSession("w")
+        leader.open_session(session, Worker("w", slots, StepCosts(0.001, 0.01)), [])
+        await asyncio.wait_for(leader.settled(), 60)
+        granted: list[str] = []
+        while len(granted) < slots:
+            message = session.outbox.get_nowait()
+            assert message is not None
+            assert message.ByteSize() <= UPDATE_BYTES + 4096
+            update = message.leases
+            assert (update.epoch, update.step_credit) == (1, leader.core.settings.step_credit)
+            assert update.lease_duration_s == leader.core.settings.lease_duration_s
+            granted += [grant.request_id for grant in update.grants]
+        assert sorted(granted) == [f"r{number}" for number in range(slots)]
+        assert session.outbox.empty()
+
+
+async def test_a_worker_that_reports_and_never_reads_loses_its_session() -> None:
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        session = join(leader)
+        step = 0
+        while "w" in leader.core.workers:
+            step += 1
+            leader.report(session, step, StepReport("w"))
+            await asyncio.wait_for(leader.settled(), 60)
+            assert session.outbox.qsize() <= MAX_UNREAD_UPDATES
+        assert session.outbox.get_nowait() is None
+        assert session.outbox.empty()
 
 
 async def test_an_older_session_of_a_worker_cannot_speak_for_it() -> None:
