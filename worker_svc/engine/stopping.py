@@ -10,6 +10,8 @@ from .results import FinishReason
 
 _REPLACEMENT = "\ufffd"
 _CONTEXT_TOKENS = 6
+# Longer than any character's bytes: what is incomplete after so many tokens will stay so.
+_MAX_UNREAD_TOKENS = 16
 
 
 class _TextTail:
@@ -32,7 +34,8 @@ class _TextTail:
         self._ids.append(token_id)
         known = self._decode(self._ids[: self._read_from])
         text = self._decode(self._ids)
-        if len(text) <= len(known) or text.endswith(_REPLACEMENT):
+        # Not for ever: each token would cost more than the one before it.
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._read_from < _MAX_UNREAD_TOKENS:
             return None
         fresh = text[len(known) :]
         self._ids = self._ids[-_CONTEXT_TOKENS:]

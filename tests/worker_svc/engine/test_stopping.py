@@ -241,3 +241,21 @@ def test_an_old_stop_string_is_not_reported_late() -> None:
     checker = _checker(("ab", "bbbbbbbb"), 4)
     assert [checker.push(ord(char))[0] for char in "abaaaa"] == [None] * 6
     assert checker.push(ord("b")) == (FinishReason.STOP, "ab")
+
+
+@pytest.mark.parametrize("repeated", ["eos", "half of a character"])
+def test_tokens_without_text_do_not_make_each_other_dearer(text_pair: ModelPair, repeated: str) -> None:
+    """With `ignore_eos` a model may go on with its end-of-sequence token for the rest of the context."""
+    decoded: list[int] = []
+
+    class Tokenizer:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            decoded.append(len(ids))
+            text = text_pair.tokenizer.decode(ids, **options)
+            return str(text) if repeated == "eos" else "\ufffd" * len(ids)
+
+    eos = min(text_pair.eos_token_ids)
+    checker = StopChecker(StoppingConfig(stop=("x",)), (), 10_000, Tokenizer(), PROMPT, ())
+    for _ in range(500):
+        assert checker.push(eos) == (None, None)
+    assert max(decoded) < 40
