@@ -17,13 +17,15 @@ from google.protobuf.message import Message
 
 from gateway.metrics import Metrics
 from laps import telemetry
-from laps.errors import Internal, LapsError, from_rpc_error
+from laps.errors import Internal, LapsError, Reason, Unavailable, from_rpc_error
 from laps.logs import bind_context, get_logger
 from laps.security.principal import Principal, caller
 from laps.telemetry import Tracing, given_context
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
+
+SHUTDOWN_RETRY_AFTER_S = 1.0
 
 log = get_logger()
 
@@ -102,6 +104,15 @@ def _end(tracing: Tracing, span: Span, code: str, fields: Mapping[str, Any]) -> 
     if code != "OK":
         tracing.failed(span, code)
     span.end()
+
+
+def shutting_down() -> Unavailable:
+    """For calls that would last, once the gateway is being stopped."""
+    return Unavailable(
+        "the gateway is being stopped; resume through another one",
+        reason=Reason.SHUTTING_DOWN,
+        retry_after_s=SHUTDOWN_RETRY_AFTER_S,
+    )
 
 
 def as_laps_error(error: Exception, call: Call) -> LapsError:

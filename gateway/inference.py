@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from typing import NamedTuple
 
 from gateway.admission import admit, unpack
-from gateway.calls import Call, Handler
+from gateway.calls import Call, Handler, shutting_down
 from gateway.detokenizer import Detokenizer, Release
 from gateway.edge import TenantLimits
 from gateway.metrics import Metrics
@@ -16,7 +15,7 @@ from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit, Reader
 from gateway.tokenizer import Tokenizer
 from gateway.validation import Bounds, check_request_id
-from laps.errors import FieldViolation, LapsError, OutOfRange, Reason, ResourceExhausted, Unavailable
+from laps.errors import FieldViolation, LapsError, OutOfRange, Reason, ResourceExhausted
 from laps.logs import bind_context
 from laps.security.access import Role
 from laps.security.principal import Quota
@@ -24,8 +23,7 @@ from laps.settings import Settings
 from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
 
 RETRY_AFTER_S = 1.0
-"""What a client is told that comes when all streams are taken or the gateway is being stopped."""
-_REMEMBERED_STOPS = 10_000
+"""What a client is told that comes when all streams are taken."""
 
 Response = type[inference_pb2.GenerateResponse] | type[inference_pb2.ResumeResponse]
 
@@ -48,8 +46,6 @@ class InferenceService:
         self._link = link
         self._metrics = metrics
         self._readers: set[Reader] = set()
-        self._stops: OrderedDict[str, Stops] = OrderedDict()
-        """Of the requests that came in here last."""
         self._tenants = TenantLimits()
         self._submitting: set[asyncio.Task[scheduler_pb2.SubmitResponse]] = set()
 
@@ -105,7 +101,7 @@ class InferenceService:
         if request.include_output:
             tokens = unpack(stored.output_token_ids)
             response.output.ids.extend(tokens)
-            detokenizer = self._detokenizer(self._stops_of(stored_id, stored))
+            detokenizer = self._detokenizer(self._stops_from(stored.stopping))
             response.text = detokenizer.push(tokens).text
             if stored.HasField("complete"):
                 response.text += _finish(detokenizer, stored.complete).text
@@ -134,7 +130,7 @@ class InferenceService:
     def drop_streams(self) -> None:
         """Ends every client stream; their clients resume elsewhere."""
         for reader in tuple(self._readers):
-            reader.lose(_shutting_down())
+            reader.lose(shutting_down())
 
     def _stored_id(self, request_id: str, call: Call) -> str:
         """The id in the pool of the caller's request. Another tenant's request cannot be named."""
@@ -162,7 +158,6 @@ class InferenceService:
             if not answer.joined:
                 self._metrics.prompt_tokens.inc(call.fields["prompt_tokens"])
             stops = self._stops_from(spec.stopping)
-            self._remember(spec.request_id, stops)
             # Who only reads slowly did not leave: it has learnt the id, and its request waits for it.
             implicit = not request.request_id and not request.HasField("cancel_on_disconnect")
             linger_s = self._settings.disconnect_grace_s if implicit else 0.0
@@ -173,7 +168,7 @@ class InferenceService:
         stored = await self._link.read(stored_id, include_output=False, until_s=call.deadline_s())
         if request.offset > stored.request.output_tokens:
             raise _offset_beyond(request.offset, stored.request.output_tokens)
-        stops = self._stops_of(stored_id, stored)
+        stops = self._stops_from(stored.stopping)
         await self._stream(call, stored_id, stops, request.offset, inference_pb2.ResumeResponse, 0.0)
 
     async def _submit(
@@ -280,22 +275,9 @@ class InferenceService:
         eos = frozenset[int]() if stopping.ignore_eos else self._tokenizer.limits.eos_token_ids
         return Stops(tuple(stopping.stop), frozenset(stopping.stop_token_ids) | eos)
 
-    def _remember(self, request_id: str, stops: Stops) -> None:
-        self._stops[request_id] = stops
-        self._stops.move_to_end(request_id)
-        if len(self._stops) > _REMEMBERED_STOPS:
-            self._stops.popitem(last=False)
-
-    def _stops_of(self, request_id: str, stored: scheduler_pb2.ReadRequestResponse) -> Stops:
-        """What may end a request that perhaps came in through another gateway."""
-        known = self._stops.get(request_id)
-        if known is not None:
-            return known
-        return self._stops_from(stored.stopping)
-
     def _refuse_while_draining(self) -> None:
         if self.draining:
-            raise _shutting_down()
+            raise shutting_down()
 
 
 def _finish(detokenizer: Detokenizer, completion: generation_pb2.Complete) -> Release:
@@ -318,12 +300,4 @@ def _streams_full(most: int) -> LapsError:
         retry_after_s=RETRY_AFTER_S,
         quota_subject="max_streams",
         metadata={"limit": most},
-    )
-
-
-def _shutting_down() -> Unavailable:
-    return Unavailable(
-        "the gateway is being stopped; resume through another one",
-        reason=Reason.SHUTTING_DOWN,
-        retry_after_s=RETRY_AFTER_S,
     )

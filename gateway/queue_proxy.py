@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from gateway.calls import Call, Handler
+from gateway.calls import Call, Handler, shutting_down
 from gateway.scheduler_link import SchedulerLink
 from gateway.streams import Limit
 from gateway.validation import check_request_id
@@ -24,6 +24,7 @@ class QueueProxy:
         self._link = link
         self._streams = streams
         self._watching: set[Any] = set()
+        self._draining = False
 
     def methods(self) -> dict[str, Handler]:
         return {
@@ -57,6 +58,9 @@ class QueueProxy:
             and request.interval.ToNanoseconds() < MIN_WATCH_INTERVAL_MS * 1_000_000
         ):
             raise InvalidArgument("interval", f"must be at least {MIN_WATCH_INTERVAL_MS} ms")
+        if self._draining:
+            # Who comes back at once would be waited for until the time to drain is up.
+            raise shutting_down()
         with self._streams:
             upstream = self._link.watch(request)
             self._watching.add(upstream)
@@ -74,6 +78,8 @@ class QueueProxy:
             raise _lost()
 
     def drop_streams(self) -> None:
+        """Ends every watch, and lets none begin."""
+        self._draining = True
         for upstream in tuple(self._watching):
             upstream.cancel()
 

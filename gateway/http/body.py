@@ -156,7 +156,7 @@ def as_list(param: str, value: Any) -> list[Any]:
 
 
 def _wrong_type(param: str, expected: str, value: Any) -> Refusal:
-    names = {str: "a string", bool: "true or false", dict: "an object", list: "an array"}
+    names = {str: "a string", bool: "true or false", dict: "an object", list: "an array", type(None): "null"}
     return Refusal(param, f"must be {expected}, not {names.get(type(value), 'a number')}", "invalid_type")
 
 

@@ -160,6 +160,8 @@ async def test_drain(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     error = await failure(harness.inference.Generate(generate_request()))
     assert (error.status, error.reason) == ("UNAVAILABLE", Reason.SHUTTING_DOWN)
     assert error.retry_after_s
+    error = await failure(harness.queue.Watch(queue_pb2.WatchRequest()))
+    assert error.reason is Reason.SHUTTING_DOWN, "a watch that comes back would be waited for"
     scheduler.emit("ending", 1000)
     assert (await collect(ending)).tokens == scheduler.requests["ending"].planned
     time_is_up.set()
@@ -169,6 +171,19 @@ async def test_drain(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     await stopping
     assert begun.tokens == scheduler.requests["lasting"].planned[: len(begun.tokens)]
     assert not scheduler.requests["lasting"].finished
+
+
+async def test_a_request_id_that_was_forgotten_and_used_anew_elsewhere(start_gateway: Any) -> None:
+    first, second = await start_gateway(), await start_gateway()
+    scheduler = first.scheduler
+    scheduler.auto_tokens = 1000
+    await collect(first.inference.Generate(generate_request(request_id="id", stop=["never there"])))
+    del scheduler.requests["id"]
+    told = await collect(second.inference.Generate(generate_request(request_id="id", stop=["e"])))
+    assert told.complete is not None
+    assert told.complete.matched_stop == "e"
+    resumed = await collect(first.inference.Resume(inference_pb2.ResumeRequest(request_id="id")))
+    assert resumed.text == told.text
 
 
 async def test_metrics(start_gateway: Any) -> None:

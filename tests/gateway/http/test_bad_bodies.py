@@ -125,3 +125,8 @@ def test_a_body_that_is_damaged(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     judge(bytes(raw), Endpoint.CHAT)
+
+
+def test_null_is_called_null() -> None:
+    with pytest.raises(LapsError, match="must be a string, not null"):
+        read_request({"messages": [{"role": "user", "content": None}]}, Endpoint.CHAT, "")
