@@ -164,11 +164,15 @@ class Inspector:
         return Snapshot(
             time_s=now_ms / 1e3,
             queues=self._queues(dict(pairs(meta)), dict(pairs(leader)), levels, len(held), now_ms),
-            workers=[
-                _worker(worker_id, float(expires_ms), dict(pairs(stored)), held)
-                for worker_id, expires_ms, stored in _triples(workers)
-                if float(expires_ms) > now_ms
-            ],
+            # The store has them in the order of their heartbeats, another one at each look.
+            workers=sorted(
+                (
+                    _worker(worker_id, float(expires_ms), dict(pairs(stored)), held)
+                    for worker_id, expires_ms, stored in _triples(workers)
+                    if float(expires_ms) > now_ms
+                ),
+                key=lambda worker: _by_number(worker.worker_id),
+            ),
             running=[
                 RequestView(request_id, request_fields(stored), float(expires_ms) / 1e3)
                 for request_id, expires_ms, stored in _triples(running)
@@ -312,6 +316,11 @@ def _parse_token(token: str) -> tuple[str, str, str]:
 
 def _event_s(event_id: str) -> float:
     return int(event_id.partition("-")[0]) / 1e3
+
+
+def _by_number(name: str) -> list[str | int]:
+    """A key that sorts worker-2 before worker-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _triples(flat: list[Any]) -> Any:

@@ -47,9 +47,9 @@ def finish(request):
     return request
 
 
-def worker(slots=2):
+def worker(slots=2, worker_id="w-1"):
     return Worker(
-        "w-1",
+        worker_id,
         slots,
         StepCosts(0.001, 0.02, 0.0, 0.003),
         device="cpu",
@@ -127,6 +127,14 @@ async def test_a_preempted_request_does_not_hide_its_successor(leading, apply, m
     assert snapshot.queues.running == 1
     assert [view.request_id for view in snapshot.running] == ["req-2"]
     assert [slot.request_id for slot in snapshot.workers[0].slots] == ["req-2"]
+
+
+async def test_workers_are_told_by_number_whoever_was_heard_of_last(leading, apply, inspector):
+    far_s = time.time() + 60
+    names = ["w-10", "w-2", "w-1", "gpu"]
+    workers = [(worker(worker_id=name), far_s + number) for number, name in enumerate(names)]
+    await apply(leading, workers=workers)
+    assert [each.worker_id for each in await inspector.list_workers()] == ["gpu", "w-1", "w-2", "w-10"]
 
 
 async def test_workers_whose_session_expired_are_not_told(leading, apply, inspector):
