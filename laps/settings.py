@@ -324,16 +324,17 @@ class Settings(BaseSettings):
         return given or re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{os.getpid()}")[:128]
 
     def check_models(self) -> None:
-        """Raises SettingsError when a model is a folder's path and that folder is not there."""
+        """Raises SettingsError for a model given as a folder's path where no safetensors weights are."""
         for name, model in (("target", self.target), ("draft", self.draft_model)):
-            if model is None or not (os.path.isabs(model) or model.startswith(".")) or Path(model).is_dir():
+            if model is None or not (os.path.isabs(model) or model.startswith(".")):
                 continue
-            built_in = model in (BUILT_IN_TARGET, BUILT_IN_DRAFT)
-            what = "the built-in model" if built_in else "the model folder"
-            hint = "; make it with models/tiny, or name another with" if built_in else "; correct"
-            raise SettingsError(
-                f"{name}: {what} {model} is not there{hint} --{name} (from {self.origin(name)})"
-            )
+            if wrong := _what_is_wrong(Path(model)):
+                built_in = model in (BUILT_IN_TARGET, BUILT_IN_DRAFT)
+                what = "the built-in model" if built_in else "the model folder"
+                hint = "; make it with models/tiny, or name another with" if built_in else "; correct"
+                raise SettingsError(
+                    f"{name}: {what} {model} {wrong}{hint} --{name} (from {self.origin(name)})"
+                )
 
     def origin(self, name: str) -> Origin:
         return self._origins.get(name, Origin("default"))
@@ -397,6 +398,17 @@ def unknown_variables() -> list[str]:
     """`LAPS_*` variables that no setting reads, most likely misspelt."""
     known = {env_name(name) for name in Settings.model_fields} | {CONFIG_ENV, COMPILED_ENV}
     return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+
+
+def _what_is_wrong(model: Path) -> str:
+    """What a model folder lacks that can be seen without loading it; empty: nothing."""
+    if not model.is_dir():
+        return "is not there"
+    if not (model / "config.json").is_file():
+        return "has no config.json, so it holds no model"
+    if not any(model.glob("*.safetensors")):
+        return "has no *.safetensors weights; other formats are not loaded"
+    return ""
 
 
 def _from_kubernetes(name: str, value: Any) -> bool:

@@ -131,7 +131,15 @@ def test_the_built_in_draft_goes_with_the_built_in_target_alone() -> None:
 def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"target: the model folder .*gone.* is not there.*--target"):
         load_settings({"target": str(tmp_path / "gone")}).check_models()
-    load_settings({"target": str(tmp_path), "draft": "organisation/name"}).check_models()
+    settings = load_settings({"target": str(tmp_path), "draft": "organisation/name"})
+    with pytest.raises(SettingsError, match=r"target: .* has no config.json, .*--target"):
+        settings.check_models()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(SettingsError, match=r"target: .* has no \*.safetensors weights"):
+        settings.check_models()
+    (tmp_path / "model.safetensors").touch()
+    settings.check_models()
 
 
 def test_instance_ids_are_fit_for_keys() -> None:
