@@ -13,11 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from laps import last_words
 from laps.logs import get_logger
 
 _LAUNCHER = str(Path(__file__).with_name("launcher.py"))
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 5.0
+_LAST_LINES = 20
+"""Of a log, in which the last trouble is looked for."""
 HEALTHY_AFTER_S = 10.0
 """A child that ran this long begins with the first backoff again."""
 
@@ -43,10 +46,12 @@ class Child:
         self.spec = spec
         self.log_path = log_path
         self.starts = 0
+        self.ends_for_good = False
+        """An exit code above 0 is the end: it is not started again. For a start that somebody watches."""
         self.exit_code: int | None = None
         """Of the last run: negative is a signal."""
         self.ended_with = ""
-        """The end of its log."""
+        """Why its last run ended, as far as its log tells. See `last_words`."""
         self._process: asyncio.subprocess.Process | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._stopping = False
@@ -76,7 +81,7 @@ class Child:
                 self.signal(signal.SIGTERM)
             done, _ = await asyncio.wait([self._keeping], timeout=grace_s)
             if not done:
-                get_logger().warning("child does not stop, killing it", child=self.name, grace_s=grace_s)
+                get_logger().warning("does not stop, killing it", child=self.name, grace_s=grace_s)
                 self._kill_group()
                 await asyncio.wait([self._keeping])
 
@@ -86,16 +91,19 @@ class Child:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def last_words(self, lines: int = 3) -> str:
-        """The end of what its present run has logged."""
+    def last_words(self) -> str:
+        """The last trouble that its present run has logged, in one line; empty: none."""
+        return last_words.explain(self._last_lines())
+
+    def _last_lines(self) -> list[str]:
         try:
             with self.log_path.open(errors="replace") as log:
                 # Behind its end: it has been emptied since, see log_files.
                 if self._log_start_bytes <= self.log_path.stat().st_size:
                     log.seek(self._log_start_bytes)
-                return " | ".join(line.strip() for line in deque(log, lines) if line.strip())
+                return list(deque(log, _LAST_LINES))
         except OSError:
-            return ""
+            return []
 
     async def _spawn(self) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,14 +129,15 @@ class Child:
             code = await self._process.wait()
             self.exit_code, self.ended_with = code, self.last_words()
             self._kill_group()
-            if self._stopping:
+            if self._stopping or (self.ends_for_good and code > 0):
                 return
             if time.monotonic() - began_s > HEALTHY_AFTER_S:
                 backoff_s = FIRST_BACKOFF_S
             get_logger().warning(
-                "child ended, starting it again",
+                "ended, starting it again",
                 child=self.name,
-                exit_code=code,
+                how=last_words.describe_exit(code),
+                because=self.ended_with,
                 backoff_s=backoff_s,
                 log=str(self.log_path),
             )

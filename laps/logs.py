@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
@@ -16,7 +17,10 @@ from typing import Any, Literal, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-LogFormat = Literal["json", "console"]
+from laps import last_words
+
+LogFormat = Literal["json", "console", "plain"]
+"""plain: one short line for a person who watches a command, without what is the same in each."""
 
 PRIVATE_FIELDS = frozenset(
     {
@@ -32,6 +36,7 @@ PRIVATE_FIELDS = frozenset(
     }
 )
 _MASK = "(not logged)"
+_SAME_IN_EACH = frozenset({"timestamp", "level", "service", "pool"})
 
 
 def configure_logging(
@@ -134,7 +139,25 @@ class _AddFields:
         return event
 
 
+def _plain(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
+    """`12:34:56 CHILD: EVENT: REASON (name: value, ...)`."""
+    shown = {
+        name: value for name, value in event.items() if value not in ("", None) and name not in _SAME_IN_EACH
+    }
+    subject = f"{shown.pop('child')}: " if "child" in shown else ""
+    text = last_words.sentence(shown)
+    rest = ", ".join(
+        f"{name.removesuffix('_s').replace('_', ' ')}: {value}{' s' if name.endswith('_s') else ''}"
+        for name, value in shown.items()
+        if name not in ("event", "exception", *last_words.REASON_FIELDS)
+    )
+    trace = f"\n{shown['exception']}" if "exception" in shown else ""
+    return f"{time.strftime('%H:%M:%S')} {subject}{text}{f' ({rest})' if rest else ''}{trace}"
+
+
 def _renderer(form: LogFormat, out: _LossyStream) -> list[Processor]:
+    if form == "plain":
+        return [structlog.processors.format_exc_info, _plain]
     if form == "console":
         colors = out.isatty()
         plain = structlog.dev.plain_traceback

@@ -174,19 +174,27 @@ class Stack:
             for child in list(waiting):
                 if await child.spec.is_ready():
                     waiting.remove(child)
+                    child.ends_for_good = False
                 elif child.exit_code is not None and child.exit_code > 0:
                     raise StackError(
-                        f"{child.name} ended with exit code {child.exit_code}: {child.ended_with} "
-                        f"(log: {child.log_path})"
+                        f"{child.name} ended with exit code {child.exit_code}: "
+                        f"{child.ended_with or 'it does not say why'} (log: {child.log_path})"
                     )
             now_s = time.monotonic()
             if waiting and now_s > began_s + timeout_s:
                 names = ", ".join(child.name for child in waiting)
-                raise StackError(f"not ready after {timeout_s:g} s: {names} (logs: {self.log_dir})")
+                said = "".join(f"; {each.name}: {words}" for each in waiting if (words := each.last_words()))
+                raise StackError(f"not ready after {timeout_s:g} s: {names}{said} (logs: {self.log_dir})")
             if waiting and now_s > patience_s:
                 patience_s = now_s + _PATIENCE_S
                 for child in waiting:
-                    get_logger().warning("still waiting", child=child.name, said=child.last_words(1))
+                    get_logger().warning(
+                        "not ready yet",
+                        child=child.name,
+                        because=child.last_words() or "it is starting",
+                        after_s=round(now_s - began_s),
+                        log=str(child.log_path),
+                    )
             if waiting:
                 await asyncio.sleep(_POLL_S)
 
@@ -242,9 +250,11 @@ class Stack:
         }
         spec = ChildSpec(name, self._command(role), env, ready)
         child = Child(spec, self.log_dir / f"{name}.log")
+        # Until it was ready once: it would fail again, and for the same reason.
+        child.ends_for_good = True
         self.children[name] = child
         await child.start()
-        get_logger().info("child started", child=name, pid=child.pid, log=str(child.log_path))
+        get_logger().info("started", child=name, pid=child.pid, log=str(child.log_path))
 
     async def _ready_check(self, address: str) -> Callable[[], Awaitable[bool]]:
         if (check := self._is_ready) is not None:
@@ -291,7 +301,10 @@ class Stack:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise StackError(f"data_dir: {folder} is used by another 'laps up'") from None
+            raise StackError(
+                f"data_dir: {folder} is used by another 'laps up'; end that one, or name another folder "
+                "with --data-dir"
+            ) from None
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         self._lock = lock

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
+from contextlib import suppress
 
 from laps import logs, runtime
 from laps.setting import mask_url
-from laps.settings import Settings
+from laps.settings import Settings, unknown_variables
 from laps.stack import Stack
 
 _KILL_SLACK_S = 3.0
@@ -15,25 +19,27 @@ _KILL_SLACK_S = 3.0
 
 def run(settings: Settings) -> int:
     """Runs until SIGTERM or SIGINT; returns the exit code."""
-    form = "console" if sys.stderr.isatty() else settings.log_format
+    form: logs.LogFormat = settings.log_format if "log_format" in settings.model_fields_set else "plain"
     level = "warning" if settings.log_level == "info" else settings.log_level
     # Warnings are what a person wants to see here: the children's logs have the rest.
     logs.configure_logging("up", pool=settings.pool, level=level, form=form)
     settings.check_models()
+    for variable in unknown_variables():
+        say(f"laps: {variable} is set but there is no such setting ('laps config' lists them)")
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
         stack = Stack(settings)
         try:
-            print(f"Starting with {count(settings.workers, 'worker')} ...", flush=True)
+            say(f"Starting with {count(settings.workers, 'worker')} ...")
             await stack.start()
             await stack.wait_ready()
         except BaseException:
             await stack.stop(drain_s=0)
             raise
-        print(welcome(stack), flush=True)
+        say(welcome(stack))
 
         async def stop(_drain_s: float) -> None:
-            print("Stopping ...", flush=True)
+            say("Stopping ...")
             await stack.stop()
 
         return stop
@@ -49,6 +55,7 @@ def welcome(stack: Stack) -> str:
     )
     http = f"\n  OpenAI     {stack.http_url}" if stack.http_url else ""
     http += f"\n  console    {stack.console_url}" if stack.console_url else ""
+    command = own_command()
     return f"""
 LAPS is up.
   gateway    {stack.gateway_address}{http}
@@ -58,9 +65,22 @@ LAPS is up.
   logs       {stack.log_dir}
 
 Try, in another terminal:
-  laps generate "def fibonacci(n):" --max-tokens 64{server}
-  laps top{server}
+  {command} generate "def fibonacci(n):" --max-tokens 64{server}
+  {command} top{server}
 Ctrl-C ends it."""
+
+
+def own_command() -> str:
+    """What to type for `laps` in another terminal: `make up` starts one that need not be on PATH."""
+    started_as = sys.argv[0]
+    by_path = os.path.basename(started_as) == "laps" and shutil.which("laps") != os.path.abspath(started_as)
+    return shlex.quote(started_as) if by_path else "laps"
+
+
+def say(text: str) -> None:
+    """Prints. Nobody may be there to read it, and the stack must be stopped in good order all the same."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def count(number: int, what: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ SHOWN_CHARS = 600
 
 def run(settings: Settings) -> int:
     """Runs the demonstration; returns the exit code."""
-    logs.configure_logging("demo", level="error", form="console" if sys.stderr.isatty() else "json")
+    logs.configure_logging("demo", level="error", form="plain")
     settings.check_models()
     items = load_items(PROMPTS)
     console = Console(highlight=False)

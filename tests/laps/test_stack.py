@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,9 +19,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import structlog
 
 from laps import child as child_module
-from laps import log_files, ports
+from laps import log_files, logs, ports, store_child
+from laps import stack as stack_module
 from laps.child import Child, ChildSpec
 from laps.log_files import older
 from laps.ports import free_ports, is_free
@@ -86,6 +92,19 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(data_dir=tmp_path / "data", redis_url="redis://elsewhere", workers=2, drain_s=60)
+
+
+@pytest.fixture
+def said() -> Iterator[io.StringIO]:
+    """What `laps up` shows of its logs."""
+    stream = io.StringIO()
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    logs.configure_logging("up", pool="default", level="warning", form="plain", stream=stream)
+    yield stream
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @asynccontextmanager
@@ -160,18 +179,21 @@ async def test_logs_are_bounded_while_their_writers_run(
 async def test_what_a_child_started_goes_with_it(tmp_path: Path) -> None:
     code = f"""
 import subprocess, sys, time
-print(subprocess.Popen([sys.executable, "-c", {STUBBORN!r}]).pid, flush=True)
+print("child", subprocess.Popen([sys.executable, "-c", {STUBBORN!r}]).pid, flush=True)
 time.sleep(99)
 """
-    parent = Child(ChildSpec("parent", [sys.executable, "-c", code]), tmp_path / "log")
+    log = tmp_path / "log"
+    parent = Child(ChildSpec("parent", [sys.executable, "-c", code]), log)
     await parent.start()
-    await eventually(lambda: parent.last_words())
-    grandchild = int(parent.last_words().split()[0])
+    await eventually(lambda: log.exists() and "child" in log.read_text())
+    grandchild = int(log.read_text().split("child")[1].split()[0])
     await parent.stop(1)
     await eventually(lambda: not _alive(grandchild))
 
 
-async def test_a_child_that_fails_at_the_start_is_named_with_its_last_words(settings: Settings) -> None:
+async def test_a_child_that_fails_at_the_start_is_named_with_its_last_words(
+    settings: Settings, said: io.StringIO
+) -> None:
     def failing(role: str) -> list[str]:
         return (
             [sys.executable, "-c", "import sys; sys.exit('no such model')"]
@@ -185,6 +207,43 @@ async def test_a_child_that_fails_at_the_start_is_named_with_its_last_words(sett
     with pytest.raises(StackError, match=r"worker-\d ended with exit code 1: no such model"):
         async with Stack(settings, any_ports=True, command=failing, is_ready=not_workers):
             pass
+    # It would fail again.
+    assert "starting it again" not in said.getvalue()
+
+
+async def test_what_a_child_waits_for_is_said_in_a_sentence(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
+) -> None:
+    event = {"event": "store not reachable", "level": "error", "error": "connection refused"}
+    command = [sys.executable, "-c", f"import time; print({json.dumps(event)!r}, flush=True); time.sleep(99)"]
+    monkeypatch.setattr(stack_module, "_PATIENCE_S", 0.0)
+
+    async def once_said(address: str) -> bool:
+        return "refused" in said.getvalue()
+
+    async with Stack(settings, any_ports=True, command=lambda role: command, is_ready=once_said):
+        pass
+    assert re.search(
+        r"(?m)^[\d:]{8} [a-z0-9-]+: not ready yet: store not reachable: connection refused \(after: \d+ s, ",
+        said.getvalue(),
+    )
+    assert "{" not in said.getvalue()
+
+
+async def test_a_store_without_room_waits_for_it_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
+) -> None:
+    monkeypatch.setattr(store_child, "_ROOM_INTERVAL_S", 0.01)
+    settings = Settings(data_dir=tmp_path / "data", workers=0)
+    async with Stack(settings, any_ports=True, command=idle, is_ready=always_ready) as stack:
+        monkeypatch.setattr(store_child, "disk_is_full", lambda folder: True)
+        store = stack.children["store"]
+        store.signal(signal.SIGKILL)
+        await eventually(lambda: "is full: free some space" in said.getvalue())
+        assert store.starts == 1
+        monkeypatch.setattr(store_child, "disk_is_full", lambda folder: False)
+        await eventually(lambda: store.starts == 2)
+    assert said.getvalue().count("free some space") == 1
 
 
 async def test_what_is_never_ready_is_named(settings: Settings) -> None:
@@ -193,7 +252,7 @@ async def test_what_is_never_ready_is_named(settings: Settings) -> None:
 
     stack = Stack(settings, any_ports=True, command=idle, is_ready=never)
     await stack.start()
-    with pytest.raises(StackError, match="not ready after 0 s: scheduler, gateway, worker-0"):
+    with pytest.raises(StackError, match="not ready after 0 s: scheduler, gateway, worker-0, worker-1"):
         await stack.wait_ready(timeout_s=0)
     await stack.stop(0)
 
@@ -210,7 +269,7 @@ async def test_a_taken_port_is_named(settings: Settings) -> None:
 async def test_one_data_folder_serves_one_stack(settings: Settings) -> None:
     async with running(settings):
         second = Stack(settings, any_ports=True, command=idle)
-        with pytest.raises(StackError, match="used by another"):
+        with pytest.raises(StackError, match=r"used by another .* --data-dir"):
             await second.start()
     async with running(settings):
         pass

@@ -10,7 +10,7 @@ import pytest
 from laps import stack as stack_module
 from laps.settings import Settings
 from laps.stack import Stack, StackError
-from laps.up import welcome
+from laps.up import own_command, welcome
 
 
 def chosen(tmp_path: Path, *, any_ports: bool = False, **settings: int) -> Stack:
@@ -54,3 +54,17 @@ def test_zero_is_off(tmp_path: Path) -> None:
     assert stack.http_url == ""
     assert "OpenAI" not in welcome(stack)
     assert "console" not in welcome(stack)
+
+
+def test_the_command_to_try_is_one_that_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "bin" / "laps"
+    installed.parent.mkdir()
+    installed.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.argv", ["bin/laps", "up"])
+    assert own_command() == "bin/laps"
+    monkeypatch.setenv("PATH", str(installed.parent))
+    assert own_command() == "laps"
+    monkeypatch.setattr("sys.argv", ["/elsewhere/laps/cli/__main__.py", "up"])
+    assert own_command() == "laps"
