@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from laps.errors import InvalidArgument, Reason, ResourceExhausted
@@ -13,6 +15,9 @@ from laps.security.keys import KeyFile
 from laps.security.principal import EVERYBODY, Principal
 from laps.security.tls import TlsFiles
 from laps.settings import Settings
+
+RETRY_AFTER_S = 1.0
+"""What a tenant is told that has as many streams as it may."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,26 @@ class TenantLimits:
     now_s: Callable[[], float] = time.monotonic
     _full_at_s: dict[str, float] = field(default_factory=dict)
     """By tenant: when its bucket would be full again."""
+    _streams: Counter[str] = field(default_factory=Counter)
+    """Open ones by tenant."""
+
+    @contextmanager
+    def stream(self, principal: Principal) -> Iterator[None]:
+        """Around one stream of the tenant. Raises ResourceExhausted when it has as many as it may."""
+        tenant, most = principal.tenant, principal.quota.max_streams
+        if most is not None and self._streams[tenant] >= most:
+            raise ResourceExhausted(
+                f"the tenant has {most} streams here, as many as it may; come back later",
+                reason=Reason.STREAMS_FULL,
+                retry_after_s=RETRY_AFTER_S,
+                quota_subject="max_streams",
+                metadata={"limit": most},
+            )
+        self._streams[tenant] += 1
+        try:
+            yield
+        finally:
+            self._streams[tenant] -= 1
 
     def check(self, principal: Principal, priority: int) -> None:
         """Counts one generation.

@@ -73,13 +73,13 @@ class InferenceService:
 
     async def generate(self, request: inference_pb2.GenerateRequest, call: Call) -> None:
         self._refuse_while_draining()
-        with self.streams:
+        with self._tenants.stream(call.caller), self.streams:
             await self._generate(request, call)
 
     async def resume(self, request: inference_pb2.ResumeRequest, call: Call) -> None:
         stored_id = self._stored_id(request.request_id, call)
         self._refuse_while_draining()
-        with self.streams, bind_context(request_id=stored_id):
+        with self._tenants.stream(call.caller), self.streams, bind_context(request_id=stored_id):
             await self._resume(request, stored_id, call)
 
     async def cancel(self, request: inference_pb2.CancelRequest, call: Call) -> inference_pb2.CancelResponse:

@@ -44,6 +44,7 @@ class _Tenant(BaseModel):
     max_queued_tokens: int | None = Field(None, ge=0)
     requests_per_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     max_priority: int | None = Field(None, ge=-100, le=100)
+    max_streams: int | None = Field(None, ge=0)
 
 
 class _Key(BaseModel):

@@ -25,6 +25,8 @@ class Quota:
     requests_per_s: float | None = None
     """In the mean, at each gateway; a burst of one second's worth is let through."""
     max_priority: int | None = None
+    max_streams: int | None = None
+    """Open at a time, at each gateway. What a gateway has of them is everybody's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,28 @@ async def test_priority_ceiling_and_quota_travel(start_gateway: Callable[..., An
     assert not harness.scheduler.requests
 
 
+async def test_a_tenant_cannot_take_all_streams_of_a_gateway(
+    start_gateway: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One request is enough to hold any number of them: each Resume waits for its end."""
+    path = tmp_path / "keys.toml"
+    path.write_text("\n".join([ACME.line, OTHER.line, "tenants.acme = { max_streams = 2 }"]))
+    harness = await start_gateway(api_keys_file=str(path), max_streams=3)
+    resume = inference_pb2.ResumeRequest(request_id="a")
+    first = harness.inference.Generate(generate_request(request_id="a"), **shows(ACME))
+    await first.initial_metadata()
+    held = [first, harness.inference.Resume(resume, **shows(ACME))]
+    await held[1].initial_metadata()
+    refused = await failure(harness.inference.Resume(resume, **shows(ACME)))
+    assert (refused.reason, refused.quota_subject) == (Reason.STREAMS_FULL, "max_streams")
+    harness.scheduler.auto_tokens = 1000
+    assert (await collect(harness.inference.Generate(generate_request(), **shows(OTHER)))).complete
+    harness.scheduler.emit("acme:a", 1000)
+    for call in held:
+        assert (await collect(call)).complete
+    assert (await collect(harness.inference.Resume(resume, **shows(ACME)))).complete, "it has ended"
+
+
 async def test_refused_calls_are_counted(start_gateway: Callable[..., Any], keys_file: str) -> None:
     harness = await start_gateway(api_keys_file=keys_file, metrics_port=free_ports(1)[0])
     await failure(harness.inference.ListModels(inference_pb2.ListModelsRequest()))
