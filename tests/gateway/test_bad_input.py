@@ -211,6 +211,8 @@ async def test_queue_calls_are_bounded(harness: Any) -> None:
     assert error.violations[0].field == "page_size"
     error = await failure(harness.queue.ListQueues(queue_pb2.ListQueuesRequest(head_limit=1001)))
     assert error.violations[0].field == "head_limit"
+    error = await failure(harness.queue.Watch(queue_pb2.WatchRequest(head_limit=1001)))
+    assert error.violations[0].field == "head_limit"
     hasty = queue_pb2.WatchRequest(interval=Duration(nanos=1000))
     error = await failure(harness.queue.Watch(hasty))
     assert error.violations[0].field == "interval"
