@@ -24,7 +24,10 @@ CALLS_PER_PAGE = 5
 CLOCK_SKEW_S = 10
 """How far the store's clock, which events carry, may be from the leader's, which arrivals carry."""
 
-_TOKEN = re.compile(r"(?P<source>[a-z]+)/(?P<score>[0-9.e+]{0,30})/(?P<id>.*)", re.DOTALL)
+_TOKEN = re.compile(
+    r"(?P<source>[a-z]+)/(?P<score>(?:[0-9]{1,20}(?:\.[0-9]{1,20})?(?:e\+?[0-9]{1,3})?)?)/(?P<id>.*)",
+    re.DOTALL,
+)
 
 LIVE = frozenset(RequestState) - {RequestState.FINISHED}
 

@@ -177,7 +177,17 @@ async def test_pages_go_on_where_a_request_was_forgotten(leading, apply, make_re
 
 
 @pytest.mark.parametrize(
-    "token", ["x", "live/x/req", "finished/1/req-1", "live/1;DEL/x", "live/nan/x", "leases/0/x"]
+    "token",
+    [
+        "x",
+        "live/x/req",
+        "finished/1/req-1",
+        "live/1;DEL/x",
+        "live/nan/x",
+        "live/1e+e/x",
+        "live/./x",
+        "leases/0/x",
+    ],
 )
 async def test_a_foreign_page_token_is_refused(inspector, token):
     with pytest.raises(BadPageToken):
