@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import cast
+from urllib.parse import urlsplit
 
 from aiohttp import web
 from google.protobuf.message import Message
@@ -29,8 +30,16 @@ from gateway.inference import InferenceService
 from gateway.metrics import Metrics
 from gateway.tokenizer import Tokenizer
 from gateway.validation import check_model, check_request_id
-from laps.errors import InvalidArgument, LapsError, Reason, ResourceExhausted, Unavailable
+from laps.errors import (
+    InvalidArgument,
+    LapsError,
+    PermissionDenied,
+    Reason,
+    ResourceExhausted,
+    Unavailable,
+)
 from laps.logs import get_logger
+from laps.security.exposure import is_loopback
 from laps.security.principal import set_caller
 from laps.security.tls import http_context
 from laps.settings import Settings
@@ -106,6 +115,9 @@ class HttpServer:
         self._console = console
         self._created_s = int(time.time())
         self._most_connections = settings.max_streams + SPARE_CONNECTIONS
+        self._own_machine_only = (
+            self._edge.keys is None and is_loopback(settings.host) and not settings.allow_unauthenticated
+        )
         self._runner: web.AppRunner
         self._listening: asyncio.Server
 
@@ -173,6 +185,11 @@ class HttpServer:
         if resource is not None:
             route = resource.canonical
             try:
+                if self._own_machine_only and not is_loopback(_host_name(request)):
+                    # A web page whose name has been made to point here would be let in by every browser.
+                    raise PermissionDenied(
+                        "this gateway serves its own machine, under its own names; see allow_unauthenticated"
+                    )
                 principal = self._edge.by_header(request.headers.get("Authorization", ""))
                 principal.check(route)
             except LapsError as refusal:
@@ -312,6 +329,14 @@ async def _in_openais_shape(request: web.Request, handler: Handler) -> web.Strea
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
     # The library would tell everyone its version and Python's.
     response.headers["Server"] = "laps"
+
+
+def _host_name(http: web.Request) -> str:
+    """What the client takes us for, without the port."""
+    try:
+        return urlsplit(f"//{http.host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _request_id(http: web.Request) -> str:

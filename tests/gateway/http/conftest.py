@@ -59,7 +59,7 @@ class HttpHarness:
     async def send(
         self, method: str, path: str, data: bytes = b"", **headers: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        given = {"Host": "x", "Content-Type": "application/json", "Connection": "close"}
+        given = {"Host": "localhost", "Content-Type": "application/json", "Connection": "close"}
         given |= {"Content-Length": str(len(data))}
         given |= {name.replace("_", "-").title(): value for name, value in headers.items()}
         head = "".join(f"{name}: {value}\r\n" for name, value in given.items() if value)

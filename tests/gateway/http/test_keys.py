@@ -58,6 +58,34 @@ async def test_raw_answers(start_http: Callable[..., Any], keys_file: str) -> No
     assert int(late.headers["retry-after"]) > 1
 
 
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[", ""])
+async def test_without_keys_it_answers_to_its_machines_own_names_alone(
+    start_http: Callable[..., Any], host: str
+) -> None:
+    """A page's name may be pointed at 127.0.0.1 after it was loaded: to the browser it is then one origin."""
+    http = await start_http()
+    http.scheduler.auto_tokens = 3
+    body = {"prompt": "the end", "max_tokens": 3}
+    refused = await http.post("/v1/completions", body, host=host)
+    assert refused.status in (400, 403)
+    for route in ("/v1/models", "/console/api/session"):
+        assert (await http.raw("GET", route, host=host)).status in (400, 403)
+    assert not http.scheduler.requests
+    for own in ("localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"):
+        assert (await http.raw("GET", "/v1/models", host=own)).status == 200
+
+
+async def test_with_keys_or_where_it_is_told_to_it_answers_to_any_name(
+    start_http: Callable[..., Any], keys_file: str
+) -> None:
+    bearer = f"Bearer {ACME.key}"
+    http = await start_http(api_keys_file=keys_file)
+    answer = await http.raw("GET", "/v1/models", host="laps.example", authorization=bearer)
+    assert answer.status == 200
+    http = await start_http(allow_unauthenticated=True)
+    assert (await http.raw("GET", "/v1/models", host="laps.example")).status == 200
+
+
 async def test_every_route_stands_in_the_table(start_http: Callable[..., Any]) -> None:
     http = await start_http()
     app: web.Application = http.gateway._http._runner.app
