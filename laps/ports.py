@@ -21,7 +21,7 @@ _kept: deque[socket.socket] = deque(maxlen=256)
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Whether a server could listen on it now."""
+    """Whether a server could listen on it now; 0: on any port at all."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

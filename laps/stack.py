@@ -269,6 +269,8 @@ class Stack:
         """Sets the services' ports; returns one for the store, and for the health of each worker and of each
         gateway that shares its port."""
         settings = self.settings
+        if not is_free(0, settings.host):
+            raise StackError(f"host: {settings.host} is no address of this machine; correct --host")
         for setting in ("port", "scheduler_port", "http_port"):
             wanted = 0 if self._any_ports else getattr(settings, setting)
             if wanted and not is_free(wanted, settings.host):
@@ -305,9 +307,12 @@ class Stack:
                 f"data_dir: {folder} is used by another 'laps up'; end that one, or name another folder "
                 "with --data-dir"
             ) from None
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
         self._lock = lock
+        try:
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+        except OSError as error:
+            raise StackError(f"data_dir: {folder} cannot be written: {error.strerror}") from None
 
 
 def _reachable(host: str) -> str:

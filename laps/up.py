@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 
 from laps import logs, runtime
+from laps.security.tls import TlsFiles
 from laps.setting import mask_url
 from laps.settings import Settings, unknown_variables
 from laps.stack import Stack
@@ -55,7 +56,7 @@ def welcome(stack: Stack) -> str:
     )
     http = f"\n  OpenAI     {stack.http_url}" if stack.http_url else ""
     http += f"\n  console    {stack.console_url}" if stack.console_url else ""
-    command = own_command()
+    command = needed_variables(settings) + own_command()
     return f"""
 LAPS is up.
   gateway    {stack.gateway_address}{http}
@@ -68,6 +69,14 @@ Try, in another terminal:
   {command} generate "def fibonacci(n):" --max-tokens 64{server}
   {command} top{server}
 Ctrl-C ends it."""
+
+
+def needed_variables(settings: Settings) -> str:
+    """What a client of this stack must set, before its command."""
+    needed = ""
+    if TlsFiles.of_edge(settings) is not None:
+        needed += f"LAPS_TLS_CA={shlex.quote(settings.tls_ca or 'CA.pem')} "
+    return needed + ("LAPS_API_KEY=KEY " if settings.api_keys_file else "")
 
 
 def own_command() -> str:

@@ -87,7 +87,14 @@ def request(detail: RequestDetail, now_s: float) -> Table:
         value = getattr(item, name)
         if value in ("", 0, 0.0) and name not in ("level", "rank", "output_tokens"):
             continue
-        if name in ("arrival_s", "deadline_s", "first_scheduled_s", "first_token_s", "finished_s"):
+        if name in (
+            "arrival_s",
+            "deadline_s",
+            "first_scheduled_s",
+            "first_token_s",
+            "finished_s",
+            "leased_s",
+        ):
             shown = age(value, now_s)
         elif name.endswith("_s"):
             shown = f"{value:.3f}"

@@ -89,12 +89,21 @@ def watch_request(pool: str, interval_s: float, head_limit: int) -> queue_pb2.Wa
     return request
 
 
+_HINTS = {
+    "Connection refused": "is a gateway running there?",
+    "Socket closed": "does it expect TLS (tls_ca)?",
+    "http1.x": "this is an HTTP port, gRPC has another one",
+}
+"""What most often is behind a part of gRPC's words."""
+
+
 def name_server(error: LapsError, server: str) -> LapsError:
     """A missing connection said in a person's words; other errors as they are."""
     if not (isinstance(error, Unavailable) and error.from_transport):
         return error
     # gRPC lists what it tried on the way; the last part is why.
     why = error.message.rsplit(": ", 1)[-1].rstrip("]. ")
-    named = Unavailable(f"there is no connection to {server} ({why})", reason=Reason.UNREACHABLE)
+    hint = next((f"; {hint}" for words, hint in _HINTS.items() if words in why), "")
+    named = Unavailable(f"there is no connection to {server} ({why}){hint}", reason=Reason.UNREACHABLE)
     named.from_transport = True
     return named

@@ -112,6 +112,8 @@ class TlsFiles:
     def check(self) -> None:
         """Raises SettingsError when the files are not certificates with their key."""
         try:
+            # First, for its errors name the file.
+            self.load()
             self.ssl_context(ssl.Purpose.CLIENT_AUTH)
         except (OSError, ValueError) as error:
             raise SettingsError(f"tls_cert, tls_key, tls_ca: cannot be used: {error}") from None

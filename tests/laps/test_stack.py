@@ -266,6 +266,13 @@ async def test_a_taken_port_is_named(settings: Settings) -> None:
         await stack.stop()
 
 
+async def test_a_host_of_another_machine_is_named(settings: Settings) -> None:
+    stack = Stack(settings.model_copy(update={"host": "203.0.113.1"}), command=idle)
+    with pytest.raises(StackError, match=r"host: 203\.0\.113\.1 is no address of this machine"):
+        await stack.start()
+    await stack.stop()
+
+
 async def test_one_data_folder_serves_one_stack(settings: Settings) -> None:
     async with running(settings):
         second = Stack(settings, any_ports=True, command=idle)

@@ -10,7 +10,8 @@ import pytest
 from laps import stack as stack_module
 from laps.settings import Settings
 from laps.stack import Stack, StackError
-from laps.up import own_command, welcome
+from laps.up import needed_variables, own_command, welcome
+from tests.certificates import HERE, Authority
 
 
 def chosen(tmp_path: Path, *, any_ports: bool = False, **settings: int) -> Stack:
@@ -68,3 +69,12 @@ def test_the_command_to_try_is_one_that_can_be_typed(monkeypatch: pytest.MonkeyP
     assert own_command() == "laps"
     monkeypatch.setattr("sys.argv", ["/elsewhere/laps/cli/__main__.py", "up"])
     assert own_command() == "laps"
+
+
+def test_the_command_to_try_says_what_its_client_must_set(tmp_path: Path) -> None:
+    keys = Settings(api_keys_file="keys.toml")
+    assert needed_variables(Settings()) == ""
+    assert needed_variables(keys) == "LAPS_API_KEY=KEY "
+    files = Authority().write(tmp_path, *HERE)
+    secure = Settings(tls_cert=files.certificate, tls_key=files.key, tls_ca=files.authorities)
+    assert needed_variables(secure) == f"LAPS_TLS_CA={files.authorities} "

@@ -258,6 +258,8 @@ def test_settings_that_are_half_a_certificate_are_refused(authority: Authority, 
         TlsFiles.of_service(Settings(**{**given, "tls_ca": ""}))
     with pytest.raises(SettingsError, match="cannot be used"):
         TlsFiles.of_service(Settings(**{**given, "tls_key": files.certificate}))
+    with pytest.raises(SettingsError, match=r"No such file.*nowhere\.pem"):
+        TlsFiles.of_service(Settings(**{**given, "tls_ca": "nowhere.pem"}))
     with pytest.raises(SettingsError, match="edge_tls_key"):
         TlsFiles.of_edge(Settings(edge_tls_cert=files.certificate))
     edge = TlsFiles.of_edge(Settings(**given))
