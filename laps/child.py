@@ -127,7 +127,8 @@ class Child:
             assert self._process is not None
             began_s = time.monotonic()
             code = await self._process.wait()
-            self.exit_code, self.ended_with = code, self.last_words()
+            # One that was told to end, or was killed, has said nothing of it: its last trouble was another.
+            self.exit_code, self.ended_with = code, self.last_words() if code > 0 else ""
             self._kill_group()
             if self._stopping or (self.ends_for_good and code > 0):
                 return

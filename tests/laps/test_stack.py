@@ -115,13 +115,16 @@ async def running(settings: Settings) -> AsyncIterator[Stack]:
         yield stack
 
 
-async def test_a_killed_child_is_started_again(settings: Settings) -> None:
+async def test_a_killed_child_is_started_again(settings: Settings, said: io.StringIO) -> None:
     async with running(settings) as stack:
+        with stack.children["worker-1"].log_path.open("a") as log:
+            log.write("trouble of another time\n")
         worker = stack.children["worker-1"]
         old = worker.pid
         worker.signal(signal.SIGKILL)
         await eventually(lambda: worker.starts == 2 and worker.pid not in (None, old))
         assert [each.starts for each in stack.children.values()].count(1) == 3
+    assert "worker-1: ended, starting it again (how: killed by SIGKILL, " in said.getvalue()
 
 
 async def test_children_stop_in_order_and_are_gone(settings: Settings, tmp_path: Path) -> None:
