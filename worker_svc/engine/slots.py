@@ -9,6 +9,7 @@ request.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from .cache import SlotCache
 from .rows import TARGET, Place, Row
+
+log = logging.getLogger(__name__)
 
 # Copying fewer tokens saves less than it costs to look for them.
 _LEAST_SHARED_TOKENS = 16
@@ -165,16 +168,24 @@ class Residency:
             del self._host[victim.request_id]
             self.host_bytes -= parked.size_bytes
             self.dropped.append(victim)
-        if self.host_bytes + size > self._host_limit_bytes:
+        parts = self._parts(row, slot) if self.host_bytes + size <= self._host_limit_bytes else None
+        if parts is None:
             self.dropped.append(row)
         else:
-            parts = [
-                cache.take_out(slot, tokens)
-                for cache, tokens in zip(self._caches, row.kv_tokens, strict=False)
-            ]
             self._host[row.request_id] = (row, _Parked(parts, size))
             self.host_bytes += size
         self._release(slot)
+
+    def _parts(self, row: Row, slot: int) -> list[list[Tensor]] | None:
+        """None: the host has less memory than its limit says. Then the row is prefilled again."""
+        try:
+            return [
+                cache.take_out(slot, tokens)
+                for cache, tokens in zip(self._caches, row.kv_tokens, strict=False)
+            ]
+        except RuntimeError as error:
+            log.warning("no memory on the host for the KV of a request: %s", error)
+            return None
 
     def shrink(self) -> None:
         """Gives back memory beyond the first block; for when no slot holds anything."""

@@ -18,6 +18,7 @@ from worker_svc.engine import (
     StoppingConfig,
     UnknownRequestError,
 )
+from worker_svc.engine.cache import SlotCache
 from worker_svc.engine.costs import PrefillCost
 
 STOPPING = StoppingConfig(max_tokens=40, ignore_eos=True)
@@ -79,6 +80,30 @@ def test_longer_held_sequence_is_cut_back(tools: Any, pair: ModelPair) -> None:
     _run_steps(tools, engine, outputs, 4)
     shared = min(len(reference), len(outputs["a"].tokens))
     assert outputs["a"].tokens[:shared] == reference[:shared]
+
+
+def test_a_host_without_memory_costs_a_prefill_and_no_output(
+    tools: Any, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of the host's part says what it may take, not that it gets it."""
+    reference = tools.drain(tools.engine(pair), [_request("a")])["a"].tokens
+    engine = tools.engine(pair, slots=1, spare_slots=0, draft_tokens=0, prompt_lookup=False)
+    outputs: dict[str, Any] = {}
+    engine.add(_request("a"))
+    _run_steps(tools, engine, outputs, 3)
+    engine.preempt("a")
+
+    def take_out(self: SlotCache, slot: int, tokens: int) -> list[Any]:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotCache, "take_out", take_out)
+        engine.add(_request("b"))
+    _run_steps(tools, engine, outputs, 1)
+    assert engine.holds("a") == 0
+    engine.drop("b")
+    resumed = tools.drain(engine, [_request("a", list(outputs["a"].tokens))])
+    assert resumed["a"].tokens == reference
 
 
 def test_an_end_can_be_taken_back(tools: Any, pair: ModelPair) -> None:
