@@ -100,6 +100,30 @@ async def test_a_stop_that_hangs_is_abandoned(monkeypatch: pytest.MonkeyPatch) -
     assert await runtime.run_until_signalled(start, 0) == 0
 
 
+async def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    ended = asyncio.Event()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+
+    async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+        async def stop(drain_s: float) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            await ended.wait()
+
+        return stop
+
+    async with asyncio.timeout(60):
+        await runtime.run_until_signalled(start, 50)
+    assert codes == [128 + signal.SIGINT]
+
+
 async def test_health_is_not_serving_until_said() -> None:
     server = channels.new_server()
     readiness = await runtime.add_readiness(server, "laps.v1.InferenceService")

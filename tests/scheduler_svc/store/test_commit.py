@@ -318,3 +318,16 @@ async def test_learnt_values_are_merged(leading, apply):
     await apply(leading, learnt={"a": "1", "b": "2"})
     await apply(leading, learnt={"b": "3"})
     assert (await leading.recover()).learnt == {"a": "1", "b": "3"}
+
+
+async def test_a_record_is_right_after_a_move_that_wrote_level_and_rank_by_itself(
+    leading, apply, make_request, raw
+):
+    request = make_request(level=1, rank=1.0)
+    await apply(leading, submitted=[request])
+    await apply(leading, changed=[request])
+    await apply(leading, moves=[QueueMove("req-1", 2, 7.0)])
+    # It came back to where it was when its record was last written.
+    await apply(leading, changed=[request])
+    stored = await raw.hmget(f"laps:{{{leading.pool}}}:request:req-1", "level", "rank")
+    assert (int(stored[0]), float(stored[1])) == (1, 1.0)

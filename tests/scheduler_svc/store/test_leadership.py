@@ -132,3 +132,26 @@ async def test_describe_is_fenced(store, other, inspector):
     queues = await inspector.list_queues()
     assert queues.policy == "laps-sd"
     assert [level.threshold_s for level in queues.levels] == [0.5, 1.0, 0.0]
+
+
+async def test_the_answer_to_a_call_that_was_given_up_is_not_the_next_ones(store, server):
+    assert await store.lead("a", "here", 60.0) is not None
+    server.freeze()
+    try:
+        given_up = asyncio.create_task(store.lead("a", "here", 60.0))
+        # It has been sent when nothing is left to do but to wait for the server.
+        for _ in range(50):
+            await asyncio.sleep(0)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+    finally:
+        server.thaw()
+    assert await store.resume_pool("operator") == 0
+
+
+async def test_only_the_last_epochs_are_remembered(store, raw):
+    for _ in range(1005):
+        await store.lead("a", "here", 60.0)
+    epochs = await raw.hkeys(f"laps:{{{store.pool}}}:epochs")
+    assert sorted(map(int, epochs)) == list(range(6, 1006))
