@@ -26,6 +26,8 @@ from .noise import gumbel, seed_to_int64
 from .transfers import upload
 
 _NEVER = float("-inf")
+# Below it scores may overflow, and those that are infinite are all alike. This one is greedy to the last bit.
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class BatchSampler:
         configs = [row.config for row in rows]
         sampled = [i for i, config in enumerate(configs) if not config.greedy]
         self._sampled = self._index(sampled)
-        self._temperature = self._column([configs[i].temperature for i in sampled])
+        self._temperature = self._column([max(configs[i].temperature, _LEAST_TEMPERATURE) for i in sampled])
         self._seeded = self._index([i for i in sampled if configs[i].seed is not None])
         self._seeds = upload(
             [

@@ -106,6 +106,21 @@ def test_a_host_without_memory_costs_a_prefill_and_no_output(
     assert resumed["a"].tokens == reference
 
 
+def test_rows_that_change_places_take_no_memory_with_them(tools: Any, pair: ModelPair) -> None:
+    engine = tools.engine(pair, slots=2, spare_slots=0, draft_tokens=0, prompt_lookup=False)
+    engine.add(_request("long"))
+    for _ in range(10):
+        engine.step()
+    engine.add(_request("short"))
+    engine.step()
+    engine.preempt("long")
+    engine.step()
+    rows = [engine._rows[name] for name in ("short", "long")]
+    assert [row.slot for row in rows] == [0, 1]
+    for index, runner in enumerate(engine._runners):
+        assert runner.cache.written == [row.kv_tokens[index] for row in rows]
+
+
 def test_an_end_can_be_taken_back(tools: Any, pair: ModelPair) -> None:
     """A finished request that is held goes on from the log of a caller who has not stored its end."""
     engine = tools.engine(pair, slots=1, spare_slots=1, hold_finished=True)

@@ -257,3 +257,17 @@ def test_free_requests_differ_and_an_engine_seed_repeats_them(tools: Any, pair: 
 
     assert run(1) == run(1)
     assert len({tuple(tokens) for tokens in run(None) + run(None)}) > 4
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 5e-324])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_least_temperatures_are_greedy(
+    tools: Any, pair: ModelPair, temperature: float, seed: int | None
+) -> None:
+    """Scores divided by so little are beyond what float32 holds."""
+    greedy, cold = (
+        EngineRequest("a", [40, 41, 42], sampling=sampling, stopping=StoppingConfig(max_tokens=20))
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=temperature, seed=seed))
+    )
+    expected = tools.drain(tools.engine(pair), [greedy])["a"].tokens
+    assert tools.drain(tools.engine(pair), [cold])["a"].tokens == expected
