@@ -16,7 +16,7 @@ help: ## Lists the targets
 # torch goes first and by its exact version: a range would take the newest build with
 # gigabytes of CUDA packages where the index offers one.
 $(VENV)/.ready-to-run: requirements/run.txt pyproject.toml
-	@echo "Setting up $(VENV) (once)"
+	@echo "Setting up $(VENV) (once: about 2 GB, some minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' requirements/run.txt)"
 	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt
