@@ -99,6 +99,22 @@ class RateSpread:
 
 
 @dataclass(slots=True)
+class Rate:
+    """Tokens and the steps that made them."""
+
+    tokens: float = 0.0
+    steps: float = 0.0
+
+    def add(self, tokens: int, steps: int) -> None:
+        self.tokens += tokens
+        self.steps += steps
+
+    def fade(self) -> None:
+        self.tokens /= 2.0
+        self.steps /= 2.0
+
+
+@dataclass(slots=True)
 class ClassRecord:
     """One class of requests."""
 
@@ -114,6 +130,8 @@ class ClassRecord:
     """`log_error` over log(predicted length), of requests whose client has predicted."""
     levels: dict[str, Line] = field(default_factory=dict)
     """The same by level of the prediction (powers of two), our own guesses apart."""
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """Tokens per step by size of the client's prediction, coarse and fine (`rate_levels`)."""
     spread: RateSpread = field(default_factory=RateSpread)
 
     def add(
@@ -133,6 +151,8 @@ class ClassRecord:
         self.covariation += rate_deviation * (log_error - self.log_error.mean)
         if hinted:
             self.by_prediction.add(log_predicted, log_error)
+            for name in rate_levels(predicted_tokens):
+                self.rates.setdefault(name, Rate()).add(tokens, steps)
         level = prediction_level(predicted_tokens, hinted)
         self.levels.setdefault(level, Line()).add(log_predicted, log_error)
         self.tokens += tokens
@@ -147,6 +167,8 @@ class ClassRecord:
                 moments.fade()
             for line in (self.by_prediction, *self.levels.values()):
                 line.fade()
+            for rate in self.rates.values():
+                rate.fade()
             self.spread.fade()
 
     def to_json(self) -> str:
@@ -161,6 +183,7 @@ class ClassRecord:
                 "covariation": self.covariation,
                 "by_prediction": asdict(self.by_prediction),
                 "levels": {level: asdict(line) for level, line in sorted(self.levels.items())},
+                "rates": {level: asdict(rate) for level, rate in sorted(self.rates.items())},
                 "spread": asdict(self.spread),
             }
         )
@@ -178,6 +201,10 @@ class ClassRecord:
                 covariation=_number(entry["covariation"]),
                 by_prediction=_line(entry["by_prediction"]),
                 levels={str(level): _line(row) for level, row in entry["levels"].items()},
+                rates={
+                    str(level): Rate(_number(row["tokens"]), _number(row["steps"]))
+                    for level, row in entry.get("rates", {}).items()
+                },
                 spread=RateSpread(
                     **{name: _number(value) for name, value in entry.get("spread", {}).items()}
                 ),
@@ -213,3 +240,13 @@ def prediction_level(predicted_tokens: float, hinted: bool) -> str:
     """The power of two next to the prediction; guesses of our own are kept apart from the client's."""
     power = round(math.log2(max(1.0, predicted_tokens)))
     return f"~{2**power}" if hinted else f"guess {2**power}"
+
+
+def rate_levels(predicted_tokens: float) -> tuple[str, str]:
+    """Two ranges of tokens that a client's prediction lies in, one octave wide and half of one."""
+    log_predicted = math.log2(max(1.0, predicted_tokens))
+    return _range(round(log_predicted), 0.5), _range(round(2.0 * log_predicted) / 2.0, 0.25)
+
+
+def _range(middle: float, reach: float) -> str:
+    return f"{2.0 ** (middle - reach):.1f}-{2.0 ** (middle + reach):.1f}"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from scheduler_svc.core.class_records import ClassRecord, Line, Moments, prediction_level
+from scheduler_svc.core.class_records import ClassRecord, Line, Moments, prediction_level, rate_levels
 
 MAX_CLASSES = 256
 """Classes kept apart; clients choose their names, so later ones share one entry."""
@@ -43,6 +43,11 @@ PRIOR_STEP_VARIANCE = 1.5
 """Variance of the tokens of single steps within a request that the prior assumes."""
 SHARED_STEPS = 100.0
 """Steps that the mean over all classes weighs in the mean of one."""
+LEVEL_STEPS = 50.0
+"""Steps that the mean of its class weighs in the tokens per step of predictions within an octave, and the
+mean of those in that within half an octave."""
+LEVEL_LOG_SD = 0.15
+"""Log-error at which a prediction's size says half as much about tokens per step as a true length would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +104,14 @@ class Knowledge:
         if answer is None:
             if len(self._of_requests) >= MAX_ANSWERS:
                 self._of_requests.clear()
+            length = self.length(*key)
+            by_level = self._by_level(request_class, predicted_tokens, hinted, length.log_sd)
             answer = self._of_requests[key] = (
-                self.length(*key),
-                self.tokens_per_step(request_class),
+                length,
+                self.tokens_per_step(request_class) * by_level,
                 self.rate_steps(),
                 self.rate_slope(),
-                self.typical_log_rate(request_class),
+                self.typical_log_rate(request_class) + math.log(by_level),
             )
         return answer
 
@@ -162,6 +169,21 @@ class Knowledge:
         if record is None:
             return shared
         return (SHARED_STEPS * shared + record.tokens) / (SHARED_STEPS + record.steps)
+
+    def _by_level(self, request_class: str, predicted_tokens: float, hinted: bool, log_sd: float) -> float:
+        """By what factor the tokens per step of predictions of that size differ from those of their class.
+        The longest outputs, above all those that end at a limit, are often repetitions, and accepted at a
+        glance. Where predictions are vague their sizes tell little, and what they tell is in the lengths'
+        correction already."""
+        record = self.classes.get(self._name(request_class))
+        if record is None or not hinted:
+            return 1.0
+        of_class = of_level = self.tokens_per_step(request_class)
+        for name in rate_levels(predicted_tokens):
+            seen = record.rates.get(name)
+            if seen is not None:
+                of_level = (LEVEL_STEPS * of_level + seen.tokens) / (LEVEL_STEPS + seen.steps)
+        return float((of_level / of_class) ** (1.0 / (1.0 + (log_sd / LEVEL_LOG_SD) ** 2)))
 
     def rate_slope(self) -> float:
         """How much longer than predicted the well accepted requests of a class turn out to be:

@@ -3,7 +3,9 @@
 Rule.
 1. Acceptance: tokens per step are estimated by shrinkage to the mean of the request's class,
    `(k0 * class mean + own tokens) / (k0 + own steps)`. The class mean is learnt from finished requests, and
-   so is k0: how much steps of one request differ over how much requests of one class differ.
+   so is k0: how much steps of one request differ over how much requests of one class differ. Where
+   lengths are predicted well, the class mean is that of predictions of their size
+   (`learning.Knowledge.of_request`): the longest outputs are often repetitions, which are accepted well.
 2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size
    turned out to be in its class, with the log-error that they had (`learning.Knowledge.length`). Where
    well accepted requests are also longer than predicted, acceptance says less about service than it

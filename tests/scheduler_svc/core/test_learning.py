@@ -75,6 +75,37 @@ def test_the_slope_finds_that_well_accepted_requests_are_longer() -> None:
     assert same.rate_slope() == pytest.approx(0.0, abs=0.05)
 
 
+def by_size(error: float) -> tuple[float, float]:
+    """Tokens per step believed of short and of long predictions, where long outputs are accepted four times
+    as well."""
+    knowledge, dice = Knowledge(), random.Random(3)
+    for number in range(400):
+        tokens = 1024 if number % 2 else 64
+        predicted = tokens * math.exp(error * dice.gauss(0, 1))
+        knowledge.add("chat", predicted, True, tokens, tokens // (8 if number % 2 else 2))
+    return knowledge.of_request("chat", 64.0, True)[1], knowledge.of_request("chat", 1024.0, True)[1]
+
+
+def test_acceptance_is_learnt_by_the_size_of_good_predictions() -> None:
+    short, long = by_size(error=0.0)
+    assert short == pytest.approx(2.0, rel=0.1)
+    assert long == pytest.approx(8.0, rel=0.1)
+
+
+def test_the_size_of_a_vague_prediction_says_little_about_acceptance() -> None:
+    short, long = by_size(error=1.0)
+    assert 1.0 < long / short < 1.2
+
+
+def test_a_guess_of_our_own_has_no_size_to_learn_by() -> None:
+    knowledge = Knowledge()
+    for _ in range(100):
+        knowledge.add("chat", 1024.0, True, 1024, 128)
+        knowledge.add("chat", 256.0, False, 64, 32)
+    assert knowledge.of_request("chat", 1024.0, False)[1] == knowledge.tokens_per_step("chat")
+    assert knowledge.classes["chat"].rates.keys() == set(class_records.rate_levels(1024.0))
+
+
 def test_a_record_survives_json() -> None:
     record = taught(error=0.3).classes["chat"]
     again = ClassRecord.from_json(record.to_json())
