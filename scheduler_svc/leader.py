@@ -162,6 +162,15 @@ class Leader:
         self.core.report(report, self.now_s())
         self._wake.set()
 
+    def heartbeat(self, session: WorkerSession) -> None:
+        if self._sessions.get(session.worker_id) is session:
+            self.core.heartbeat(session.worker_id, self.now_s())
+
+    def drain(self, session: WorkerSession) -> None:
+        if self._sessions.get(session.worker_id) is session:
+            self.core.worker_draining(session.worker_id, self.now_s())
+            self._wake.set()
+
     # --- The loop ----------------------------------------------------------------------------
 
     async def run(self) -> None:

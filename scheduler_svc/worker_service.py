@@ -47,6 +47,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             session_timeout_s=leader.core.settings.session_timeout_s,
             heartbeat_interval_s=self._heartbeat_interval_s,
             history=self._terms.store.seen.to_proto(),
+            takes_several_reports=True,
         )
         leader.open_session(session, convert.worker(hello), convert.residents(hello))
         log.info("worker joined", worker_id=hello.worker_id, slots=hello.slots, resident=len(hello.resident))
@@ -105,17 +106,15 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 match message.WhichOneof("message"):
-                    case "report" if message.report.epoch == leader.epoch:
-                        checks.check_report(message.report)
-                        report = convert.step_report(session.worker_id, message.report)
-                        leader.report(session, message.report.step, report)
-                    case "heartbeat":
-                        leader.core.heartbeat(session.worker_id, leader.now_s())
-                    case "drain":
-                        leader.core.worker_draining(session.worker_id, leader.now_s())
-                        leader.wake()
                     case "report":
-                        log.info("report of another term ignored", worker_id=session.worker_id)
+                        _take(leader, session, message.report)
+                    case "reports":
+                        for report in message.reports.reports:
+                            _take(leader, session, report)
+                    case "heartbeat":
+                        leader.heartbeat(session)
+                    case "drain":
+                        leader.drain(session)
                     case unexpected:
                         raise errors.InvalidArgument("message", f"{unexpected} does not come in a session")
         except errors.InvalidArgument as refusal:
@@ -124,3 +123,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             raise
         finally:
             session.close()
+
+
+def _take(leader: Leader, session: WorkerSession, report: worker_pb2.StepReport) -> None:
+    if report.epoch != leader.epoch:
+        log.info("report of another term ignored", worker_id=session.worker_id)
+        return
+    checks.check_report(report)
+    leader.report(session, report.step, convert.step_report(session.worker_id, report))

@@ -21,6 +21,7 @@ from laps import telemetry
 from laps.v1 import worker_pb2
 from worker_svc import convert
 from worker_svc.engine import Engine, EngineRequest, StepResult
+from worker_svc.reports import Reports, Send
 from worker_svc.tracing import LeaseTrace
 
 log = structlog.get_logger()
@@ -56,8 +57,9 @@ class SessionOpened:
     """Posted with the welcome of a new session."""
 
     epoch: int
-    send: Callable[[worker_pb2.StepReport], None]
-    """Takes a report; called from the engine's thread."""
+    send: Send
+    """Takes reports; called from the engine's thread."""
+    report_interval_s: float = 0.0
 
 
 Command = SessionLost | SessionOpened | worker_pb2.LeaseUpdate
@@ -75,7 +77,8 @@ class EngineDriver:
     _known: dict[str, _Known] = field(default_factory=dict)
     _leases: dict[str, _Lease] = field(default_factory=dict)
     """By request: those in a slot now."""
-    _send: Callable[[worker_pb2.StepReport], None] | None = None
+    _reports: Reports | None = None
+    """None: not in session."""
     _epoch: int = 0
     _step: int = 0
     _last_step_allowed: int = 0
@@ -135,7 +138,7 @@ class EngineDriver:
                 if self._leases and self._may_step():
                     self._do_step()
                 elif self._has_news():
-                    self._report(worker_pb2.StepReport())
+                    self._tell_news()
                 self.last_progress_s = time.monotonic()
         except BaseException as error:
             log.exception("engine failed")
@@ -166,7 +169,16 @@ class EngineDriver:
         return self._step < self._last_step_allowed and time.monotonic() < self._leases_end_s
 
     def _has_news(self) -> bool:
-        return bool(self._send and (self._released or self._missing or self._errors))
+        return self._reports is not None and bool(
+            self._released or self._missing or self._errors or self._reports
+        )
+
+    def _tell_news(self) -> None:
+        """Without a step."""
+        if self._released or self._missing or self._errors:
+            self._report(worker_pb2.StepReport())
+        if self._reports is not None:
+            self._reports.flush()
 
     def _end_expired_leases(self) -> None:
         """The scheduler has been silent for longer than the leases last: others may run these."""
@@ -179,7 +191,7 @@ class EngineDriver:
     def _apply(self, command: Command) -> None:
         match command:
             case SessionLost():
-                self._send = None
+                self._reports = None
                 for request_id in list(self._leases):
                     self._leave_slot(request_id)
                 self._released, self._missing, self._errors = [], [], []
@@ -187,15 +199,15 @@ class EngineDriver:
                 self._finished = {}
                 self._resident = dict(self._find_resident())
                 self._detached.set()
-            case SessionOpened(epoch=epoch, send=send):
+            case SessionOpened(epoch=epoch, send=send, report_interval_s=interval_s):
                 self._detached.clear()
-                self._epoch, self._send = epoch, send
+                self._epoch, self._reports = epoch, Reports(send, interval_s)
                 self._step = self._last_step_allowed = 0
             case _:
                 self._apply_leases(command)
 
     def _apply_leases(self, update: worker_pb2.LeaseUpdate) -> None:
-        if update.epoch != self._epoch or self._send is None:
+        if update.epoch != self._epoch or self._reports is None:
             return  # of a session that is over
         self._last_step_allowed = update.acknowledged_step + update.step_credit
         self._leases_end_s = time.monotonic() + update.lease_duration_s
@@ -212,6 +224,8 @@ class EngineDriver:
                 self._forget(revoke.request_id)
             if revoke.lease_id:
                 self._released.append(revoke.lease_id)
+        if update.grants:
+            self._reports.flush()  # The next step may have a prompt in it, and be long.
         for grant in update.grants:
             self._begin(grant)
 
@@ -304,7 +318,7 @@ class EngineDriver:
             self._leases[request_id].trace.step(int(emitted), int(drafted), int(accepted))
 
     def _report(self, report: worker_pb2.StepReport) -> None:
-        assert self._send is not None
+        assert self._reports is not None
         self._step += 1
         report.epoch = self._epoch
         report.step = self._step
@@ -314,7 +328,7 @@ class EngineDriver:
             report.errors.add(lease_id=lease_id, message=message)
         report.evicted_request_ids.extend(self._take_evicted())
         self._released, self._missing, self._errors = [], [], []
-        self._send(report)
+        self._reports.add(report)
 
     def _take_evicted(self) -> list[str]:
         """Requests whose KV cache the engine has given up under pressure."""

@@ -86,7 +86,12 @@ async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) 
     worker_id = settings.instance_id("worker")
     tls = TlsFiles.of_service(settings)
     link = WorkerLink(
-        settings.scheduler_address, driver, hello=lambda: hello(settings, engine, worker_id), tls=tls
+        settings.scheduler_address,
+        driver,
+        hello=lambda: hello(settings, engine, worker_id),
+        tls=tls,
+        report_interval_s=settings.report_interval_s,
+        max_message_bytes=settings.max_message_bytes,
     )
     linking = asyncio.create_task(_keep_linked(link, lifetime), name="session")
     lifetime.watch(linking)

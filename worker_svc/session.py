@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -49,6 +49,9 @@ class WorkerLink:
     driver: EngineDriver
     hello: Callable[[], worker_pb2.WorkerHello]
     tls: TlsFiles | None = None
+    report_interval_s: float = 0.0
+    """About how far apart reports that only tell of tokens are; 0: every step by itself."""
+    max_message_bytes: int = channels.DEFAULT_MAX_MESSAGE_BYTES
     connected: bool = False
     seen: HistoryPoint = field(default_factory=HistoryPoint)
     """The furthest that any scheduler has said the pool's history to be stored."""
@@ -69,7 +72,9 @@ class WorkerLink:
             try:
                 # A new connection each time: behind one name another scheduler may lead by now, and an
                 # old connection would go on to the one that does not. It also has the newest certificate.
-                async with channels.open_channel(address, serving=SCHEDULER, tls=self.tls) as channel:
+                async with channels.open_channel(
+                    address, max_message_bytes=self.max_message_bytes, serving=SCHEDULER, tls=self.tls
+                ) as channel:
                     await self._session(worker_pb2_grpc.WorkerServiceStub(channel))
             except grpc.aio.AioRpcError as error:
                 if error.code() in REFUSALS:
@@ -129,11 +134,18 @@ class WorkerLink:
     def _open(self, outbox: Outbox, welcome: worker_pb2.SessionWelcome) -> None:
         loop = asyncio.get_running_loop()
 
-        def send(report: worker_pb2.StepReport) -> None:
+        def send(reports: Sequence[worker_pb2.StepReport]) -> None:
+            message = (
+                worker_pb2.SessionRequest(report=reports[0])
+                if len(reports) == 1
+                else worker_pb2.SessionRequest(reports=worker_pb2.StepReports(reports=reports))
+            )
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-                loop.call_soon_threadsafe(outbox.put_nowait, worker_pb2.SessionRequest(report=report))
+                loop.call_soon_threadsafe(outbox.put_nowait, message)
 
-        self.driver.post(SessionOpened(welcome.epoch, send))
+        # A scheduler that does not know of several reports in a message gets each by itself.
+        interval_s = self.report_interval_s if welcome.takes_several_reports else 0.0
+        self.driver.post(SessionOpened(welcome.epoch, send, interval_s))
         self._outbox = outbox
         self.connected = True
         log.info("in session", epoch=welcome.epoch)

@@ -28,6 +28,7 @@ class Knobs:
     fault_interval_s: float
     """Mean time between two faults."""
     tick_interval_s: float
+    report_interval_s: float
     leader_ttl_s: float
     gateway_grace_s: float
     disconnect_grace_s: float
@@ -112,6 +113,7 @@ def knobs_of(seed: int) -> Knobs:
         faults_s=faults_s,
         fault_interval_s=rng.choice((0.4, 1.0, 2.0)),
         tick_interval_s=rng.choice((0.0, 0.002, 0.02)),
+        report_interval_s=random.Random(f"{seed} reports").choice((0.0, 0.0, 0.025, 0.2)),
         leader_ttl_s=rng.choice((1.0, 2.0, 3.0)),
         gateway_grace_s=session_timeout_s,
         disconnect_grace_s=rng.choice((0.5, 3.0)),

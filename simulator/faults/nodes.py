@@ -162,7 +162,7 @@ class TurnedDriver(EngineDriver):
                 await asyncio.sleep(self.engine.next_step_s())  # type: ignore[attr-defined]
                 self._do_step()
             elif self._has_news():
-                self._report(worker_pb2.StepReport())
+                self._tell_news()
             else:
                 self._posted.clear()
                 try:
@@ -172,10 +172,11 @@ class TurnedDriver(EngineDriver):
                     pass
 
     def _report(self, report: worker_pb2.StepReport) -> None:
-        send = self._send
         super()._report(report)
-        if self.liar is not None and send is not None and (false := self.liar.lie(report)) is not None:
-            send(false)
+        if self.liar is not None and self._reports is not None:
+            false = self.liar.lie(report)
+            if false is not None:
+                self._reports.add(false)
 
     def _take_posted(self) -> None:
         while True:
@@ -207,7 +208,7 @@ class WorkerNode(Node):
         self.driver.prepare()
         if self.number < knobs.liars:
             self.driver.liar = Liar(self.world, self.name)
-        self.link = WorkerLink(SCHEDULER, self.driver, self._hello)
+        self.link = WorkerLink(SCHEDULER, self.driver, self._hello, report_interval_s=knobs.report_interval_s)
         self.run(self.driver.turn_forever(), "engine")
         self.run(self._linked(), "session")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from laps import errors
 from laps.history import HistoryPoint
 from laps.v1 import worker_pb2
+from scheduler_svc import convert
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
-from scheduler_svc.leader import Leader
+from scheduler_svc.leader import Leader, WorkerSession
 from scheduler_svc.worker_service import WorkerService
 
 
@@ -77,6 +79,41 @@ async def test_a_hello_that_comes_when_the_term_is_over_is_turned_away() -> None
     with pytest.raises(Aborted, match="UNAVAILABLE"):
         await asyncio.wait_for(session, 60)
     assert terms.leader.core.workers == {}
+
+
+async def test_reports_of_one_message_are_taken_in_order_and_the_last_one_is_acknowledged() -> None:
+    terms: Any = FakeTerms()
+    service = WorkerService(terms, 1.0)
+    context: Any = Context(hello())
+    session = asyncio.create_task(service.Session(None, context))
+    welcome = (await asyncio.wait_for(context.responses.get(), 60)).welcome
+    assert welcome.takes_several_reports
+    taken: list[int] = []
+    terms.leader.report = lambda session, step, report: taken.append(step)
+    of_terms = [worker_pb2.StepReport(epoch=epoch, step=step) for epoch, step in ((1, 1), (9, 2), (1, 3))]
+    message = worker_pb2.SessionRequest(reports=worker_pb2.StepReports(reports=of_terms))
+    context.requests.put_nowait(message)
+    impossible = worker_pb2.StepReport(epoch=1, step=5, timings=worker_pb2.StepTimings(step_s=math.nan))
+    last = [worker_pb2.StepReport(epoch=1, step=4), impossible, worker_pb2.StepReport(epoch=1, step=6)]
+    context.requests.put_nowait(worker_pb2.SessionRequest(reports=worker_pb2.StepReports(reports=last)))
+    with pytest.raises(Aborted, match="INVALID_ARGUMENT"):
+        await asyncio.wait_for(session, 60)
+    assert taken == [1, 3, 4]
+
+
+def test_an_older_session_of_a_worker_neither_drains_nor_keeps_alive_the_newer_one() -> None:
+    leader, core = (terms := FakeTerms()).leader, terms.leader.core
+    old, new = WorkerSession("w"), WorkerSession("w")
+    for session in (old, new):
+        leader.open_session(session, convert.worker(hello().hello), [])
+    core.workers["w"].last_seen_s = -5.0
+    leader.heartbeat(old)
+    leader.drain(old)
+    assert core.workers["w"].last_seen_s == -5.0
+    assert not core.workers["w"].draining
+    leader.drain(new)
+    assert core.workers["w"].last_seen_s >= 0.0
+    assert core.workers["w"].draining
 
 
 async def test_a_worker_that_has_seen_more_is_turned_away_and_one_that_has_not_is_told_how_far_it_is() -> (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -94,9 +94,16 @@ class House:
     engine: FakeEngine
     driver: EngineDriver
     reports: queue.SimpleQueue[worker_pb2.StepReport]
+    messages: list[int] = field(default_factory=list)
+    """How many reports each message held."""
 
-    def open(self, epoch: int = 1) -> None:
-        self.driver.post(SessionOpened(epoch, self.reports.put))
+    def open(self, epoch: int = 1, report_interval_s: float = 0.0) -> None:
+        self.driver.post(SessionOpened(epoch, self._sent, report_interval_s))
+
+    def _sent(self, reports: Sequence[worker_pb2.StepReport]) -> None:
+        self.messages.append(len(reports))
+        for report in reports:
+            self.reports.put(report)
 
     def update(self, epoch: int = 1, acknowledged: int = 0, credit: int = 1000, **fields: Any) -> None:
         self.driver.post(
@@ -158,6 +165,35 @@ def test_it_steps_until_the_end_and_reports_each(house: House) -> None:
     assert [r.step for r in reports] == [1, 2, 3]
     assert len(reports[2].finishes) == 1
     assert house.driver.wait_idle(TIMEOUT_S)
+
+
+def test_steps_between_the_first_token_and_the_end_are_told_together(house: House) -> None:
+    house.open(report_interval_s=60.0)
+    house.update(grants=[full(7, "a", [], 5)])
+    assert [list(house.next().offsets) for _ in range(5)] == [[0], [1], [2], [3], [4]]
+    assert house.messages == [1, 4]
+
+
+def test_what_waits_is_told_before_the_credit_is_used_up(house: House) -> None:
+    house.open(report_interval_s=60.0)
+    house.update(credit=4, grants=[full(7, "a", [], 50)])
+    assert [house.next().step for _ in range(4)] == [1, 2, 3, 4]
+    assert house.messages == [1, 3]
+
+
+def test_a_session_that_is_lost_takes_what_waits_along(house: House) -> None:
+    house.open(report_interval_s=60.0)
+    house.update(credit=1, grants=[full(7, "a", [], 50)])
+    assert house.next().step == 1
+    house.driver.post(SessionLost())
+    assert house.driver.wait_detached(TIMEOUT_S)
+    (resident,) = house.driver.resident()
+    assert resident.output_tokens == 1
+    house.open(epoch=2, report_interval_s=60.0)
+    house.update(epoch=2, credit=1, grants=[grant(8, "a", [100], 50)])
+    report = house.next()
+    assert (report.epoch, report.step, list(report.lease_ids), list(report.offsets)) == (2, 1, [8], [1])
+    assert house.messages == [1, 1]
 
 
 def test_it_runs_no_further_than_its_credit(house: House) -> None:
