@@ -1,9 +1,11 @@
 """Tokens per second in one run: transformers, the engine alone, and the whole stack.
 
-    python bench/stack.py [--tokens 128] [--rounds 3] [--json OUT]
+    python bench/stack.py [--tokens 128] [--requests 32] [--rounds 3] [--json OUT]
 
 The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly
-`--tokens` long. At 1 and at 8 requests at a time. Machines differ and drift: read the ratios. Beside them
+`--tokens` long. At 1 and at 8 requests at a time: engine and stack get `--requests` of them, and the next one
+whenever one has ended; transformers, which cannot take one into a running batch, gets 8. Machines
+differ and drift: read the ratios. Beside them
 stands what tells where the difference comes from: what the stack's parts used of the CPU, how long the
 worker's engine waited for a core and for work, and how many tokens a request gained in a step.
 """
@@ -18,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,16 @@ class Transformers:
             self.options["assistant_model"] = draft
         self.assisted = assisted
 
+    def run(self, prompts: Prompts, concurrency: int, tokens: int) -> float:
+        """Tokens per second of the first prompts, `concurrency` at a time."""
+        prompts = prompts[: max(CONCURRENCIES)]
+        began_s = time.perf_counter()
+        for first in range(0, len(prompts), concurrency):
+            self._batch(prompts[first : first + concurrency], tokens)
+        return len(prompts) * tokens / (time.perf_counter() - began_s)
+
     @torch.inference_mode()
-    def run(self, prompts: Prompts, tokens: int) -> None:
+    def _batch(self, prompts: Prompts, tokens: int) -> None:
         # Assisted generation takes one prompt at a time.
         for batch in [[prompt] for prompt in prompts] if self.assisted else [prompts]:
             inputs = self.tokenizer.pad({"input_ids": list(batch)}, return_tensors="pt")
@@ -89,26 +99,22 @@ class EngineAlone:
         self.engine.calibrate()
         self.row_steps = 0
 
-    def run(self, prompts: Prompts, tokens: int) -> None:
-        for number, prompt in enumerate(prompts):
-            stopping = StoppingConfig(max_tokens=tokens, ignore_eos=True)
-            self.engine.add(EngineRequest(str(number), prompt, stopping=stopping))
-        while self.engine.running:
+    def run(self, prompts: Prompts, concurrency: int, tokens: int) -> float:
+        """Tokens per second of all prompts; when a request ends the next one comes."""
+        began_s = time.perf_counter()
+        waiting = [
+            EngineRequest(str(number), prompt, stopping=StoppingConfig(max_tokens=tokens, ignore_eos=True))
+            for number, prompt in enumerate(prompts)
+        ][::-1]
+        while waiting or self.engine.running:
+            while waiting and len(self.engine.running) < concurrency:
+                self.engine.add(waiting.pop())
             result = self.engine.step()
             self.row_steps += len(result.request_ids)
             for request_id, finish in zip(result.request_ids, result.finish, strict=True):
                 if finish is not None:
                     self.engine.drop(request_id)
-
-
-def tokens_per_s(
-    run: Callable[[Prompts, int], None], prompts: Prompts, concurrency: int, tokens: int
-) -> float:
-    """All prompts, `concurrency` at a time."""
-    began_s = time.perf_counter()
-    for first in range(0, len(prompts), concurrency):
-        run(prompts[first : first + concurrency], tokens)
-    return len(prompts) * tokens / (time.perf_counter() - began_s)
+        return len(prompts) * tokens / (time.perf_counter() - began_s)
 
 
 async def stack_tokens_per_s(
@@ -198,11 +204,11 @@ class Figures:
         }
 
 
-async def measure(tokens: int, rounds: int) -> dict[str, Medians]:
+async def measure(tokens: int, requests: int, rounds: int) -> dict[str, Medians]:
     """Medians by name and concurrency; the engines take turns in every round."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
-    prompts = load_prompts(max(CONCURRENCIES))
+    prompts = load_prompts(requests)
     thousands = len(prompts) * tokens / 1000
     settings = Settings(workers=1, slots=max(CONCURRENCIES), threads=1)
     engine = EngineAlone(settings, speculate=True)
@@ -223,7 +229,7 @@ async def measure(tokens: int, rounds: int) -> dict[str, Medians]:
                 for concurrency in CONCURRENCIES:
                     for name, run in runners.items():
                         began_s, engine.row_steps = time.thread_time(), 0
-                        speed = tokens_per_s(run, prompts, concurrency, tokens)
+                        speed = run(prompts, concurrency, tokens)
                         if name == "engine":
                             spent_s = time.thread_time() - began_s
                             cpu_s.add(concurrency, {"engine alone": spent_s / thousands})
@@ -277,10 +283,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
+    parser.add_argument("--requests", type=int, default=32, help="of engine and stack, at least 8")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one that warms up")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
-    measured = asyncio.run(measure(arguments.tokens, arguments.rounds))
+    measured = asyncio.run(measure(arguments.tokens, arguments.requests, arguments.rounds))
     show(measured)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

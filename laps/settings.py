@@ -199,7 +199,7 @@ class Settings(BaseSettings):
         0.002, "The scheduler gathers events this long between two decisions", _S, ge=0, le=1
     )
     report_interval_s: float = setting(
-        0.025, "A worker tells of shorter steps together, about so often; 0: of each at once", _W, ge=0, le=1
+        0.03, "A worker tells of shorter steps together, about so often; 0: of each at once", _W, ge=0, le=1
     )
     step_credit: int = setting(32, "Steps that a worker may be ahead of the store", _S, ge=1, le=1024)
     lease_duration_s: float = setting(10.0, "A lease that is not renewed ends after this time", _S, gt=0)

@@ -48,8 +48,8 @@ class Reports:
 
 
 def _can_wait(report: worker_pb2.StepReport) -> bool:
-    """Whether it tells of nothing but further tokens: a request's first ones and its end are waited for, and
-    the scheduler goes by the rest. A step with prefill in it may be followed by another, and these are long."""
+    """Whether it tells of nothing but further tokens: a request's first ones and its end are waited for, the
+    scheduler goes by the rest, and a step with prefill in it may be followed by another, which is long."""
     return not (
         report.finishes
         or report.released_lease_ids

@@ -13,7 +13,7 @@ from laps.v1 import worker_pb2
 from worker_svc import reports
 from worker_svc.reports import Reports
 
-INTERVAL_S = 0.025
+INTERVAL_S = 0.03
 
 
 class Time:
@@ -51,12 +51,12 @@ class Sent:
 
 def test_short_steps_go_together_and_long_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     short = Sent(monkeypatch)
-    for _ in range(9):
+    for _ in range(11):
         short.step(0.006)
-    assert short.steps == [[1], [2, 3, 4, 5], [6, 7, 8, 9]]
+    assert short.steps == [[1], [2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
     long = Sent(monkeypatch)
     for _ in range(4):
-        long.step(0.017)
+        long.step(0.021)
     assert long.steps == [[1], [2], [3], [4]]
 
 
