@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from scheduler_svc.store.inspector import EventView
@@ -19,6 +19,9 @@ from simulator.workload import Workload
 Fields = dict[str, Any]
 """Typed values of a stored record by name."""
 
+_STOOD_STILL = 20.0
+"""A request that took so many times the median time a step was held up by something else than steps: its pool
+was away."""
 _ROUNDS = 3
 """What is looked for changes what it is found by, but little."""
 
@@ -102,6 +105,7 @@ def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fiel
     slot to their first token than in a replay with the other costs. None: there is no worker, or no such
     request.
     """
+    log = _without_outages(log)
     whole = [index for index, each in enumerate(log) if each.decoding and not each.fields["preemptions"]]
     if not whole or not workers:
         return None
@@ -116,13 +120,35 @@ def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fiel
         switch_ms=1000.0 * switch_s,
         start_ms=0.0,
     )
-    records = [log[index].fields for index in whole]
-    first_s = fmean([each["first_token_s"] - each["first_scheduled_s"] for each in records])
+    starts_s = {
+        index: log[index].fields["first_token_s"] - log[index].fields["first_scheduled_s"] for index in whole
+    }
+    longest_s = _STOOD_STILL * median(starts_s.values())
+    whole = [index for index in whole if starts_s[index] <= longest_s]
+    first_s = fmean([starts_s[index] for index in whole])
     for _ in range(_ROUNDS):
         result = replay(workload, "fcfs", costs)
         missing_s = first_s - fmean([result.first_steps_s[index] for index in whole])
         costs = replace(costs, start_ms=max(0.0, costs.start_ms + 1000.0 * missing_s))
     return costs
+
+
+def _without_outages(log: Sequence[Served]) -> list[Served]:
+    """How long requests that stood still have decoded tells nothing of a step."""
+    step_s = [_held_s(each) / (each.fields["steps"] - 1) for each in log if each.decoding]
+    if not step_s:
+        return list(log)
+    longest_s = _STOOD_STILL * median(step_s)
+    return [
+        replace(each, decoding=())
+        if each.decoding and _held_s(each) > longest_s * (each.fields["steps"] - 1)
+        else each
+        for each in log
+    ]
+
+
+def _held_s(request: Served) -> float:
+    return sum(part.end_s - part.begin_s for part in request.decoding)
 
 
 def replay(workload: Workload, policy: str, costs: PoolCosts) -> Result:
@@ -147,7 +173,7 @@ def _fit(log: Sequence[Served], prefill_token_s: float, switch_s: float) -> tupl
     steps, so that the times add up to what they were. Where more run, a second holds fewer steps, so how
     many were beside a request in the mean of its steps depends on the result: it is found in rounds."""
     workers: dict[str, _Work] = defaultdict(_Work)
-    decoded = [each for each in log if sum(part.end_s - part.begin_s for part in each.decoding) > 0.0]
+    decoded = [each for each in log if _held_s(each) > 0.0]
     for each in decoded:
         for part in each.decoding:
             workers[part.worker_id].changes += [(part.begin_s, 1), (part.end_s, -1)]
@@ -163,7 +189,7 @@ def _fit(log: Sequence[Served], prefill_token_s: float, switch_s: float) -> tupl
         for each in decoded:
             steps = each.fields["steps"] - 1
             sums = [workers[part.worker_id].between(part) for part in each.decoding]
-            held_s = sum(part.end_s - part.begin_s for part in each.decoding)
+            held_s = _held_s(each)
             beside = sum(others for _, others, _ in sums) / sum(done for done, _, _ in sums)
             entries_s = sum(entered_s for _, _, entered_s in sums) + switch_s * (len(each.decoding) - 1)
             # Where nearly all of it is the entry of others, what is left says little of the steps.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,15 @@ from laps.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from laps.client import Client
+    from laps.errors import LapsError
 
 Command = Callable[..., Any]
 
 _CLIENT_CONNECT_ATTEMPTS = 3
+_WONDER_AFTER_S = 2.0
+_TELL_EVERY_S = 10.0
+_ONE_OUTAGE_S = 5.0
+"""A failure that comes so long after the last wait begins another outage."""
 
 
 def settings_options(*services: Service, hide: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
@@ -85,7 +91,7 @@ def open_client(server: str | None) -> Client:
     from laps.security.tls import TlsFiles
 
     settings = load_settings({"server": server})
-    retry = RetryPolicy(connect_attempts=_CLIENT_CONNECT_ATTEMPTS)
+    retry = RetryPolicy(connect_attempts=_CLIENT_CONNECT_ATTEMPTS, on_wait=waiting_told())
     return Client(
         settings.client_server,
         retry=retry,
@@ -93,6 +99,23 @@ def open_client(server: str | None) -> Client:
         api_key=settings.api_key,
         max_message_bytes=settings.max_message_bytes,
     )
+
+
+def waiting_told(now_s: Callable[[], float] = time.monotonic) -> Callable[[LapsError, float], None]:
+    """Tells on standard error that a command goes on trying, where a person would begin to wonder."""
+    began_s = told_s = last_s = float("-inf")
+
+    def tell(error: LapsError, wait_s: float) -> None:
+        nonlocal began_s, told_s, last_s
+        at_s = now_s()
+        if at_s - last_s > _ONE_OUTAGE_S:
+            began_s = at_s
+        last_s = at_s + wait_s
+        if last_s - began_s >= _WONDER_AFTER_S and at_s - told_s >= _TELL_EVERY_S:
+            told_s = at_s
+            click.echo(f"still trying, {error.message}", err=True)
+
+    return tell
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from laps.errors import LapsError, Reason, Unavailable
@@ -23,6 +24,8 @@ class RetryPolicy:
     max_backoff_s: float = 5.0
     max_retry_after_s: float = 30.0
     """A server that asks for more patience than this is given up."""
+    on_wait: Callable[[LapsError, float], None] | None = None
+    """Called before each wait with what went wrong and the seconds until the next call."""
 
 
 NO_RETRY = RetryPolicy(connect_attempts=1, resume_attempts=1)
@@ -49,7 +52,10 @@ class Backoff:
             raise error
         ceiling_s = min(policy.first_backoff_s * 2 ** (self._failures - 1), policy.max_backoff_s)
         # Full jitter: the clients of a gateway that went away must not all return in the same moment.
-        return max(asked_s, self._rng.uniform(ceiling_s / 2, ceiling_s))
+        wait_s = max(asked_s, self._rng.uniform(ceiling_s / 2, ceiling_s))
+        if policy.on_wait is not None:
+            policy.on_wait(error, wait_s)
+        return wait_s
 
 
 def is_transient(error: LapsError) -> bool:

@@ -15,8 +15,9 @@ import pytest
 from rich.console import Console
 
 from laps.cli import main, tables
+from laps.cli.options import waiting_told
 from laps.client import queries
-from laps.errors import InvalidArgument
+from laps.errors import InvalidArgument, Unavailable
 from laps.v1 import queue_pb2
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -248,3 +249,21 @@ def test_config_shows_values_and_origins(
     out = capsys.readouterr().out
     assert "hidden" not in out
     assert any(line.split() == ["port", "7", "flag", "--port"] for line in out.splitlines())
+
+
+def test_a_command_that_goes_on_trying_says_so_after_a_while(capsys: pytest.CaptureFixture[str]) -> None:
+    now_s = 100.0
+    tell = waiting_told(lambda: now_s)
+
+    def outage(waits_s: list[float]) -> str:
+        nonlocal now_s
+        for wait_s in waits_s:
+            tell(Unavailable("no leader"), wait_s)
+            now_s += wait_s
+        return capsys.readouterr().err
+
+    assert outage([0.1, 0.2, 0.4, 0.8]) == ""
+    assert outage([1.6, 3.2]) == "still trying, no leader\n"
+    assert outage([5.0, 5.0, 5.0]) == "still trying, no leader\n"
+    now_s += 60.0
+    assert outage([0.1, 0.2]) == "", "another outage, and a short one"

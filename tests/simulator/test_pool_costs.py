@@ -68,6 +68,20 @@ def test_the_prefill_of_others_is_no_part_of_a_step() -> None:
     assert told.start_ms == pytest.approx(0.0, abs=1e-3)
 
 
+def test_an_outage_is_no_part_of_a_step_nor_of_a_start() -> None:
+    """Of 20 requests, ten steps of 20 ms each, one stood still for a minute in the middle, and another one
+    before its first token."""
+    records = [
+        record(first_scheduled_s=n, first_token_s=n + 0.03, finished_s=n + 0.23, steps=11)
+        for n in range(1, 19)
+    ]
+    records.append(record(first_scheduled_s=20.0, first_token_s=20.03, finished_s=80.23, steps=11))
+    records.append(record(first_scheduled_s=100.0, first_token_s=160.03, finished_s=160.23, steps=11))
+    told = pool_costs([served(each, []) for each in records], workload(*records), [WORKER])
+    assert told is not None
+    assert (told.step_ms, told.row_ms, told.start_ms) == pytest.approx((20.0, 0.0, 10.0), abs=0.01)
+
+
 def test_nothing_is_made_up() -> None:
     whole = record(first_token_s=1.1, finished_s=2.0, steps=9)
     for fields, workers in (
