@@ -145,6 +145,10 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         if stored_request is None:
             follower.add_unknown(request_id)
             return
+        if stored_request.finish_reason is None:
+            # It has ended here, so the store went back, and the next commit will notice. Until then nothing
+            # is to be told from it.
+            raise StoreUnavailable(f"request {request_id} has not ended in the store")
         tokens, logprobs = await self._terms.store.read_log(request_id, offset)
         if tokens:
             follower.add_missed(request_id, offset, tokens, logprobs)

@@ -18,7 +18,7 @@ from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.scheduler_service import SchedulerService
-from scheduler_svc.store.errors import RecordDamaged
+from scheduler_svc.store.errors import RecordDamaged, StoreUnavailable
 
 OUTPUT = b"\1\0\0\0\2\0\0\0"
 
@@ -85,3 +85,24 @@ async def test_a_damaged_record_is_one_request_less_and_not_the_end_of_the_strea
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert message is not None
     assert list(message.unknown) == ["a"]
+
+
+async def test_a_store_that_knows_less_of_an_end_than_was_told_counts_as_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It went back to an earlier state, and no commit has noticed yet."""
+    store = Store()
+    leader, follower = leader_of(store), Follower("g")
+    spec = scheduler_pb2.RequestSpec(request_id="a", prompt_token_ids=b"\1\0\0\0")
+    unfinished = Request(convert.request_spec(spec), arrival_s=0.0, arrival_seq=1)
+
+    async def read_request(request_id: str) -> Request | None:
+        return unfinished
+
+    async def settled() -> None:
+        return None
+
+    monkeypatch.setattr(store, "read_request", read_request)
+    monkeypatch.setattr(leader, "settled", settled)
+    with pytest.raises(StoreUnavailable, match="has not ended"):
+        await service_of(store)._follow(leader, follower, "a", 0)
