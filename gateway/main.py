@@ -45,7 +45,6 @@ class Gateway:
         self.port = 0
         self.link = link
         self.inference = inference
-        self.link_task: asyncio.Task[None]
         self._settings = settings
         self._queue = queue
         self._server: grpc.aio.Server
@@ -80,11 +79,14 @@ class Gateway:
         """The scheduler came or went."""
         self._readiness_wanted.set()
 
-    async def _start(self, server: grpc.aio.Server, readiness: runtime.Readiness) -> None:
+    async def _start(
+        self, server: grpc.aio.Server, readiness: runtime.Readiness, lifetime: runtime.Lifetime
+    ) -> None:
         self._server, self._readiness = server, readiness
         await server.start()
         self._readiness_task = asyncio.create_task(self._keep_readiness(), name="readiness")
-        self.link_task = await self.link.start()
+        lifetime.watch(self._readiness_task)
+        lifetime.watch(await self.link.start())
 
     async def _keep_readiness(self) -> None:
         while True:
@@ -93,7 +95,7 @@ class Gateway:
             await self._readiness.set(self.is_ready)
 
 
-async def serve(settings: Settings) -> Gateway:
+async def serve(settings: Settings, lifetime: runtime.Lifetime) -> Gateway:
     """Listens, and serves as soon as the scheduler can be reached.
 
     Raises:
@@ -163,7 +165,7 @@ async def serve(settings: Settings) -> Gateway:
     )
     names = (INFERENCE.full_name, QUEUE.full_name, HEALTH_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    await gateway._start(server, readiness)
+    await gateway._start(server, readiness, lifetime)
     log.info("listening", address=f"{settings.host}:{gateway.port}", model=settings.model_name)
     return gateway
 
@@ -193,9 +195,7 @@ def run(settings: Settings) -> int:
     )
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
-        gateway = await serve(settings)
-        lifetime.watch(gateway.link_task)
-        return gateway.stop
+        return (await serve(settings, lifetime)).stop
 
     try:
         return runtime.run(runtime.run_until_signalled(start, settings.drain_s))

@@ -80,14 +80,15 @@ class SchedulerServer:
     _store: Store
     _readiness: runtime.Readiness
     leading: asyncio.Task[None]
-    _watching: asyncio.Future[Any]
+    _watching: tuple[asyncio.Task[None], ...]
     _close_metrics: Callable[[], None]
 
     async def stop(self, drain_s: float) -> None:
-        self._watching.cancel()
+        for task in self._watching:
+            task.cancel()
         await self._readiness.set(False)
         self.leading.cancel()
-        await asyncio.gather(self.leading, self._watching, return_exceptions=True)
+        await asyncio.gather(self.leading, *self._watching, return_exceptions=True)
         await self._server.stop(grace=min(drain_s, 0.5))
         with contextlib.suppress(StoreError):
             await self._store.resign()
@@ -95,7 +96,7 @@ class SchedulerServer:
         await asyncio.to_thread(self._close_metrics)
 
 
-async def serve(settings: Settings) -> SchedulerServer:
+async def serve(settings: Settings, lifetime: runtime.Lifetime) -> SchedulerServer:
     """Starts listening at once and leads when it can.
 
     Raises:
@@ -150,7 +151,12 @@ async def serve(settings: Settings) -> SchedulerServer:
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")
     leading = asyncio.create_task(terms.run(), name="leadership")
-    watching = asyncio.ensure_future(asyncio.gather(_watch_readiness(terms, readiness), _watch_memory(terms)))
+    watching = (
+        asyncio.create_task(_watch_readiness(terms, readiness), name="readiness"),
+        asyncio.create_task(_watch_memory(terms), name="store memory"),
+    )
+    for task in (leading, *watching):
+        lifetime.watch(task)
     return SchedulerServer(port, terms, server, store, readiness, leading, watching, close_metrics)
 
 
@@ -198,9 +204,7 @@ def run(settings: Settings) -> int:
         log.info("hot path", compiled=build.usable, why=build.why)
 
     async def start(lifetime: runtime.Lifetime) -> runtime.Stop:
-        running = await serve(settings)
-        lifetime.watch(running.leading)
-        return running.stop
+        return (await serve(settings, lifetime)).stop
 
     try:
         check(settings)

@@ -101,6 +101,7 @@ async def serve(settings: Settings, engine: Engine, lifetime: runtime.Lifetime) 
     await server.start()
     log.info("worker started", worker_id=worker_id, slots=settings.slots, health_port=port)
     watching = asyncio.create_task(_watch_health(driver, link, readiness), name="health")
+    lifetime.watch(watching)
     return WorkerServer(driver, link, linking, server, readiness, watching)
 
 

@@ -20,6 +20,7 @@ from small_model import make_model_folder, stop_end
 from gateway import deliveries, scheduler_link
 from gateway.main import Gateway, serve
 from gateway.tokenizer import Tokenizer, load_tokenizer
+from laps.runtime import Lifetime
 from laps.settings import Settings
 from laps.v1 import inference_pb2_grpc, queue_pb2_grpc
 
@@ -75,8 +76,11 @@ def settings(model_folder: Path) -> Callable[..., Settings]:
 class Harness:
     """A running gateway with stubs to call it."""
 
-    def __init__(self, gateway: Gateway, scheduler: FakeScheduler, **options: Any) -> None:
+    def __init__(
+        self, gateway: Gateway, scheduler: FakeScheduler, lifetime: Lifetime, **options: Any
+    ) -> None:
         self.gateway = gateway
+        self.lifetime = lifetime
         self.scheduler = scheduler
         self.address = f"127.0.0.1:{gateway.port}"
         self.channel = grpc.aio.insecure_channel(self.address, options=list(options.items()))
@@ -93,12 +97,13 @@ async def start_gateway(
 
     async def start(*, wait: bool = True, heartbeat_timeout_s: float = 60.0, **changes: Any) -> Harness:
         address = f"127.0.0.1:{scheduler.port}"
-        gateway = await serve(settings(**({"scheduler_address": address} | changes)))
+        lifetime = Lifetime()
+        gateway = await serve(settings(**({"scheduler_address": address} | changes)), lifetime)
         # Set here, since they are no settings. A test of what comes when a time is up has its own.
         gateway.link._heartbeat_interval_s = 0.1
         gateway.link._heartbeat_timeout_s = heartbeat_timeout_s
         gateway.link._retry_s = 60.0
-        harness = Harness(gateway, scheduler)
+        harness = Harness(gateway, scheduler, lifetime)
         running.append(harness)
         if wait:
             await scheduler.until(lambda: scheduler.streams)

@@ -65,6 +65,8 @@ class FakeScheduler:
         """Gateways that have submitted."""
         self.follows: list[tuple[str, int]] = []
         self.unfollows: list[tuple[str, bool]] = []
+        self.quotas: dict[str, scheduler_pb2.TenantQuota | None] = {}
+        """By request: that of its tenant, as it came with Submit."""
         self.refuse: errors.LapsError | None = None
         """What Submit answers instead of storing."""
         self.forget_acknowledgements = 0
@@ -215,6 +217,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         fake.submits += 1
         assert request.gateway_id
         fake.gateways.add(request.gateway_id)
+        fake.quotas[spec.request_id] = request.quota if request.HasField("quota") else None
         if fake.refuse is not None:
             await errors.abort(context, fake.refuse)
         known = fake.requests.get(spec.request_id)

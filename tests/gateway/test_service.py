@@ -52,6 +52,18 @@ async def until_health(harness: Any, wanted: int) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_a_gateway_that_cannot_say_whether_it_is_ready_ends(harness: Any) -> None:
+    async def broken(serving: bool) -> None:
+        raise ValueError("no health")
+
+    harness.gateway._readiness.set, whole = broken, harness.gateway._readiness.set
+    harness.gateway.scheduler_changed()
+    async with asyncio.timeout(60):
+        await harness.lifetime.wait()
+    assert (harness.lifetime.exit_code, harness.lifetime.because) == (1, "task readiness failed")
+    harness.gateway._readiness.set = whole
+
+
 async def test_health_follows_the_scheduler(start_gateway: Any, scheduler: Any) -> None:
     await scheduler.kill()
     harness = await start_gateway(wait=False)

@@ -16,7 +16,7 @@ from laps.security.access import Role
 from laps.security.keys import new_key
 from laps.security.principal import Principal, Quota
 from laps.setting import SettingsError
-from laps.v1 import inference_pb2, queue_pb2
+from laps.v1 import inference_pb2, queue_pb2, scheduler_pb2
 
 ACME, OTHER, OPERATOR = new_key("acme"), new_key("other"), new_key(role="operator")
 
@@ -91,12 +91,35 @@ async def test_the_queue_is_the_operators(start_gateway: Callable[..., Any], key
     assert (await failure(watch)).reason is Reason.PERMISSION_DENIED
 
 
-async def test_priority_ceiling_and_quota_travel(start_gateway: Callable[..., Any], keys_file: str) -> None:
+async def test_a_priority_above_the_tenants_ceiling_is_refused(
+    start_gateway: Callable[..., Any], keys_file: str
+) -> None:
     harness = await start_gateway(api_keys_file=keys_file)
+    harness.scheduler.auto_tokens = 1000
     error = await failure(harness.inference.Generate(generate_request(priority=6), **shows(ACME)))
     assert isinstance(error, InvalidArgument)
     assert error.field == "priority"
     assert not harness.scheduler.requests
+    for priority, key in ((5, ACME), (6, OTHER)):
+        request = generate_request(priority=priority)
+        assert (await collect(harness.inference.Generate(request, **shows(key)))).complete
+
+
+async def test_a_tenants_quota_travels_to_the_scheduler(
+    start_gateway: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.toml"
+    quota = "tenants.acme = { max_queued_requests = 3, max_queued_tokens = 700 }"
+    path.write_text("\n".join([ACME.line, OTHER.line, OPERATOR.line, quota]))
+    harness = await start_gateway(api_keys_file=str(path))
+    harness.scheduler.auto_tokens = 1000
+    for key in (ACME, OTHER, OPERATOR):
+        await collect(harness.inference.Generate(generate_request(request_id="r"), **shows(key)))
+    assert harness.scheduler.quotas == {
+        "acme:r": scheduler_pb2.TenantQuota(max_queued_requests=3, max_queued_tokens=700),
+        "other:r": scheduler_pb2.TenantQuota(),
+        "r": None,
+    }
 
 
 async def test_a_tenant_cannot_take_all_streams_of_a_gateway(

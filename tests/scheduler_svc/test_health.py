@@ -26,9 +26,11 @@ def store() -> LocalServer:
 
 
 @asynccontextmanager
-async def scheduler(url: str, name: str, term_s: float = TERM_S) -> AsyncIterator[main.SchedulerServer]:
+async def scheduler(
+    url: str, name: str, term_s: float = TERM_S, lifetime: runtime.Lifetime | None = None
+) -> AsyncIterator[main.SchedulerServer]:
     settings = Settings(redis_url=url, scheduler_port=0, scheduler_id=name, leader_ttl_s=term_s)
-    running = await main.serve(settings)
+    running = await main.serve(settings, lifetime or runtime.Lifetime())
     try:
         yield running
     finally:
@@ -67,6 +69,23 @@ async def test_a_standby_is_ready_and_does_not_serve(store: LocalServer) -> None
             store.stop()
             # It leads still, for whoever waits for the store with it.
             await says(alone, True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"), [("_watch_readiness", "readiness"), ("_watch_memory", "store memory")]
+)
+async def test_a_scheduler_without_one_of_its_tasks_ends(
+    store: LocalServer, monkeypatch: pytest.MonkeyPatch, task: str, name: str
+) -> None:
+    async def broken(*_: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(main, task, broken)
+    lifetime = runtime.Lifetime()
+    with store:
+        async with scheduler(store.url, "one", lifetime=lifetime), asyncio.timeout(60):
+            await lifetime.wait()
+    assert (lifetime.exit_code, lifetime.because) == (1, f"task {name} failed")
 
 
 async def test_calls_find_the_one_that_leads(store: LocalServer) -> None:

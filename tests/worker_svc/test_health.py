@@ -9,7 +9,38 @@ from types import SimpleNamespace
 import pytest
 
 from laps import channels, runtime
+from laps.settings import Settings
 from worker_svc import main
+
+
+class BrokenDriver:
+    def __init__(self, *_: object) -> None: ...
+    def start(self) -> None: ...
+    def stop(self, timeout_s: float) -> None: ...
+    def wait_idle(self, timeout_s: float) -> None: ...
+
+    @property
+    def last_progress_s(self) -> float:
+        raise ValueError("broken")
+
+
+class NoLink:
+    def __init__(self, *_: object, **__: object) -> None: ...
+    def drain(self) -> None: ...
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_worker_that_cannot_say_how_it_is_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "EngineDriver", BrokenDriver)
+    monkeypatch.setattr(main, "WorkerLink", NoLink)
+    lifetime = runtime.Lifetime()
+    running = await main.serve(Settings(), SimpleNamespace(), lifetime)  # type: ignore[arg-type]
+    async with asyncio.timeout(60):
+        await lifetime.wait()
+    await running.stop(0.0)
+    assert (lifetime.exit_code, lifetime.because) == (1, "task health failed")
 
 
 async def test_an_engine_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from small_model import make_model_folder
 
 from gateway.main import Gateway, serve
 from laps.ports import free_ports
+from laps.runtime import Lifetime
 from laps.settings import Settings
 
 
@@ -66,7 +67,7 @@ async def start_console(model_folder: Path) -> AsyncIterator[Callable[..., Any]]
             "scheduler_address": f"127.0.0.1:{pool.port}",
             "drain_s": 0.5,
         }
-        gateway = await serve(Settings(**(given | changes)))
+        gateway = await serve(Settings(**(given | changes)), Lifetime())
         running.append(Console(gateway, pool, port))
         return running[-1]
 

@@ -13,6 +13,7 @@ import pytest
 from gateway_calls import eventually
 
 from gateway.http import answers, server
+from laps.runtime import Lifetime
 from laps.v1 import generation_pb2
 
 from .conftest import read_head, read_response
@@ -265,7 +266,7 @@ async def test_a_taken_port_is_one_line(start_http: Any, settings: Any) -> None:
 
     http = await start_http()
     with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{http.port}: the port is in use"):
-        await serve(settings(http_port=http.port))
+        await serve(settings(http_port=http.port), Lifetime())
 
 
 async def test_nothing_is_left_behind(http: Any) -> None:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import redis
 
-from laps import channels
+from laps import channels, runtime
 from laps.settings import Settings
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import main
@@ -109,7 +109,7 @@ async def test_two_pools_of_one_cluster_do_not_disturb_each_other(
 @asynccontextmanager
 async def scheduler(url: str, pool: str, name: str) -> AsyncIterator[main.SchedulerServer]:
     settings = Settings(redis_url=url, pool=pool, scheduler_id=name, scheduler_port=0, leader_ttl_s=6.0)
-    running = await main.serve(settings)
+    running = await main.serve(settings, runtime.Lifetime())
     try:
         await until(lambda: running.terms.ready)
         yield running
