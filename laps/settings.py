@@ -7,6 +7,7 @@ remembers which one it was, so that `laps config` and every error can name it.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -39,6 +40,8 @@ from laps.setting import (
 )
 
 CONFIG_ENV = "LAPS_CONFIG"
+ORIGINS_ENV = "LAPS_ORIGINS"
+"""Set for a child process: where its parent had the settings from that it hands on by the environment."""
 COMPILED_ENV = "LAPS_COMPILED"
 """Read by `scheduler_svc.compiled`, before any setting."""
 DEFAULT_CONFIG_FILE = Path("laps.toml")
@@ -77,7 +80,9 @@ class Settings(BaseSettings):
         "default", "Name of the pool: one model pair with its workers and queue", SERVICES, min_length=1
     )
     model_name: str = setting("tiny", "Name by which clients ask for the pool's model", _G, min_length=1)
-    target: str = setting(BUILT_IN_TARGET, "Target model: a local folder with safetensors weights", _GW)
+    target: str = setting(
+        BUILT_IN_TARGET, "Target model: a local folder with safetensors weights", _GW, min_length=1
+    )
     draft: str = setting(
         "",
         "Draft model of the same vocabulary, or 'none'; empty: the built-in one for the "
@@ -87,7 +92,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Number type of the models", _W
     )
-    device: str = setting("auto", "Device of the models: auto, cpu, cuda, cuda:1", _W)
+    device: str = setting("auto", "Device of the models: auto, cpu, cuda, cuda:1", _W, min_length=1)
     device_map: Literal["none", "auto"] = setting(
         "none", "auto: spread the target's layers over all GPUs of the worker (needs accelerate)", _W
     )
@@ -100,7 +105,7 @@ class Settings(BaseSettings):
     threads: int = setting(1, "Compute threads of one worker", _W, ge=1)
 
     # Network.
-    host: str = setting("127.0.0.1", "Address to listen on", SERVICES)
+    host: str = setting("127.0.0.1", "Address to listen on", SERVICES, min_length=1)
     port: int = port_setting(50051, "The gateway's gRPC port; 0: any free one", _G)
     http_port: int = port_setting(
         0, "The gateway's HTTP port, for OpenAI's clients; 0: none. 'laps up' takes 8000, or any free one", _G
@@ -191,7 +196,7 @@ class Settings(BaseSettings):
     )
 
     # Scheduling.
-    policy: str = setting("laps-sd", "Scheduling policy", _S)
+    policy: str = setting("laps-sd", "Scheduling policy", _S, min_length=1)
     starvation_bound_s: float = setting(
         60.0, "A request that waited this long runs before the others; 0: never", _S, ge=0
     )
@@ -327,11 +332,9 @@ class Settings(BaseSettings):
         return given or re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{os.getpid()}")[:128]
 
     def check_models(self) -> None:
-        """Raises SettingsError for a model given as a folder's path where no safetensors weights are."""
+        """Raises SettingsError for a model that is no folder with safetensors weights."""
         for name, model in (("target", self.target), ("draft", self.draft_model)):
-            if model is None or not (os.path.isabs(model) or model.startswith(".")):
-                continue
-            if wrong := _what_is_wrong(Path(model)):
+            if model is not None and (wrong := _what_is_wrong(Path(model))):
                 built_in = model in (BUILT_IN_TARGET, BUILT_IN_DRAFT)
                 what = "the built-in model" if built_in else "the model folder"
                 hint = "; make it with models/tiny, or name another with" if built_in else "; correct"
@@ -352,13 +355,17 @@ class Settings(BaseSettings):
         return mask_url(value) if name == "redis_url" else value
 
     def to_env(self, **changes: Any) -> dict[str, str]:
-        """`LAPS_*` variables that give a child process these settings, with `changes` to them."""
+        """`LAPS_*` variables that give a child process these settings, with `changes` to them, whatever else
+        it inherits and whatever file lies in its folder."""
         given = {
             name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set
         }
-        return {
-            ENV_PREFIX + name.upper(): str(value) for name, value in (given | changes).items() if value != ""
+        env = {env_name(name): str(value) for name, value in (given | changes).items()}
+        inherited = {
+            variable: "" for name in type(self).model_fields if (variable := env_name(name)) in os.environ
         }
+        origins = {name: [origin.source, origin.detail] for name, origin in self._origins.items()}
+        return inherited | env | {ORIGINS_ENV: json.dumps(origins)}
 
     def __repr_args__(self) -> Any:
         # A repr ends up in logs and tracebacks.
@@ -372,7 +379,9 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | str | N
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
     env = {name: v for name, v in EnvSettingsSource(Settings)().items() if not _from_kubernetes(name, v)}
-    file_path = _config_file(config)
+    handed_on = _handed_on()
+    # What a parent hands on is all that it has read, its file included.
+    file_path = _config_file(config) if handed_on is None or config else None
     file = _read_file(file_path) if file_path else {}
 
     origins: dict[str, Origin] = {}
@@ -388,7 +397,8 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | str | N
                 detail = {"flag": flag_name(name), "environment": env_name(name), "file": str(file_path)}[
                     source
                 ]
-                values[name], origins[name] = value, Origin(source, detail)
+                origin = (handed_on or {}).get(name) if source == "environment" else None
+                values[name], origins[name] = value, origin or Origin(source, detail)
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -399,19 +409,28 @@ def load_settings(flags: Mapping[str, Any] | None = None, config: Path | str | N
 
 def unknown_variables() -> list[str]:
     """`LAPS_*` variables that no setting reads, most likely misspelt."""
-    known = {env_name(name) for name in Settings.model_fields} | {CONFIG_ENV, COMPILED_ENV}
+    known = {CONFIG_ENV, ORIGINS_ENV, COMPILED_ENV, *map(env_name, Settings.model_fields)}
     return sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
 
 
 def _what_is_wrong(model: Path) -> str:
     """What a model folder lacks that can be seen without loading it; empty: nothing."""
     if not model.is_dir():
-        return "is not there"
+        by_name = not model.is_absolute() and model.parts[0] not in (".", "..")
+        return "is not there" + (" (models are not fetched by name)" if by_name else "")
     if not (model / "config.json").is_file():
         return "has no config.json, so it holds no model"
     if not any(model.glob("*.safetensors")):
         return "has no *.safetensors weights; other formats are not loaded"
     return ""
+
+
+def _handed_on() -> dict[str, Origin] | None:
+    """Where a parent process had its settings from; None: there is none."""
+    try:
+        return {name: Origin(*origin) for name, origin in json.loads(os.environ[ORIGINS_ENV]).items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def _from_kubernetes(name: str, value: Any) -> bool:

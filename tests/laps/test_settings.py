@@ -47,6 +47,7 @@ def test_the_config_file_is_chosen_by_flag_then_variable(
         ({"pool": "a{b}"}, ["pool", "A-Za-z", "--pool"]),
         ({"redis_url": "http://u:hidden@h"}, ["redis_url", "redis://", "***", "--redis-url"]),
         ({"scheduler_address": "nowhere"}, ["scheduler_address", "HOST:PORT"]),
+        ({"policy": ""}, ["policy", "at least 1 character", "--policy"]),
         ({"nonsense": 1}, ["nonsense", "no such setting", "--nonsense"]),
     ],
 )
@@ -117,7 +118,40 @@ def test_a_child_gets_the_same_settings() -> None:
         "LAPS_STARVATION_BOUND_S": "1.5",
         "LAPS_WORKER_ID": "worker-1",
         "LAPS_REDIS_URL": "redis://h",
+        "LAPS_ORIGINS": env["LAPS_ORIGINS"],
     }
+
+
+def test_a_child_says_where_its_parent_had_a_value_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("laps.toml").write_text("slots = 3\n")
+    monkeypatch.setenv("LAPS_WORKERS", "5")
+    parent = load_settings({"policy": "nope"})
+    for name, value in parent.to_env(redis_url="redis://h", port=7).items():
+        monkeypatch.setenv(name, value)
+    child = load_settings()
+    assert (child.policy, child.slots, child.workers, child.port) == ("nope", 3, 5, 7)
+    origins = [str(child.origin(name)) for name in ("policy", "slots", "workers", "port")]
+    assert origins == ["flag --policy", "file laps.toml", "environment LAPS_WORKERS", "environment LAPS_PORT"]
+    assert not unknown_variables()
+    monkeypatch.setenv("LAPS_SLOTS", "0")
+    with pytest.raises(SettingsError, match=r"slots: .* not '0' \(from file laps.toml\)"):
+        load_settings()
+
+
+def test_a_child_has_nothing_that_its_parent_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("laps.toml").write_text("slots = 3\n")
+    Path("chosen.toml").write_text("port = 7\n")
+    monkeypatch.setenv("LAPS_DRAFT", "/elsewhere")
+    parent = load_settings({"draft": ""}, "chosen.toml")
+    assert (parent.slots, parent.port, parent.draft) == (4, 7, "")
+    for name, value in parent.to_env().items():
+        monkeypatch.setenv(name, value)
+    child = load_settings()
+    assert (child.slots, child.port, child.draft) == (4, 7, "")
+    # An embedder's own settings say all, too.
+    for name, value in Settings(port=8).to_env().items():
+        monkeypatch.setenv(name, value)
+    assert (load_settings().draft, load_settings().port) == ("", 8)
 
 
 def test_the_built_in_draft_goes_with_the_built_in_target_alone() -> None:
@@ -128,10 +162,10 @@ def test_the_built_in_draft_goes_with_the_built_in_target_alone() -> None:
     assert Settings().target == BUILT_IN_TARGET
 
 
-def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_model_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"target: the model folder .*gone.* is not there.*--target"):
         load_settings({"target": str(tmp_path / "gone")}).check_models()
-    settings = load_settings({"target": str(tmp_path), "draft": "organisation/name"})
+    settings = load_settings({"target": str(tmp_path)})
     with pytest.raises(SettingsError, match=r"target: .* has no config.json, .*--target"):
         settings.check_models()
     (tmp_path / "config.json").write_text("{}")
@@ -140,6 +174,14 @@ def test_a_missing_model_folder_is_named(tmp_path: Path) -> None:
         settings.check_models()
     (tmp_path / "model.safetensors").touch()
     settings.check_models()
+    monkeypatch.chdir(tmp_path.parent)
+    load_settings({"target": tmp_path.name}).check_models()
+    for draft in ("organisation/name", "name"):
+        settings = load_settings({"target": tmp_path.name, "draft": draft})
+        with pytest.raises(
+            SettingsError, match=rf"draft: the model folder {draft} is not there \(models are "
+        ):
+            settings.check_models()
 
 
 def test_instance_ids_are_fit_for_keys() -> None:
