@@ -28,6 +28,7 @@ _ALONE = (
     "scheduler_svc/convert.py",
     "scheduler_svc/deliveries.py",
     "scheduler_svc/store/codec.py",
+    "scheduler_svc/store/layout.py",
     "scheduler_svc/store/packing.py",
 )
 _NOT = ("scheduler_svc/core/settings.py",)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laps.history import HistoryPoint
-from scheduler_svc.store import codec, keys
+from scheduler_svc.store import codec, keys, layout
 from scheduler_svc.store.store import Store
 
 
@@ -47,9 +47,9 @@ class PoolState:
 async def read_pool_state(store: Store) -> PoolState:
     """Raises StoreUnavailable."""
     pool, redis, read = store.pool, store.reader.redis, store.reader.read
-    meta = _decoded(codec.META_FIELDS, await read(redis.hgetall(keys.meta(pool))))
-    leader = _decoded(codec.LEADER_FIELDS, await read(redis.hgetall(keys.leader(pool))))
-    mark = _decoded(codec.STOPPED_FIELDS, await read(redis.hgetall(keys.stopped(pool))))
+    meta = _decoded(layout.META_FIELDS, await read(redis.hgetall(keys.meta(pool))))
+    leader = _decoded(layout.LEADER_FIELDS, await read(redis.hgetall(keys.leader(pool))))
+    mark = _decoded(layout.STOPPED_FIELDS, await read(redis.hgetall(keys.stopped(pool))))
     seconds, _ = await read(redis.time())
     return PoolState(
         stopped=_stopped(mark) if mark else None,

@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from scheduler_svc.core.records import RequestState
-from scheduler_svc.store import codec, connection
+from scheduler_svc.store import codec, connection, layout
 from scheduler_svc.store.packing import pairs
 
 HEAD_LIMIT = 1000
@@ -40,7 +40,7 @@ class BadPageToken(ValueError):
 class RequestView:
     request_id: str
     fields: dict[str, Any]
-    """Typed values of `codec.REQUEST_FIELDS` by name."""
+    """Typed values of `layout.REQUEST_FIELDS` by name."""
     lease_expires_s: float | None = None
 
 
@@ -80,7 +80,7 @@ class SlotView:
 class WorkerView:
     worker_id: str
     fields: dict[str, Any]
-    """Typed values of `codec.WORKER_FIELDS` by name."""
+    """Typed values of `layout.WORKER_FIELDS` by name."""
     expires_s: float
     slots: list[SlotView]
 
@@ -299,7 +299,7 @@ def request_fields(stored: list[str]) -> dict[str, Any]:
     """Typed values of a request's hash that came as name, value, name, value, ... One that cannot be read
     must not hide the others."""
     try:
-        return codec.decode_fields(codec.REQUEST_FIELDS, dict(pairs(stored)))
+        return codec.decode_fields(layout.REQUEST_FIELDS, dict(pairs(stored)))
     except (ValueError, KeyError, OverflowError):
         return {"error": "its record cannot be read"}
 
@@ -344,6 +344,6 @@ def _leases(flat: list[Any]) -> dict[tuple[str, int], SlotView]:
 def _worker(
     worker_id: str, expires_ms: float, stored: dict[str, str], held: dict[tuple[str, int], SlotView]
 ) -> WorkerView:
-    fields = codec.decode_fields(codec.WORKER_FIELDS, stored)
+    fields = codec.decode_fields(layout.WORKER_FIELDS, stored)
     slots = [held.get((worker_id, slot)) or SlotView(slot) for slot in range(fields.get("slots", 0))]
     return WorkerView(worker_id, fields, expires_ms / 1e3, slots)

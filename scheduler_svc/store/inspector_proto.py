@@ -34,7 +34,7 @@ REASONS = {
 
 
 def request_info_to_proto(request_id: str, fields: Mapping[str, Any], pool: str) -> queue_pb2.RequestInfo:
-    """`fields`: typed values of `codec.REQUEST_FIELDS` by name."""
+    """`fields`: typed values of `layout.REQUEST_FIELDS` by name."""
     return queue_pb2.RequestInfo(
         request_id=request_id,
         pool=pool,

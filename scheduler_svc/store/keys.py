@@ -35,7 +35,7 @@ def epochs(pool: str) -> str:
 
 
 def stopped(pool: str) -> str:
-    """Hash, only while the pool is stopped by an alarm (`codec.STOPPED_FIELDS`). Read by: whoever would
+    """Hash, only while the pool is stopped by an alarm (`layout.STOPPED_FIELDS`). Read by: whoever would
     lead, operators."""
     return prefix(pool) + "stopped"
 
@@ -69,12 +69,12 @@ def workers(pool: str) -> str:
 
 
 def worker(pool: str, worker_id: str) -> str:
-    """Hash. A worker (`codec.WORKER_FIELDS`). Read by: inspection."""
+    """Hash. A worker (`layout.WORKER_FIELDS`). Read by: inspection."""
     return f"{prefix(pool)}worker:{worker_id}"
 
 
 def request(pool: str, request_id: str) -> str:
-    """Hash. A request and what is believed about it (`codec.REQUEST_FIELDS`). Read by: commit,
+    """Hash. A request and what is believed about it (`layout.REQUEST_FIELDS`). Read by: commit,
     recovery, inspection."""
     return f"{prefix(pool)}request:{request_id}"
 

@@ -23,7 +23,7 @@ from scheduler_svc.core.records import (
     StepCosts,
     Worker,
 )
-from scheduler_svc.store import codec, errors, keys, library
+from scheduler_svc.store import errors, keys, layout, library
 from scheduler_svc.store.server import LocalServer
 from scheduler_svc.store.store import Store
 
@@ -62,11 +62,11 @@ def test_the_functions_tell_the_same_keys():
 @pytest.mark.parametrize(
     ("heading", "fields"),
     [
-        ("request:REQUEST", codec.REQUEST_FIELDS),
-        ("worker:WORKER", codec.WORKER_FIELDS),
-        ("meta", codec.META_FIELDS),
-        ("leader", codec.LEADER_FIELDS),
-        ("stopped", codec.STOPPED_FIELDS),
+        ("request:REQUEST", layout.REQUEST_FIELDS),
+        ("worker:WORKER", layout.WORKER_FIELDS),
+        ("meta", layout.META_FIELDS),
+        ("leader", layout.LEADER_FIELDS),
+        ("stopped", layout.STOPPED_FIELDS),
     ],
 )
 def test_every_field_is_told(heading, fields):
