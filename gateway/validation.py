@@ -15,6 +15,8 @@ from laps.security.principal import TENANT_NAME, TENANT_SEPARATOR
 from laps.v1 import generation_pb2, inference_pb2
 
 MAX_TEMPERATURE = 100.0
+MIN_REPETITION_PENALTY = float.fromhex("0x1.47ae14p-7")
+"""0.01, as requests carry it. Near zero it would divide scores beyond what they can be."""
 MAX_REPETITION_PENALTY = 100.0
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
@@ -178,8 +180,12 @@ def _check_sampling(violations: _Violations, sampling: generation_pb2.SamplingPa
     if sampling.HasField("min_p"):
         violations.number("sampling.min_p", sampling.min_p, 0.0, 1.0)
     if sampling.HasField("repetition_penalty"):
-        penalty = sampling.repetition_penalty
-        violations.number("sampling.repetition_penalty", penalty, 0.0, MAX_REPETITION_PENALTY, open_low=True)
+        violations.number(
+            "sampling.repetition_penalty",
+            sampling.repetition_penalty,
+            MIN_REPETITION_PENALTY,
+            MAX_REPETITION_PENALTY,
+        )
     if sampling.HasField("logprobs"):
         violations.whole("sampling.logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
 

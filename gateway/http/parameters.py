@@ -57,7 +57,11 @@ PARAMETERS = (
     Parameter("top_logprobs", Fate.USED, "Up to 20.", _CHAT),
     Parameter("top_k", Fate.USED, "Not OpenAI's. Keep the k likeliest tokens; 0 keeps all."),
     Parameter("min_p", Fate.USED, "Not OpenAI's. Keep tokens this share as likely as the likeliest."),
-    Parameter("repetition_penalty", Fate.USED, "Not OpenAI's. Divides the score of tokens already seen."),
+    Parameter(
+        "repetition_penalty",
+        Fate.USED,
+        "Not OpenAI's. Divides the score of tokens already seen; 0.01 to 100.",
+    ),
     Parameter("min_tokens", Fate.USED, "Not OpenAI's. The output does not end before it."),
     Parameter("stop_token_ids", Fate.USED, "Not OpenAI's. Tokens that end the output."),
     Parameter("ignore_eos", Fate.USED, "Not OpenAI's. Go on past the model's own end."),

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 @click.option("--top-p", type=float, help="Nucleus sampling, in (0, 1].")
 @click.option("--top-k", type=int, help="Keep the k most likely tokens; 0 keeps all.")
 @click.option("--min-p", type=float, help="Keep tokens at least this share as likely as the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Divides the score of tokens already seen.")
+@click.option(
+    "--repetition-penalty", type=float, help="Divides the score of tokens already seen; 0.01 to 100."
+)
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--logprobs", type=int, help="Return log-probabilities, with so many alternatives.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the output; may be given again.")

@@ -77,7 +77,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Keep tokens at least this share as likely as the likeliest, in [0, 1]."""
     repetition_penalty: _builtins.float
-    """Divides the score of tokens already seen, > 0; 1 changes nothing."""
+    """Divides the score of tokens already seen, in [0.01, 100]; 1 changes nothing."""
     seed: _builtins.int
     """With a seed the output depends on model, prompt, parameters and seed alone."""
     logprobs: _builtins.int

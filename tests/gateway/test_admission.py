@@ -14,12 +14,22 @@ from gateway.tokenizer import Tokenizer
 from gateway.validation import Bounds
 from laps.errors import DeadlineExceeded
 from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
+from worker_svc.engine.config import SamplingConfig
 
 BOUNDS = Bounds("tiny", vocabulary_size=300, context_tokens=100, default_max_tokens=40)
 
 
 async def submit(tokenizer: Tokenizer, request: Any) -> scheduler_pb2.RequestSpec:
     return await admit(request, BOUNDS, tokenizer, pool="p", disconnect_grace_s=7.0, call_time_left_s=None)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+async def test_the_ends_of_a_range_belong_to_it(tokenizer: Tokenizer, penalty: float) -> None:
+    """A request carries float32, in which 0.01 is a little less; the worker must take what came through."""
+    request = inference_pb2.GenerateRequest(text="a")
+    request.sampling.repetition_penalty = penalty
+    spec = await submit(tokenizer, request)
+    SamplingConfig(repetition_penalty=spec.sampling.repetition_penalty)
 
 
 async def test_every_default_is_filled_in(tokenizer: Tokenizer) -> None:

@@ -12,6 +12,9 @@ MAX_DRAFT_TOKENS = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+MIN_REPETITION_PENALTY = float.fromhex("0x1.47ae14p-7")
+"""0.01 in float32, in which callers may hold it. Near zero scores become infinite, and all alike."""
+MAX_REPETITION_PENALTY = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,9 @@ class SamplingConfig:
     """How the next token is chosen, in the order in which Hugging Face applies it.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. repetition_penalty: over
-    prompt and output; 1 is off; applied to greedy requests too. seed: makes the output a function of model,
-    prompt, parameters and seed alone; None samples freely. logprobs: None for none, else the number of
-    alternatives reported beside the chosen token (natural log, raw target).
+    prompt and output, 0.01 to 100; 1 is off; applied to greedy requests too. seed: makes the output a
+    function of model, prompt, parameters and seed alone; None samples freely. logprobs: None for none, else
+    the number of alternatives reported beside the chosen token (natural log, raw target).
     """
 
     temperature: float = 0.0
@@ -105,7 +108,9 @@ class SamplingConfig:
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _require_number("min_p", self.min_p, 0.0, 1.0)
-        _require_number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _require_number(
+            "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        )
         _require_int("top_k", self.top_k, 0, 1 << 31)
         if self.seed is not None:
             _require_int("seed", self.seed, -(1 << 63), (1 << 64) - 1)

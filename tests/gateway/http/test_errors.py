@@ -25,6 +25,7 @@ CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content"
         ({"temperature": True}, "temperature", "invalid_type"),
         ({"temperature": 1e39}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"repetition_penalty": 0.009}, "repetition_penalty", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1.5}, "max_tokens", "invalid_type"),
         ({"max_tokens": 1 << 40}, "max_tokens", "invalid_value"),

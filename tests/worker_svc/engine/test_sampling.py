@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig, load_pair
+from worker_svc.engine.config import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 from worker_svc.engine.noise import gumbel
 
 VOCABULARY = 12
@@ -261,13 +262,15 @@ def test_free_requests_differ_and_an_engine_seed_repeats_them(tools: Any, pair: 
 
 @pytest.mark.parametrize("temperature", [1e-20, 1e-39, 5e-324])
 @pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("penalty", [MIN_REPETITION_PENALTY, 1.0, MAX_REPETITION_PENALTY])
 def test_the_least_temperatures_are_greedy(
-    tools: Any, pair: ModelPair, temperature: float, seed: int | None
+    tools: Any, pair: ModelPair, temperature: float, seed: int | None, penalty: float
 ) -> None:
     """Scores divided by so little are beyond what float32 holds."""
+    warm = SamplingConfig(repetition_penalty=penalty)
     greedy, cold = (
         EngineRequest("a", [40, 41, 42], sampling=sampling, stopping=StoppingConfig(max_tokens=20))
-        for sampling in (SamplingConfig(), SamplingConfig(temperature=temperature, seed=seed))
+        for sampling in (warm, replace(warm, temperature=temperature, seed=seed))
     )
     expected = tools.drain(tools.engine(pair), [greedy])["a"].tokens
     assert tools.drain(tools.engine(pair), [cold])["a"].tokens == expected

@@ -172,6 +172,8 @@ def test_eos(tools: Any, pair: ModelPair) -> None:
         (lambda: SamplingConfig(min_p=1.5), "min_p"),
         (lambda: SamplingConfig(top_k=-1), "top_k"),
         (lambda: SamplingConfig(repetition_penalty=0.0), "repetition_penalty"),
+        (lambda: SamplingConfig(repetition_penalty=1e-38), "repetition_penalty"),
+        (lambda: SamplingConfig(repetition_penalty=101.0), "repetition_penalty"),
         (lambda: SamplingConfig(logprobs=1000), "logprobs"),
         (lambda: SamplingConfig(seed=1 << 64), "seed"),
         (lambda: EngineRequest("", [1]), "request_id"),
