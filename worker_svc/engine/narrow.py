@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worker_svc.kernels import LANES, PANEL
 from worker_svc.kernels.load import narrow_pass
 
 from .cache import SlotCache
@@ -25,9 +26,6 @@ _MAX_WEIGHT_BYTES = 1 << 28
 # Above these torch's kernels are about as fast, and attention needs space for scores by query and position.
 _MOST_QUERIES = 128
 _MOST_TOKENS = 1024
-# Of columns in a panel, and of numbers that are computed at once; see `kernels.lanes`.
-_PANEL = 16
-_LANES = 8
 _MOST_PLACES = 256
 
 
@@ -39,7 +37,7 @@ class NarrowLlamaRunner(LlamaRunner):
         self._function = function
         self._inner = model.config.intermediate_size
         self._vocabulary = self._head.shape[0]
-        padding = -self._vocabulary % _PANEL
+        padding = -self._vocabulary % PANEL
         head = torch.nn.functional.pad((self._head * self._final).t(), (0, padding))
         self._columns = self._vocabulary + padding
         parts = [
@@ -68,7 +66,7 @@ class NarrowLlamaRunner(LlamaRunner):
         places = self._places_of(rows, queries, logits) if pick is None else _picked(pick, queries)
         states = cache.states[0]
         slot = states.stride(0)
-        scores = queries * self._group * (max(starts) + queries + _LANES)
+        scores = queries * self._group * (max(starts) + queries + LANES)
         found = self._room("_logits", len(places) * self._columns)
         self._function(
             tokens.data_ptr(), rows, queries, first, _indices(starts), places, len(places),
@@ -124,8 +122,8 @@ def narrow_runner(model: Any, cache: SlotCache) -> NarrowLlamaRunner | None:
         or torch.get_num_threads() > 1
         or cache.dtype != torch.float32
         or len(set(cache.shapes)) > 1
-        or dim % _LANES
-        or any(width % _PANEL for width in widths)
+        or dim % LANES
+        or any(width % PANEL for width in widths)
         or sum(p.numel() * p.element_size() for p in model.parameters()) > _MAX_WEIGHT_BYTES
     ):
         return None
@@ -134,8 +132,8 @@ def narrow_runner(model: Any, cache: SlotCache) -> NarrowLlamaRunner | None:
 
 
 def _panels(weight: Tensor) -> Tensor:
-    """Weights [in, out] by panels of columns, each [in, 16], flat."""
-    return weight.reshape(weight.shape[0], -1, _PANEL).transpose(0, 1).flatten()
+    """Weights [in, out] by panels of columns, each [in, PANEL], flat."""
+    return weight.reshape(weight.shape[0], -1, PANEL).transpose(0, 1).flatten()
 
 
 def _indices(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -16,9 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
-LANES = 8
-# Columns of a panel of weights: as many as one row of a tile accumulates at once.
-PANEL = 16
+from . import LANES, PANEL
 
 _FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR, _PANEL = ir.VectorType(_FLOAT, LANES), ir.VectorType(_FLOAT, PANEL)

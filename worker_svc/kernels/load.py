@@ -23,7 +23,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-_SOURCES = ("lanes.py", "narrow_pass.py", "build.py")
+_SOURCES = ("__init__.py", "lanes.py", "narrow_pass.py", "build.py")
 _BUILD_LIMIT_S = 300.0
 _CHECK_LIMIT_S = 60.0
 # Named by numba's way to report an exception, of which the pass raises none.

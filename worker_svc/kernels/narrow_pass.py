@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 from numba.core import types
 
+from . import LANES, PANEL
 from .lanes import (
-    PANEL,
     add,
     div,
     exp,
@@ -33,8 +33,6 @@ from .lanes import (
     totals,
 )
 
-# Positions that are computed at once.
-_BLOCK = 8
 # Of positions that a query does not see; finite, since infinities would meet in a difference.
 _HIDDEN = np.float32(-1e30)
 _NOTHING = np.float32(0.0)
@@ -71,11 +69,11 @@ def multiply(rows, left, depth, panels, begin, width, out, added):
 def normalise(values, begin, width, epsilon, out, at):
     """RMSNorm of one row but for a factor that the weights carry; see `LlamaRunner`."""
     squares = spread(_NOTHING)
-    for place in range(begin, begin + width, _BLOCK):
+    for place in range(begin, begin + width, LANES):
         part = load(values, place)
         squares = fused(part, part, squares)
     scale = spread(np.float32(1.0) / np.float32(math.sqrt(total(squares) + epsilon)))
-    for place in range(0, width, _BLOCK):
+    for place in range(0, width, LANES):
         store(out, at + place, mul(load(values, begin + place), scale))
 
 
@@ -85,7 +83,7 @@ def gate(rows, width, both, out):
     nothing, one = spread(_NOTHING), spread(np.float32(1.0))
     for row in range(rows):
         gates = row * 2 * width
-        for place in range(0, width, _BLOCK):
+        for place in range(0, width, LANES):
             x = load(both, gates + place)
             above = larger(x, nothing)
             shrunk = exp(sub(sub(x, above), above))
@@ -107,7 +105,7 @@ def turn(queries, start, tokens, at, heads, group, dim, turns, states, slot):
         held = slot + (start + query) * heads * 2 * dim
         for _ in range(heads):
             for head in range(group + 1):
-                for place in range(0, dim, _BLOCK):
+                for place in range(0, dim, LANES):
                     x = load(tokens, at)
                     x = fused(
                         swapped(x), load(turns, angle + dim + place), mul(x, load(turns, angle + place))
@@ -116,21 +114,21 @@ def turn(queries, start, tokens, at, heads, group, dim, turns, states, slot):
                         store(tokens, at, mul(x, scale))
                     else:
                         store(states, held, x)
-                        held += _BLOCK
-                    at += _BLOCK
-            for _ in range(0, dim, _BLOCK):
+                        held += LANES
+                    at += LANES
+            for _ in range(0, dim, LANES):
                 store(states, held, load(tokens, at))
-                at += _BLOCK
-                held += _BLOCK
+                at += LANES
+                held += LANES
 
 
 @_kernel
 def score(queries, reach, tokens, at, stride, group, dim, states, keys, token, scores):
     """scores [queries, group, reach rounded up] of one key head, block by block of keys."""
-    padded = (reach + _BLOCK - 1) // _BLOCK * _BLOCK
+    padded = (reach + LANES - 1) // LANES * LANES
     last = keys + (reach - 1) * token
     nothing = spread(_NOTHING)
-    for block in range(0, reach, _BLOCK):
+    for block in range(0, reach, LANES):
         k0 = keys + block * token
         k1, k2, k3 = min(k0 + token, last), min(k0 + 2 * token, last), min(k0 + 3 * token, last)
         k4, k5, k6 = min(k0 + 4 * token, last), min(k0 + 5 * token, last), min(k0 + 6 * token, last)
@@ -140,7 +138,7 @@ def score(queries, reach, tokens, at, stride, group, dim, states, keys, token, s
             asked = at + query * stride
             for _ in range(group):
                 s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = nothing
-                for place in range(0, dim, _BLOCK):
+                for place in range(0, dim, LANES):
                     x = load(tokens, asked)
                     s0 = fused(x, load(states, k0 + place), s0)
                     s1 = fused(x, load(states, k1 + place), s1)
@@ -150,7 +148,7 @@ def score(queries, reach, tokens, at, stride, group, dim, states, keys, token, s
                     s5 = fused(x, load(states, k5 + place), s5)
                     s6 = fused(x, load(states, k6 + place), s6)
                     s7 = fused(x, load(states, k7 + place), s7)
-                    asked += _BLOCK
+                    asked += LANES
                 store(scores, to, totals((s0, s1, s2, s3, s4, s5, s6, s7)))
                 to += padded
 
@@ -161,16 +159,16 @@ def soften(begin, seen, padded, scores):
     for place in range(begin + seen, begin + padded):
         scores[place] = _HIDDEN
     highest = spread(_HIDDEN)
-    for place in range(begin, begin + padded, _BLOCK):
+    for place in range(begin, begin + padded, LANES):
         highest = larger(highest, load(scores, place))
     highest = spread(largest(highest))
     sums = spread(_NOTHING)
-    for place in range(begin, begin + padded, _BLOCK):
+    for place in range(begin, begin + padded, LANES):
         weight = exp(sub(load(scores, place), highest))
         store(scores, place, weight)
         sums = add(sums, weight)
     share = spread(np.float32(1.0) / total(sums))
-    for place in range(begin, begin + padded, _BLOCK):
+    for place in range(begin, begin + padded, LANES):
         store(scores, place, mul(load(scores, place), share))
     for place in range(begin + seen, begin + padded):
         scores[place] = _NOTHING
@@ -179,9 +177,9 @@ def soften(begin, seen, padded, scores):
 @_kernel
 def mix(queries, reach, states, values, token, scores, group, dim, out, at, stride):
     """Adds values of one key head, weighted by `scores`, to out, block by block of values."""
-    padded = (reach + _BLOCK - 1) // _BLOCK * _BLOCK
+    padded = (reach + LANES - 1) // LANES * LANES
     last = values + (reach - 1) * token
-    for block in range(0, reach, _BLOCK):
+    for block in range(0, reach, LANES):
         v0 = values + block * token
         v1, v2, v3 = min(v0 + token, last), min(v0 + 2 * token, last), min(v0 + 3 * token, last)
         v4, v5, v6 = min(v0 + 4 * token, last), min(v0 + 5 * token, last), min(v0 + 6 * token, last)
@@ -194,7 +192,7 @@ def mix(queries, reach, states, values, token, scores, group, dim, out, at, stri
                 p3 = spread(scores[p + 3])
                 p4, p5, p6 = spread(scores[p + 4]), spread(scores[p + 5]), spread(scores[p + 6])
                 p7 = spread(scores[p + 7])
-                for place in range(0, dim, _BLOCK):
+                for place in range(0, dim, LANES):
                     one = fused(p0, load(states, v0 + place), load(out, to))
                     two = mul(p1, load(states, v1 + place))
                     one = fused(p2, load(states, v2 + place), one)
@@ -204,7 +202,7 @@ def mix(queries, reach, states, values, token, scores, group, dim, out, at, stri
                     one = fused(p6, load(states, v6 + place), one)
                     two = fused(p7, load(states, v7 + place), two)
                     store(out, to, add(one, two))
-                    to += _BLOCK
+                    to += LANES
                 p += padded
 
 
@@ -222,7 +220,7 @@ def attend(rows, queries, first, starts, tokens, heads, group, dim, turns, state
     for row in range(rows):
         start = starts[row]
         reach = start + queries
-        padded = (reach + _BLOCK - 1) // _BLOCK * _BLOCK
+        padded = (reach + LANES - 1) // LANES * LANES
         held = layer + (first + row) * slot
         at = row * queries * width
         turn(queries, start, tokens, at, heads, group, dim, turns, states, held)
@@ -254,7 +252,7 @@ def narrow_pass(
     count = rows * queries
     mixed, width = heads * group * dim, heads * (group + 2) * dim
     for row in range(count):
-        for place in range(0, hidden, _BLOCK):
+        for place in range(0, hidden, LANES):
             store(state, row * hidden + place, load(embedding, tokens[row] * hidden + place))
     panel = 0
     for index in range(layers):
