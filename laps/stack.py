@@ -32,7 +32,7 @@ READY_TIMEOUT_S = 120.0
 USUAL_HTTP_PORT = 8000
 _POLL_S = 0.05
 _PATIENCE_S = 10.0
-"""After this long, and again, it says what it waits for."""
+"""After this long, and again where there is a new reason, it says what it waits for."""
 _LEAST_KILL_GRACE_S = 0.5
 _GATEWAY_METRICS = 500
 """Further gateways take their metrics port from so far above the first one's."""
@@ -170,11 +170,16 @@ class Stack:
         began_s = time.monotonic()
         patience_s = began_s + _PATIENCE_S
         waiting = [child for child in self.children.values() if isinstance(child, Child)]
+        told: dict[str, set[str]] = {}
         while waiting:
             for child in list(waiting):
                 if await child.spec.is_ready():
                     waiting.remove(child)
                     child.ends_for_good = False
+                    if child.name in told:
+                        # A warning as well, for those who have read the other one.
+                        after_s = round(time.monotonic() - began_s)
+                        get_logger().warning("ready now", child=child.name, after_s=after_s)
                 elif child.exit_code is not None and child.exit_code > 0:
                     raise StackError(
                         f"{child.name} ended with exit code {child.exit_code}: "
@@ -183,15 +188,21 @@ class Stack:
             now_s = time.monotonic()
             if waiting and now_s > began_s + timeout_s:
                 names = ", ".join(child.name for child in waiting)
-                said = "".join(f"; {each.name}: {words}" for each in waiting if (words := each.last_words()))
+                said = "".join(
+                    f"; {each.name}: {words}" for each in _causes(waiting) if (words := each.last_words())
+                )
                 raise StackError(f"not ready after {timeout_s:g} s: {names}{said} (logs: {self.log_dir})")
             if waiting and now_s > patience_s:
                 patience_s = now_s + _PATIENCE_S
-                for child in waiting:
+                for child in _causes(waiting):
+                    because = child.last_words() or "it is starting"
+                    if because in told.setdefault(child.name, set()):
+                        continue
+                    told[child.name].add(because)
                     get_logger().warning(
                         "not ready yet",
                         child=child.name,
-                        because=child.last_words() or "it is starting",
+                        because=because,
                         after_s=round(now_s - began_s),
                         log=str(child.log_path),
                     )
@@ -313,6 +324,11 @@ class Stack:
             lock.flush()
         except OSError as error:
             raise StackError(f"data_dir: {folder} cannot be written: {error.strerror}") from None
+
+
+def _causes(waiting: list[Child]) -> list[Child]:
+    """Those to ask for the reason: while the scheduler is not ready, all others wait for it."""
+    return [child for child in waiting if child.name == "scheduler"] or waiting
 
 
 def _reachable(host: str) -> str:

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -231,6 +232,29 @@ async def test_what_a_child_waits_for_is_said_in_a_sentence(
         said.getvalue(),
     )
     assert "{" not in said.getvalue()
+
+
+async def test_what_is_waited_for_is_said_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
+) -> None:
+    """Gateway and workers wait for the scheduler, and would only say that."""
+    event = {"event": "waits for another", "level": "error"}
+    command = [sys.executable, "-c", f"import time; print({json.dumps(event)!r}, flush=True); time.sleep(99)"]
+    monkeypatch.setattr(stack_module, "_PATIENCE_S", 0.0)
+    asked: Counter[str] = Counter()
+
+    async def after_some_time(address: str) -> bool:
+        asked[address] += 1
+        return "waits for another" in said.getvalue() and min(asked.values()) > 30
+
+    async with Stack(settings, any_ports=True, command=lambda role: command, is_ready=after_some_time):
+        pass
+    lines = [re.sub(r" \(.*| .*it is starting.*", "", line[9:]) for line in said.getvalue().splitlines()]
+    assert [line for line in lines if line != "scheduler:"][:2] == [
+        "scheduler: not ready yet: waits for another",
+        "scheduler: ready now",
+    ]
+    assert len(lines) == len(set(lines)), "no line comes twice"
 
 
 async def test_a_store_without_room_waits_for_it_and_says_so(
