@@ -46,7 +46,6 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self._alphabet = alphabet
         self._streams: dict[Any, dict[str, int]] = {}
         """By Deliver stream: followed requests, and their output tokens."""
-        self._following: dict[str, Any] = {}
 
     async def Submit(
         self, request: scheduler_pb2.SubmitRequest, context: Any

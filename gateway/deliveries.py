@@ -26,8 +26,7 @@ class ProtocolError(Exception):
 class Feeds:
     """Feeds by request, and the messages that keep the scheduler's idea of them right."""
 
-    def __init__(self, gateway_id: str, buffer_tokens: int) -> None:
-        self._gateway_id = gateway_id
+    def __init__(self, buffer_tokens: int) -> None:
         self._buffer_tokens = buffer_tokens
         self._feeds: dict[str, Feed] = {}
         self._lingering: dict[str, asyncio.TimerHandle] = {}

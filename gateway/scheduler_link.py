@@ -95,7 +95,7 @@ class SchedulerLink:
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._stubs = Stubs(self._address, max_message_bytes, tls)
-        self._feeds = Feeds(gateway_id, stream_buffer_tokens)
+        self._feeds = Feeds(stream_buffer_tokens)
         self._task: asyncio.Task[None] | None = None
         self._told_s = -REMIND_S
         """When the log said last that the scheduler is away."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler_svc.core.records import TOKEN_BYTES, Request, RequestSpec, StepCosts, Worker
+from scheduler_svc.core.records import TOKEN_BYTES, Request, RequestSpec, Worker
 from scheduler_svc.store.errors import RecordDamaged
 from scheduler_svc.store.layout import (
     CHANGING_FIELDS,
@@ -326,11 +326,3 @@ def waiting_request(
     request.level = int(level)
     request.rank = number_from_text(rank)
     return request
-
-
-def worker_from_fields(worker_id: str, stored: Mapping[str, str]) -> Worker:
-    values = decode_fields(WORKER_FIELDS, stored)
-    costs = StepCosts(
-        *(values.pop(name) for name in ("draft_token_s", "verify_s", "prefill_token_s", "switch_s"))
-    )
-    return Worker(worker_id=worker_id, costs=costs, **values)

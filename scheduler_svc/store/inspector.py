@@ -81,7 +81,6 @@ class WorkerView:
     worker_id: str
     fields: dict[str, Any]
     """Typed values of `layout.WORKER_FIELDS` by name."""
-    expires_s: float
     slots: list[SlotView]
 
 
@@ -170,7 +169,7 @@ class Inspector:
             # The store has them in the order of their heartbeats, another one at each look.
             workers=sorted(
                 (
-                    _worker(worker_id, float(expires_ms), dict(pairs(stored)), held)
+                    _worker(worker_id, dict(pairs(stored)), held)
                     for worker_id, expires_ms, stored in _triples(workers)
                     if float(expires_ms) > now_ms
                 ),
@@ -341,9 +340,7 @@ def _leases(flat: list[Any]) -> dict[tuple[str, int], SlotView]:
     return held
 
 
-def _worker(
-    worker_id: str, expires_ms: float, stored: dict[str, str], held: dict[tuple[str, int], SlotView]
-) -> WorkerView:
+def _worker(worker_id: str, stored: dict[str, str], held: dict[tuple[str, int], SlotView]) -> WorkerView:
     fields = codec.decode_fields(layout.WORKER_FIELDS, stored)
     slots = [held.get((worker_id, slot)) or SlotView(slot) for slot in range(fields.get("slots", 0))]
-    return WorkerView(worker_id, fields, expires_ms / 1e3, slots)
+    return WorkerView(worker_id, fields, slots)

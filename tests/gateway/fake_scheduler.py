@@ -8,7 +8,6 @@ tests call `emit` or `emit_all`, or turn on `auto_tokens`.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -354,7 +353,3 @@ def _response(entries: list[tuple[Stored, int, int]]) -> scheduler_pb2.DeliverRe
             )
     response.token_ids = packed(tokens)
     return response
-
-
-def digest_of(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()

@@ -31,7 +31,7 @@ def test_the_scheduler_follows_what_somebody_reads(steps: list[tuple[str, str]],
     """It takes a message's follows before its unfollows."""
 
     async def run() -> None:
-        feeds = Feeds("g", 100)
+        feeds = Feeds(100)
         feeds.follow_all()
         followed: set[str] = set()
         readers: dict[str, list[Reader]] = {"a": [], "b": [], "c": []}
@@ -69,7 +69,7 @@ def test_an_end_must_fit_the_output() -> None:
 
 
 async def test_an_end_that_is_told_too_early_ends_the_stream() -> None:
-    feeds = Feeds("g", 100)
+    feeds = Feeds(100)
     reader = feeds.attach("a")
     feeds.accept(
         scheduler_pb2.DeliverResponse(

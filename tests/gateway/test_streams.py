@@ -62,7 +62,7 @@ async def test_logprobs_stand_beside_their_tokens(harness: Any) -> None:
     assert result.logprobs == [-float(token) for token in result.tokens]
 
 
-async def test_many_requests_at_once_keep_apart(harness: Any, backend: Any) -> None:
+async def test_many_requests_at_once_keep_apart(harness: Any) -> None:
     harness.scheduler.auto_tokens = 2
     calls = [harness.inference.Generate(generate_request(str(i), request_id=f"r{i}")) for i in range(40)]
     for index, result in enumerate(await asyncio.gather(*map(collect, calls))):
@@ -119,7 +119,7 @@ async def test_cancel_ends_the_stream_with_complete(harness: Any) -> None:
     assert len(result.tokens) == 4
 
 
-async def test_get_request_has_the_output_so_far(harness: Any, backend: Any) -> None:
+async def test_get_request_has_the_output_so_far(harness: Any) -> None:
     call = harness.inference.Generate(generate_request(request_id="look", stop=["zzz"]))
     await harness.scheduler.until(lambda: harness.scheduler.follows)
     harness.scheduler.emit("look", 10)

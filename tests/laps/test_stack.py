@@ -365,9 +365,7 @@ def supervisor(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has died")
-async def test_nothing_outlives_a_killed_supervisor(
-    supervisor: subprocess.Popen[str], tmp_path: Path
-) -> None:
+async def test_nothing_outlives_a_killed_supervisor(supervisor: subprocess.Popen[str]) -> None:
     assert supervisor.stdout is not None
     pids = [int(pid) for pid in (await asyncio.to_thread(supervisor.stdout.readline)).split()]
     assert len(pids) == 5

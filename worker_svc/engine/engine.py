@@ -24,10 +24,10 @@ from .budget import MARGIN_TOKENS, KvBudget, fitting_context
 from .cache import LayerShape, SlotCache, lazy_memory
 from .calibration import calibrate
 from .clock import BusyClock
-from .config import MAX_DRAFT_TOKENS, EngineConfig, EngineRequest
+from .config import EngineConfig, EngineRequest
 from .costs import StepCosts
 from .decoding import Decoded, Decoder
-from .errors import EngineError, InvalidRequestError, NoFreeSlotError, UnknownRequestError
+from .errors import EngineError, NoFreeSlotError, UnknownRequestError
 from .forward import Runner, layer_shapes
 from .graphs import GraphRunner, recorder_for
 from .loading import ModelPair
@@ -180,17 +180,6 @@ class Engine:
     def forget_kept(self) -> None:
         """Frees the KV that finished requests have left for others to share."""
         self._residency.forget_kept()
-
-    def set_draft_tokens(self, request_id: str, draft_tokens: int) -> None:
-        """Changes the upper bound of drafted tokens a step of a request that is held."""
-        row = self._rows.get(request_id)
-        if row is None:
-            raise UnknownRequestError(f"request {request_id!r} is not held")
-        if not 0 <= draft_tokens <= MAX_DRAFT_TOKENS:
-            raise InvalidRequestError(
-                "draft_tokens", f"must be between 0 and {MAX_DRAFT_TOKENS}, not {draft_tokens}"
-            )
-        row.draft_limit_tokens = draft_tokens
 
     def holds(self, request_id: str) -> int:
         """Tokens of prompt and output whose target KV is held for this request; 0 for none."""

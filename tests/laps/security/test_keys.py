@@ -65,7 +65,7 @@ def test_what_is_not_a_key_is_refused(path: Path) -> None:
         assert secret not in str(caught.value)
 
 
-def test_the_file_holds_no_key(path: Path) -> None:
+def test_the_file_holds_no_key() -> None:
     made = new_key("acme")
     assert made.key.split("_", 2)[2] not in made.line
     assert len(made.key.split("_", 2)[2]) == 43, "256 bits"

@@ -265,6 +265,6 @@ class Store:
         return Recovered(requests=requests, retained=retained, learnt=dict(self.learnt))
 
 
-def running(core: Scheduler, fake: FakeWorker, now_s: float = 0.0, slots: int = 1) -> None:
+def running(core: Scheduler, fake: FakeWorker, now_s: float = 0.0) -> None:
     core.worker_joined(worker(fake.worker_id, len(fake.slots)), [], now_s)
     fake.apply(core.tick(now_s))

@@ -128,7 +128,7 @@ async def test_an_older_copy_of_the_data_is_noticed(own_server, own_store, make_
         await until_available(own_store.lead, "a", "here", 60.0)
 
 
-async def test_a_full_store_refuses_and_keeps_what_it_has(own_server, own_store, make_request):
+async def test_a_full_store_refuses_and_keeps_what_it_has(own_store, make_request):
     redis = own_store.reader.redis
     await redis.config_set("maxmemory", 1)
     encoded = own_store.encode(Commit(submitted=[make_request()]), time.time())

@@ -195,7 +195,7 @@ async def check(store: Store, model: Model) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(ticks)
-def test_the_store_holds_what_a_model_holds(server, tmp_path_factory, ticks):
+def test_the_store_holds_what_a_model_holds(server, ticks):
     async def play() -> None:
         pool = uuid.uuid4().hex
         store, model = Store(server.url, pool), Model()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,7 +97,7 @@ def test_eager_attention(tools: Any, folders: Any) -> None:
     assert tools.drain(tools.engine(pair, fast_path=False), [request])["a"].tokens == expected
 
 
-def test_bfloat16_runs(tools: Any, folders: Any, tmp_path: Path) -> None:
+def test_bfloat16_runs(tools: Any, folders: Any) -> None:
     """Tokens may differ from fp32's at near ties; what is promised is that it runs and keeps its accounts."""
     pair = load_pair(folders.target, folders.draft, dtype="bfloat16")
     engine = tools.engine(pair)

@@ -225,7 +225,7 @@ def test_a_target_alone_speculates(tools: Any, folders: Any, plain: Any) -> None
     assert engine.costs.draft_s(4) == 0.0
 
 
-def test_lookups_have_a_limit_of_their_own(tools: Any, folders: Any, pair: ModelPair, plain: Any) -> None:
+def test_lookups_have_a_limit_of_their_own(tools: Any, pair: ModelPair, plain: Any) -> None:
     """Longer than the draft model's, up to `lookup_tokens`; none at all for a request that may not draft."""
     engine = tools.engine(pair, draft_tokens=2, lookup_tokens=9)
     requests = _requests(limits=(None, 1, 0))

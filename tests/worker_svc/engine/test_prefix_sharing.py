@@ -62,7 +62,7 @@ def test_a_running_request_lends_its_prefix(tools: Any, pair: ModelPair, referen
     }
 
 
-def test_a_burst_shares_what_its_first_computes(tools: Any, pair: ModelPair, references: Any) -> None:
+def test_a_burst_shares_what_its_first_computes(tools: Any, pair: ModelPair) -> None:
     engine = tools.engine(pair)
     for number in (0, 2, 4, 6):
         engine.add(_request(number))
@@ -130,7 +130,7 @@ def test_what_a_resumed_request_reuses_is_not_called_cached(
     assert cached == {}
 
 
-def test_sharing_can_be_turned_off(tools: Any, pair: ModelPair, references: Any) -> None:
+def test_sharing_can_be_turned_off(tools: Any, pair: ModelPair) -> None:
     engine = tools.engine(pair, prefix_sharing=False)
     outputs: dict[str, Any] = {}
     for number in (0, 2):

@@ -240,8 +240,6 @@ def test_refusals_leave_the_engine_as_it_was(tools: Any, pair: ModelPair) -> Non
         engine.add(_request("b"))
     with pytest.raises(UnknownRequestError):
         engine.preempt("b")
-    with pytest.raises(UnknownRequestError):
-        engine.set_draft_tokens("b", 1)
     with pytest.raises(EngineError, match="holds no requests"):
         engine.calibrate()
     engine.drop("b")

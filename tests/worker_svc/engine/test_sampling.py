@@ -158,7 +158,7 @@ def test_the_chi_square_sees_a_wrong_distribution(small_pair: ModelPair) -> None
     assert _chi_square_excess(samples, right) > 5.0
 
 
-def _seeded_requests(outputs: dict[str, list[int]] | None = None) -> list[EngineRequest]:
+def _seeded_requests() -> list[EngineRequest]:
     requests = []
     for i, case in enumerate(itertools.islice(itertools.cycle(CASES.values()), 10)):
         generator = random.Random(i)

@@ -191,7 +191,7 @@ def test_what_excludes_what(folders: Any) -> None:
         load_pair(folders.target, None, device_map="auto", group=SimpleNamespace(size=2))
 
 
-def test_models_that_cannot_be_sharded(make_folders: Any, save_pair: Any) -> None:
+def test_models_that_cannot_be_sharded(make_folders: Any) -> None:
     with pytest.raises(ModelError, match=r"4 attention heads and 2 key-value heads, .* over 4 processes"):
         load_pair(make_folders("llama").target, None, group=SimpleNamespace(size=4))
     with pytest.raises(ModelError, match="gpt2 has no tensor-parallel plan"):
