@@ -8,14 +8,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import redis.asyncio
 
+from bench._processes import bound_to_us
 from bench._proxy import Link
-from laps import launcher
 from laps.ports import free_ports
 from laps.settings import Settings
 from laps.stack import service_command
@@ -51,10 +50,9 @@ class Process:
         return self._crashes if code in (None, -signal.SIGKILL) else [*self._crashes, code]
 
     def start(self) -> None:
-        launch = [sys.executable, "-I", "-S", str(launcher.__file__), str(os.getpid())]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*launch, *service_command(self._role)],
+                bound_to_us(service_command(self._role)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

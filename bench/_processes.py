@@ -1,9 +1,10 @@
-"""Processes that a benchmark starts, and what they cost."""
+"""Processes that a benchmark starts, what they cost, and how they end."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +15,33 @@ from typing import IO, Any
 
 import psutil
 
+from laps import launcher
+
 BENCH = Path(__file__).parent
 READY_TIMEOUT_S = 60.0
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends the benchmark as Ctrl-C does: what it has started and written aside goes with it."""
+
+    def end(number: int, _frame: object) -> None:
+        # A second one does not wait for that.
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def bound_to_us(command: list[str]) -> list[str]:
+    """The command line of a process that ends with this one, however this one ends."""
+    return [command[0], "-I", "-S", str(launcher.__file__), str(os.getpid()), *command]
+
+
 class Process:
-    """A process whose output goes to a file, or that answers commands on its standard streams."""
+    """A process whose output goes to a file, or that answers commands on its standard streams.
+
+    It ends with us.
+    """
 
     def __init__(
         self,
@@ -32,7 +54,7 @@ class Process:
     ) -> None:
         pipe = subprocess.PIPE if talks else None
         self.process = subprocess.Popen(
-            [sys.executable, *argv],
+            bound_to_us([sys.executable, *argv]),
             env={**os.environ, **(env or {})},
             cwd=cwd,
             stdin=pipe or subprocess.DEVNULL,

@@ -36,6 +36,7 @@ from bench._figures import spread
 from bench._fleet import GATEWAYS, SCHEDULERS, Fleet
 from bench._history import Reference, Seen, Verdict, judge, until_all_have_ended
 from bench._plan import KINDS, Planned, chosen, plan
+from bench._processes import end_on_sigterm
 from laps.client import AsyncClient
 from laps.client.retry import RetryPolicy
 from laps.errors import LapsError
@@ -374,4 +375,5 @@ def main(
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -29,6 +29,7 @@ import click
 import psutil
 
 from bench._figures import spread
+from bench._processes import end_on_sigterm
 from laps.client import AsyncClient
 from laps.client.retry import NO_RETRY
 from laps.errors import LapsError
@@ -220,4 +221,5 @@ def main(seconds: float, factor: float, seed: int, out: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from _contenders import Ours, read_prompts
+from _processes import bound_to_us, end_on_sigterm
 
 from worker_svc.engine import ModelPair, load_pair
 
@@ -68,7 +69,7 @@ class Vllm:
         self._log = log
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                command,
+                bound_to_us(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -264,4 +265,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -33,6 +33,7 @@ from _cells import (
     save_results,
     workload_of,
 )
+from _processes import end_on_sigterm
 from rich.progress import Progress
 
 from simulator.replay import simulate
@@ -158,4 +159,5 @@ def agreement(data: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -24,7 +24,7 @@ from typing import Any
 
 import redis
 import uvloop
-from _processes import BENCH, Usage
+from _processes import BENCH, Usage, end_on_sigterm
 
 from laps import runtime
 from scheduler_svc.core.policies import make_policy
@@ -146,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

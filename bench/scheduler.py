@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from _processes import BENCH, Process, Usage, measured_cpu, wait_for
+from _processes import BENCH, Process, Usage, end_on_sigterm, measured_cpu, wait_for
 
 from laps.ports import free_ports
 from laps.settings import Settings
@@ -337,4 +337,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

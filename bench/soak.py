@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _processes import BENCH, Usage
+from _processes import BENCH, Usage, end_on_sigterm
 from scheduler import SHALLOW, SLOTS, WORKER_STEPS_PER_S, bed
 
 ROUND_S = 10.0
@@ -109,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()

@@ -295,4 +295,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from _processes import end_on_sigterm
+
+    end_on_sigterm()
     main()

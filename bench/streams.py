@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from _fake_scheduler import DIGIT_BITS
-from _processes import BENCH, Process, measured_cpu, wait_for
+from _processes import BENCH, Process, end_on_sigterm, measured_cpu, wait_for
 
 from gateway.tokenizer import load_tokenizer
 from laps.ports import free_ports
@@ -174,4 +174,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     main()
