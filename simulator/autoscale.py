@@ -66,6 +66,8 @@ def by_requests(threshold: float) -> Metric:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What one run came to; latencies are of all its requests."""
+
     scaler: str
     mean_latency_s: float
     p99_latency_s: float

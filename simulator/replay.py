@@ -210,6 +210,8 @@ class Replay:
         self._stays: list[Stay] = []
 
     def run(self, every_step: bool = False) -> Result:
+        """To the end of the last request; once only. Raises RuntimeError where the core would let one wait
+        for ever."""
         core, workload = self._core, self._workload
         now_s = workload[0].arrival_s
         arrived = finished = worker_steps = 0

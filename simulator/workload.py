@@ -40,6 +40,7 @@ class Job:
 
     @property
     def steps(self) -> int:
+        """Verification passes of the target."""
         return len(self.emitted_per_step)
 
 

@@ -110,15 +110,19 @@ class AsyncClient:
         return queries.state_word(answer.state)
 
     async def get(self, request_id: str, *, include_output: bool = False) -> RequestDetail:
+        """What is known of a request, while it is live and for the server's `retention_s` after its end.
+        Raises NotFound."""
         request = inference_pb2.GetRequestRequest(request_id=request_id, include_output=include_output)
         return queries.request_detail(await self._call(lambda: self._inference.GetRequest, request))
 
     async def models(self) -> list[Model]:
+        """The models that can be asked for."""
         return queries.models(
             await self._call(lambda: self._inference.ListModels, inference_pb2.ListModelsRequest())
         )
 
     async def queues(self, pool: str = "", *, head_limit: int = 0) -> list[PoolQueues]:
+        """The queue of `pool`, or of all pools, with `head_limit` requests of each level (at most 1,000)."""
         request = queue_pb2.ListQueuesRequest(pool=pool, head_limit=head_limit)
         return queries.queues(await self._call(lambda: self._queue.ListQueues, request))
 
@@ -136,6 +140,7 @@ class AsyncClient:
         return found
 
     async def workers(self, pool: str = "") -> list[Worker]:
+        """The workers in session, of `pool` or of all pools, with who holds each slot."""
         request = queue_pb2.ListWorkersRequest(pool=pool)
         return queries.workers(await self._call(lambda: self._queue.ListWorkers, request))
 
@@ -206,6 +211,7 @@ class AsyncStream:
 
     @property
     def request_id(self) -> str:
+        """By which it can be resumed and asked for; empty until the gateway has given it one."""
         return self._transcript.request_id
 
     @property
@@ -215,6 +221,7 @@ class AsyncStream:
 
     @property
     def result(self) -> Completion:
+        """The whole, once the stream has ended. Raises RuntimeError before."""
         if self._transcript.result is None:
             raise RuntimeError(f"request {self.request_id} has not ended")
         return self._transcript.result

@@ -1,7 +1,8 @@
 """What the client returns: plain frozen dataclasses whose fields are named as in the protos.
 
 Enum values are lower-case words without their prefix: "running", "stop". `dataclasses.asdict` gives JSON
-types.
+types. Names say units: `_s` seconds, `_ms` milliseconds. Instants (`arrival_s`, `finished_s`, `last_seen_s`
+and the like) are seconds since the Unix epoch, 0 where there is none.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
+    """A token that was among the most probable at a position, and its natural logarithm of probability."""
+
     token_id: int
     logprob: float
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural logarithms of the target's probabilities before temperature and filters."""
+    """Of one output token: natural logarithms of the target's probabilities before temperature and filters.
+    `top` has as many of the most probable tokens as were asked for, best first."""
 
     logprob: float
     top: tuple[TopLogprob, ...] = ()
@@ -43,6 +47,8 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Tokens. `cached_tokens` are those of the prompt whose KV cache was reused."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -50,7 +56,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """As the server measured it, from acceptance on."""
+    """As the server measured it, from acceptance on: to the first slot, to the first stored token, to the
+    end. `mean_itl_ms` is the mean time between tokens after the first."""
 
     queue_time_ms: float = 0.0
     time_to_first_token_ms: float = 0.0
@@ -61,6 +68,10 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
+    """Of `num_steps` passes of the target. `mean_acceptance_length`: tokens emitted a step, in the mean;
+    `draft_acceptance_rate`: accepted over drafted, from 0 to 1. Entry a of `acceptance_histogram`, from 0,
+    counts the steps in which a drafted tokens were accepted."""
+
     num_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
@@ -137,6 +148,9 @@ class RequestDetail:
 
 @dataclass(frozen=True, slots=True)
 class QueueLevel:
+    """Level 0 is the highest. `threshold_s`: seconds of service at which the next level begins, 0 for the
+    last. `head`: as many of the waiting as were asked for, in the order in which they will run."""
+
     level: int
     threshold_s: float
     waiting: int
@@ -145,6 +159,9 @@ class QueueLevel:
 
 @dataclass(frozen=True, slots=True)
 class PoolQueues:
+    """`leader` is the scheduler's address, `epoch` its term, `commit_seq` the last commit; `backlog_s` the
+    estimated seconds of service that all live requests still need."""
+
     pool: str
     policy: str
     epoch: int
@@ -167,6 +184,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
+    """`draft_ms`, `verify_ms` and `switch_ms` are measured times: of one drafted token, one verification, one
+    request's return to a slot. A `draining` worker refuses new leases."""
+
     worker_id: str
     pool: str
     device: str
@@ -183,6 +203,9 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """`draft` is empty where there is none; `context_tokens` are prompt and output together; `workers` and
+    `slots` are those in session at present."""
+
     name: str
     pool: str
     target: str

@@ -105,15 +105,19 @@ class Client:
         return queries.state_word(answer.state)
 
     def get(self, request_id: str, *, include_output: bool = False) -> RequestDetail:
+        """What is known of a request, while it is live and for the server's `retention_s` after its end.
+        Raises NotFound."""
         request = inference_pb2.GetRequestRequest(request_id=request_id, include_output=include_output)
         return queries.request_detail(self._call(lambda: self._inference.GetRequest, request))
 
     def models(self) -> list[Model]:
+        """The models that can be asked for."""
         return queries.models(
             self._call(lambda: self._inference.ListModels, inference_pb2.ListModelsRequest())
         )
 
     def queues(self, pool: str = "", *, head_limit: int = 0) -> list[PoolQueues]:
+        """The queue of `pool`, or of all pools, with `head_limit` requests of each level (at most 1,000)."""
         request = queue_pb2.ListQueuesRequest(pool=pool, head_limit=head_limit)
         return queries.queues(self._call(lambda: self._queue.ListQueues, request))
 
@@ -131,6 +135,7 @@ class Client:
         return found
 
     def workers(self, pool: str = "") -> list[Worker]:
+        """The workers in session, of `pool` or of all pools, with who holds each slot."""
         return queries.workers(
             self._call(lambda: self._queue.ListWorkers, queue_pb2.ListWorkersRequest(pool=pool))
         )
@@ -196,6 +201,7 @@ class Stream:
 
     @property
     def request_id(self) -> str:
+        """By which it can be resumed and asked for; empty until the gateway has given it one."""
         return self._transcript.request_id
 
     @property
@@ -205,6 +211,7 @@ class Stream:
 
     @property
     def result(self) -> Completion:
+        """The whole, once the stream has ended. Raises RuntimeError before."""
         if self._transcript.result is None:
             raise RuntimeError(f"request {self.request_id} has not ended")
         return self._transcript.result

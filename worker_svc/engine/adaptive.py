@@ -46,6 +46,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
+    """Who drafts for a row in this step, and how many tokens."""
+
     drafter: Drafter
     length: int
 

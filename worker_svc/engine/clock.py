@@ -45,6 +45,7 @@ class PhaseClock:
         return self._cuda
 
     def mark(self) -> Moment | torch.cuda.Event:
+        """Now; on a GPU, when the device has done what it was given so far."""
         if not self._cuda:
             return Moment(time.perf_counter(), self._busy_now_s())
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -52,11 +53,13 @@ class PhaseClock:
         return event
 
     def busy_s(self, start: Moment | torch.cuda.Event, end: Moment | torch.cuda.Event) -> float:
+        """Seconds of work between two marks; on a GPU all that passed between them."""
         if isinstance(start, Moment) and isinstance(end, Moment):
             return end.busy_s - start.busy_s
         return self.seconds(start, end)
 
     def seconds(self, start: Moment | torch.cuda.Event, end: Moment | torch.cuda.Event) -> float:
+        """Seconds between two marks. Waits for the device; raises TypeError for marks of two clocks."""
         if isinstance(start, torch.cuda.Event):
             if not isinstance(end, torch.cuda.Event):
                 raise TypeError("marks of two clocks")

@@ -255,6 +255,7 @@ class PrefillCost:
         self.pair_s = 0.0
 
     def set(self, pass_s: float, token_s: float, pair_s: float) -> None:
+        """The three parts in seconds, as fitted; noise may have made one of them negative."""
         self.pass_s, self.token_s, self.pair_s = max(pass_s, 0.0), max(token_s, 1e-9), max(pair_s, 0.0)
 
     def seconds(self, tokens: int, start: int = 0) -> float:

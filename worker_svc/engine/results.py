@@ -58,7 +58,8 @@ class StepResult:
     `cached_tokens[i]` is given where request i emits its first tokens, and took the KV of so many tokens of
     its prompt from others. `logprobs[i]` has one entry per emitted token where the request asked for it.
     Times are seconds; `switch_s` is the time spent on bringing `switched` requests into the batch and on
-    moving KV, without their prefill.
+    moving KV, without their prefill. `expected_s` is what `step_s` should have been by the costs measured
+    before; None where no request was ready to decode.
     """
 
     request_ids: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ class StepColumns:
         logprobs: list[TokenLogprob] | None,
         cached_tokens: int = 0,
     ) -> None:
+        """One row; `logprobs` has at least one entry for each of `token_ids`, or is None."""
         if cached_tokens and offset == 0:
             self._cached_tokens[len(self._rows)] = cached_tokens
         self._rows.append(
