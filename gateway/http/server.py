@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import Message
 
 from gateway.calls import Call, accounted, as_laps_error
@@ -61,6 +63,18 @@ _OFF_LOOP_BYTES = 1 << 16
 """Longer bodies are read on a thread: from here on it takes longer than a millisecond."""
 
 log = get_logger()
+
+
+class _ServerLog(logging.LoggerAdapter[logging.Logger]):
+    """The library's log, without what it would write for bytes that are no request: a traceback for each, and
+    the bytes themselves, in which there may be keys."""
+
+    def exception(self, msg: object, *args: object, exc_info: Any = True, **kwargs: Any) -> None:
+        if isinstance(exc_info, HttpProcessingError):
+            log.warning("call refused", because="it is no HTTP request", peer=next(iter(args), None))
+        else:
+            super().exception(msg, *args, exc_info=exc_info, **kwargs)
+
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -138,6 +152,7 @@ class HttpServer:
         self._runner = web.AppRunner(
             app,
             access_log=None,
+            logger=_ServerLog(logging.getLogger("aiohttp.server")),
             handler_cancellation=True,
             keepalive_timeout=IDLE_S,
             lingering_time=LINGER_S,

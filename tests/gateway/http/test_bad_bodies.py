@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from gateway.http import body
 from gateway.http.errors import error_body, http_status, to_json
@@ -16,6 +18,8 @@ from gateway.http.parameters import PARAMETERS, Endpoint, Fate
 from gateway.http.requests import Asked, read_request
 from gateway.validation import Bounds, check_before_tokenizing
 from laps.errors import LapsError
+
+from .conftest import read_head
 
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "the end"}
 BOUNDS = Bounds(model_name="tiny", vocabulary_size=360, context_tokens=1000, default_max_tokens=40)
@@ -49,6 +53,27 @@ async def test_malformed(http: Any, data: bytes, param: str | None, code: str) -
     assert answered.status == 400
     assert (answered.error["param"], answered.error["code"]) == (param, code)
     assert not http.scheduler.requests
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /v1/models HTTP/1.1\r\nAuthorization: Bearer laps_secret\x00\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: laps_secret\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nlaps_secret",
+    ],
+)
+async def test_of_what_is_no_request_nothing_is_logged(
+    http: Any, data: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with capture_logs() as lines:
+        reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+        writer.write(data)
+        assert (await read_head(reader))[0] == 400
+        writer.close()
+    assert [(line["event"], line["because"]) for line in lines] == [("call refused", "it is no HTTP request")]
+    assert "laps_secret" not in caplog.text + str(lines)
+    assert not caplog.records
 
 
 async def test_a_long_body_is_read_aside(http: Any) -> None:
