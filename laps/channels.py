@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from laps.security.tls import TlsFiles, channel_credentials, server_credentials
+from laps.setting import host_port
 
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 KEEPALIVE_INTERVAL_MS = 5_000
@@ -148,7 +149,7 @@ def bind(
 
     Raises OSError with one clear line when the port is taken.
     """
-    where = f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+    where = host_port(host, port)
     try:
         if tls is None:
             bound = server.add_insecure_port(where)

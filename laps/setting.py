@@ -43,6 +43,16 @@ def port_setting(default: int, help_text: str, used_by: tuple[Service, ...]) -> 
     return setting(default, help_text, used_by, ge=0, le=65535)
 
 
+def host_port(host: str, port: int) -> str:
+    """The address as calls and pages name it: an IPv6 one stands in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def reachable(host: str, port: int) -> str:
+    """HOST:PORT at which a client on this machine reaches who listens on `host`."""
+    return host_port("127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host, port)
+
+
 def mask_url(url: str) -> str:
     """The URL without its password."""
     return re.sub(r"(?i)(password=)[^&]*", r"\1***", re.sub(r"(://[^/@:]*):[^/]*@", r"\1:***@", url))

@@ -36,6 +36,7 @@ from laps.setting import (
     flag_name,
     mask_url,
     port_setting,
+    reachable,
     setting,
 )
 
@@ -304,8 +305,7 @@ class Settings(BaseSettings):
     @property
     def gateway_address(self) -> str:
         """HOST:PORT at which a client on this machine reaches the gateway."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "[::]", "::") else self.host
-        return f"{host}:{self.port}"
+        return reachable(self.host, self.port)
 
     @property
     def client_server(self) -> str:

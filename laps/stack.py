@@ -25,6 +25,7 @@ from laps.errors import LocalError
 from laps.logs import get_logger
 from laps.ports import free_ports, is_free
 from laps.security.tls import TlsFiles
+from laps.setting import reachable
 from laps.settings import Settings
 
 READY_TIMEOUT_S = 120.0
@@ -102,13 +103,13 @@ class Stack:
 
     @property
     def gateway_address(self) -> str:
-        return f"{_reachable(self.settings.host)}:{self.port}"
+        return reachable(self.settings.host, self.port)
 
     @property
     def http_url(self) -> str:
         """Where OpenAI's clients find the gateway; empty: it does not serve them."""
         scheme = "https" if TlsFiles.of_edge(self.settings) else "http"
-        return f"{scheme}://{_reachable(self.settings.host)}:{self.http_port}/v1" if self.http_port else ""
+        return f"{scheme}://{reachable(self.settings.host, self.http_port)}/v1" if self.http_port else ""
 
     @property
     def console_url(self) -> str:
@@ -119,7 +120,7 @@ class Stack:
 
     @property
     def scheduler_address(self) -> str:
-        return f"{_reachable(self.settings.host)}:{self.scheduler_port}"
+        return reachable(self.settings.host, self.scheduler_port)
 
     @property
     def log_dir(self) -> Path:
@@ -253,7 +254,7 @@ class Stack:
             # Files are read by people and machines alike; the console form is for terminals.
             log_format="json",
         )
-        ready = await self._ready_check(f"{_reachable(settings.host)}:{health_port or port}")
+        ready = await self._ready_check(reachable(settings.host, health_port or port))
         env |= {
             "PYTHONUNBUFFERED": "1",
             # torch makes this folder as soon as it is imported, and would leave it in the temporary one.
@@ -329,7 +330,3 @@ class Stack:
 def _causes(waiting: list[Child]) -> list[Child]:
     """Those to ask for the reason: while the scheduler is not ready, all others wait for it."""
     return [child for child in waiting if child.name == "scheduler"] or waiting
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "[::]") else host

@@ -19,7 +19,7 @@ from laps.errors import LocalError
 from laps.security.exposure import check_exposure
 from laps.security.interceptor import AccessInterceptor, by_certificate, by_nothing
 from laps.security.tls import SYSTEM_CA, TlsFiles
-from laps.setting import SettingsError
+from laps.setting import SettingsError, host_port
 from laps.settings import Settings
 from laps.v1 import (
     queue_pb2,
@@ -126,8 +126,8 @@ async def serve(settings: Settings, lifetime: runtime.Lifetime) -> SchedulerServ
         store=store,
         policy=settings.policy,
         core_settings=core_settings(settings),
-        holder=f"{settings.scheduler_id}@{socket.gethostname()}/{settings.host}:{port}",
-        address=f"{settings.host}:{port}",
+        holder=f"{settings.scheduler_id}@{socket.gethostname()}/{host_port(settings.host, port)}",
+        address=host_port(settings.host, port),
         tick_interval_s=settings.tick_interval_s,
         leader_ttl_s=settings.leader_ttl_s,
         gateway_grace_s=settings.session_timeout_s,

@@ -184,6 +184,14 @@ def test_a_missing_model_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pa
             settings.check_models()
 
 
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("localhost", "localhost:7"), ("::", "127.0.0.1:7"), ("fe80::1", "[fe80::1]:7"), ("[::1]", "[::1]:7")],
+)
+def test_where_a_client_finds_the_gateway(host: str, address: str) -> None:
+    assert Settings(host=host, port=7).gateway_address == address
+
+
 def test_instance_ids_are_fit_for_keys() -> None:
     assert Settings(worker_id="w-1").instance_id("worker") == "w-1"
     assert Settings(worker_id=Settings().instance_id("worker")).instance_id("worker")

@@ -137,6 +137,24 @@ async def test_children_stop_in_order_and_are_gone(settings: Settings, tmp_path:
     assert not stack.children
 
 
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+async def test_an_ipv6_address_stands_in_brackets(settings: Settings, host: str) -> None:
+    if not is_free(0, host):
+        pytest.skip("this machine has no such address")
+    asked: set[str] = set()
+
+    async def ready(address: str) -> bool:
+        asked.add(address)
+        return True
+
+    settings = settings.model_copy(update={"host": host})
+    async with Stack(settings, any_ports=True, command=idle, is_ready=ready) as stack:
+        assert stack.gateway_address == f"[::1]:{stack.port}"
+        assert {stack.gateway_address, stack.scheduler_address} < asked
+        assert stack.http_url == f"http://[::1]:{stack.http_port}/v1"
+    assert all(address.startswith("[::1]:") for address in asked)
+
+
 async def test_children_get_their_settings(settings: Settings) -> None:
     async with running(settings) as stack:
         worker = stack.children["worker-1"]
