@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from laps.errors import InvalidArgument
@@ -13,6 +14,16 @@ from laps.v1 import inference_pb2 as pb
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat ({"role": ..., "content": ...})."""
+
+
+_MAX_TIMEOUT_S = 315_576_000_000
+"""What a google.protobuf.Duration holds: ten thousand years."""
+_INTEGERS = {
+    FieldDescriptor.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
+    FieldDescriptor.CPPTYPE_UINT32: (0, (1 << 32) - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(1 << 63), (1 << 63) - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, (1 << 64) - 1),
+}
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -67,8 +78,10 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReques
     if (timeout_s := given.pop("timeout_s", None)) is not None:
         try:
             request.timeout.FromNanoseconds(int(timeout_s * 1e9))
-        except (ValueError, OverflowError) as error:
-            raise InvalidArgument("timeout", f"{timeout_s} cannot be sent: {error}") from None
+        except (ValueError, OverflowError):
+            raise InvalidArgument(
+                "timeout", f"{timeout_s} cannot be sent: it must be seconds, {_MAX_TIMEOUT_S} at most"
+            ) from None
     if given:
         raise TypeError(f"generate() has no argument {next(iter(given))!r}")
     if not request.request_id:
@@ -99,7 +112,10 @@ def _set(message: Message, name: str, value: Any, path: str = "") -> None:
     try:
         setattr(message, name, value)
     except (ValueError, TypeError, AttributeError) as error:
-        raise InvalidArgument(path + name, f"{_short(value)} cannot be sent: {_short(error)}") from None
+        field = message.DESCRIPTOR.fields_by_name.get(name)
+        bounds = _INTEGERS.get(field.cpp_type) if field is not None and isinstance(value, int) else None
+        why = f"it must be between {bounds[0]} and {bounds[1]}" if bounds else _short(error)
+        raise InvalidArgument(path + name, f"{_short(value)} cannot be sent: {why}") from None
 
 
 def _extend(field: Any, values: Iterable[Any], path: str) -> None:

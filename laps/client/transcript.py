@@ -18,6 +18,8 @@ from laps.v1 import inference_pb2 as pb
 
 DEADLINE_SLACK_S = 5.0
 """A call may outlive the request's timeout by this much, so that the server's own ending arrives."""
+_LONGEST_CALL_S = 1e9
+"""gRPC counts nanoseconds in 64 bits: a deadline in some hundred years would be one that has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Transcript:
         """Raises DeadlineExceeded when the request's time is over and the server is still silent."""
         timeout_s = None
         if self._generate is not None and self._generate.HasField("timeout"):
-            whole_s = self._generate.timeout.ToNanoseconds() / 1e9
+            whole_s = min(self._generate.timeout.ToNanoseconds() / 1e9, _LONGEST_CALL_S)
             timeout_s = whole_s + DEADLINE_SLACK_S - (time.monotonic() - self._began_s)
             if self._calls and timeout_s <= 0:
                 raise DeadlineExceeded(f"request {self.request_id} has no answer after {whole_s:g} s")

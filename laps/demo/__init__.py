@@ -24,6 +24,7 @@ from laps.client import AsyncClient
 from laps.demo import summary
 from laps.demo.burst import AT_ONCE, Burst, Item, Served, load_items
 from laps.errors import LapsError
+from laps.setting import SettingsError
 from laps.settings import BUILT_IN_TARGET, Settings
 from laps.stack import Stack
 
@@ -39,6 +40,10 @@ def run(settings: Settings) -> int:
     """Runs the demonstration; returns the exit code."""
     logs.configure_logging("demo", level="error", form="plain")
     settings.check_models()
+    if not settings.workers:
+        raise SettingsError(
+            f"workers: the demonstration needs at least one, not 0 (from {settings.origin('workers')})"
+        )
     items = load_items(PROMPTS)
     console = Console(highlight=False)
     if not console.is_terminal:

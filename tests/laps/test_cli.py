@@ -133,10 +133,27 @@ def test_what_cannot_be_sent_is_one_line(gateway: Any, capsys: pytest.CaptureFix
     with gateway() as served:
         assert main(["generate", "hi", "--seed", "-1", "--server", served.address]) == 1
         assert main(["generate", "\udcff", "--server", served.address]) == 1
+        for time_s in ("nan", "inf", "1e300"):
+            assert main(["generate", "hi", "--timeout-s", time_s, "--server", served.address]) == 1
     assert not served.calls
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("laps: sampling.seed: -1 cannot be sent")
-    assert second.startswith("laps: text: ")
+    seed, text, *times = capsys.readouterr().err.splitlines()
+    assert seed == f"laps: sampling.seed: -1 cannot be sent: it must be between 0 and {(1 << 64) - 1}"
+    assert text.startswith("laps: text: ")
+    assert times[0] == "laps: timeout: nan cannot be sent: it must be seconds, 315576000000 at most"
+    assert all(line.endswith(times[0].partition("nan")[2]) for line in times)
+    assert len(times) == 3
+
+
+def test_a_timeout_of_many_centuries_is_none_that_has_passed(gateway: Any) -> None:
+    with gateway() as served:
+        assert main(["generate", "hi", "--timeout-s", "2e11", "--server", served.address]) == 0
+    assert served.calls[0][1].timeout.seconds == 2 * 10**11
+
+
+def test_a_demonstration_without_workers_does_not_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--workers", "0"]) == 1
+    needs = "laps: workers: the demonstration needs at least one, not 0 (from flag --workers)\n"
+    assert capsys.readouterr().err == needs
 
 
 def test_a_request_that_failed_exits_with_1(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
