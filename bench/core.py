@@ -56,7 +56,8 @@ class Bed:
         self._released: dict[str, list[int]] = {name: [] for name in self._leases}
         for name in self._leases:
             costs = StepCosts(0.002, 0.025, 0.0001, 0.001)
-            worker = Worker(name, SLOTS, costs, context_tokens=1 << 20, last_seen_s=self.now_s)
+            worker = Worker(name, SLOTS, costs, vocabulary_size=32_000, context_tokens=1 << 20)
+            worker.last_seen_s = self.now_s
             self.core.worker_joined(worker, [], self.now_s)
         for _ in range(workers * SLOTS + queued):
             self._submit()
