@@ -45,7 +45,7 @@ class InferenceService:
         self._tokenizer = tokenizer
         self._link = link
         self._metrics = metrics
-        self._readers: set[Reader] = set()
+        self._readers: dict[Reader, None] = {}
         self._tenants = TenantLimits()
         self._submitting: set[asyncio.Task[scheduler_pb2.SubmitResponse]] = set()
 
@@ -194,7 +194,7 @@ class InferenceService:
     ) -> None:
         await call.accepted(call.caller.shown_id(request_id))
         reader = self._link.attach(request_id)
-        self._readers.add(reader)
+        self._readers[reader] = None
         done = False
         try:
             await self._pump(call, reader, self._detokenizer(stops), offset, response)
@@ -207,7 +207,7 @@ class InferenceService:
                 task.uncancel()
             raise reader.lost from None
         finally:
-            self._readers.discard(reader)
+            self._readers.pop(reader, None)
             if reader.lost is not None and reader.lost.reason is Reason.CLIENT_TOO_SLOW:
                 self._metrics.streams_lost.inc()
             self._link.detach(reader, done=done, linger_s=linger_s if reader.lost is not None else 0.0)

@@ -245,9 +245,10 @@ class SchedulerLink:
             asyncio.create_task(self._heartbeat(backoff), name="scheduler heartbeat"),
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                if task.done():
+                    task.result()
         finally:
             call.cancel()
             for task in tasks:

@@ -35,7 +35,7 @@ class Feed:
         """One per token, where the request asked for them."""
         self.completion: generation_pb2.Complete | None = None
         self.error: LapsError | None = None
-        self.readers: set[Reader] = set()
+        self.readers: dict[Reader, None] = {}
 
     @property
     def ended(self) -> bool:
@@ -113,7 +113,7 @@ class Reader:
         """Tokens before this came faster than any client could read; they do not count as its lag."""
         self._waiter: asyncio.Future[None] | None = None
         self._task = asyncio.current_task()
-        feed.readers.add(self)
+        feed.readers[self] = None
 
     @property
     def lag_tokens(self) -> int:
@@ -148,7 +148,7 @@ class Reader:
             self._task.cancel()
 
     def close(self) -> None:
-        self.feed.readers.discard(self)
+        self.feed.readers.pop(self, None)
 
     def _fed(self, new_tokens: int) -> None:
         lag = self.lag_tokens

@@ -176,7 +176,7 @@ class DeliveryHub:
     def __init__(self, gateway_grace_s: float) -> None:
         self._gateway_grace_s = gateway_grace_s
         self._followers: dict[str, tuple[Follower, ...]] = {}
-        self._open: set[Follower] = set()
+        self._open: dict[Follower, None] = {}
         self._closed = False
         self._stored_tokens: dict[str, int] = {}
         self._orphans: list[tuple[float, str]] = []
@@ -192,7 +192,7 @@ class DeliveryHub:
 
     def opened(self, follower: Follower) -> None:
         """A stream begins; it is over when it is `lost`."""
-        self._open.add(follower)
+        self._open[follower] = None
         if self._closed:
             follower.close()
 
@@ -230,7 +230,7 @@ class DeliveryHub:
 
     def lost(self, follower: Follower, live: Mapping[str, Request], now_s: float) -> None:
         """A gateway's stream broke: it may come back, or be dead with all its clients."""
-        self._open.discard(follower)
+        self._open.pop(follower, None)
         for request_id in list(follower.followed):
             if self._left(follower, request_id) and request_id in live:
                 self._orphan(live[request_id], now_s, self._gateway_grace_s)
@@ -280,13 +280,16 @@ class DeliveryHub:
         for place, each in enumerate(emitted):
             ids = each.request_ids
             self._stored_tokens.update(zip(ids, map(add, each.offsets, each.counts), strict=True))
-            groups = set(map(followers.get, ids))
+            # By their first rows: a set's order is another one every time.
+            groups = dict.fromkeys(map(followers.get, ids))
             # Mostly one gateway follows all that a worker runs: its rows go on as they came.
-            for group in groups - {None}:
+            for group in groups:
+                if group is None:
+                    continue
                 here = each
                 if len(groups) > 1:
                     here = each.of({name for name in ids if followers.get(name) == group})
-                for follower in group or ():
+                for follower in group:
                     follower.add(here, logprobs.get(place, b""))
 
     def finished(self, requests: Iterable[Request]) -> None:

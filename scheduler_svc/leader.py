@@ -370,9 +370,9 @@ async def while_leading(
 
     renewal, working = asyncio.create_task(renew()), asyncio.create_task(work)
     try:
-        done, _ = await asyncio.wait({renewal, working}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await asyncio.wait((renewal, working), return_when=asyncio.FIRST_COMPLETED)
+        if renewal.done():
+            renewal.result()
         return working.result()
     finally:
         for task in (renewal, working):
