@@ -287,6 +287,13 @@ class Settings(BaseSettings):
             raise ValueError("must start with redis://, rediss:// or unix://")
         return value
 
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _otlp_endpoint(cls, value: str) -> str:
+        if value and not (urlsplit(value).scheme in ("http", "https") and urlsplit(value).hostname):
+            raise ValueError("must be http://HOST:PORT or https://HOST:PORT")
+        return value
+
     @field_validator("pool", "gateway_id", "scheduler_id", "worker_id", "model_name")
     @classmethod
     def _plain_name(cls, value: str) -> str:

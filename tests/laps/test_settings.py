@@ -46,6 +46,8 @@ def test_the_config_file_is_chosen_by_flag_then_variable(
         ({"drain_s": "nan"}, ["drain_s", "--drain-s"]),
         ({"pool": "a{b}"}, ["pool", "A-Za-z", "--pool"]),
         ({"redis_url": "http://u:hidden@h"}, ["redis_url", "redis://", "***", "--redis-url"]),
+        ({"otlp_endpoint": "collector:4317"}, ["otlp_endpoint", "http://HOST:PORT", "--otlp-endpoint"]),
+        ({"otlp_endpoint": "http://:4317"}, ["otlp_endpoint", "http://HOST:PORT"]),
         ({"scheduler_address": "nowhere"}, ["scheduler_address", "HOST:PORT"]),
         ({"policy": ""}, ["policy", "at least 1 character", "--policy"]),
         ({"nonsense": 1}, ["nonsense", "no such setting", "--nonsense"]),
