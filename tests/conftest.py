@@ -6,10 +6,13 @@ pytest 9.2, which makes node ids from something else than xdist 3.8 adds the gro
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("LAPS_COMPILED", "0")
@@ -22,6 +25,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("laps")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """Whatever a test does to this process's logs, the next one finds them as they were."""
+    root = logging.getLogger()
+    handlers, level, structured = root.handlers[:], root.level, structlog.get_config()
+    yield
+    structlog.configure(**structured)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
 
 TOGETHER = (
     ("tests/stack/test_outside.py", "tests/stack/test_output.py", "tests/stack/test_openai.py"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import grpc.aio
 import pytest
-import structlog
 from gateway_calls import (
     Result,
     collect,
@@ -222,10 +221,9 @@ async def test_metrics(start_gateway: Any) -> None:
         assert line in text
 
 
-async def test_one_access_line_and_no_prompt(harness: Any, request: pytest.FixtureRequest) -> None:
+async def test_one_access_line_and_no_prompt(harness: Any) -> None:
     out = io.StringIO()
     logs.configure_logging("gateway", stream=out)
-    request.addfinalizer(structlog.reset_defaults)
     harness.scheduler.auto_tokens = 5
     secret = "the-secret-prompt"
     await collect(harness.inference.Generate(generate_request(secret, request_id="r1")))

@@ -6,11 +6,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import structlog
 
 from laps.logs import bind_context, configure_logging, get_logger
 
@@ -28,15 +26,10 @@ class FullDisk(io.StringIO):
 
 
 @pytest.fixture
-def out() -> Iterator[FullDisk]:
+def out() -> FullDisk:
     stream = FullDisk()
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     configure_logging("gateway", pool="default", stream=stream)
-    yield stream
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return stream
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

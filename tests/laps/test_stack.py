@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import os
 import re
 import signal
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import structlog
 
 from laps import child as child_module
 from laps import log_files, logs, ports, store_child
@@ -96,16 +94,11 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def said() -> Iterator[io.StringIO]:
+def said() -> io.StringIO:
     """What `laps up` shows of its logs."""
     stream = io.StringIO()
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
     logs.configure_logging("up", pool="default", level="warning", form="plain", stream=stream)
-    yield stream
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    return stream
 
 
 @asynccontextmanager
