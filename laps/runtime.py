@@ -116,6 +116,17 @@ READY = "laps.ready"
 """Health name: it can be counted on, as what serves or as what stands by to."""
 
 
+@contextmanager
+def resting_collector() -> Iterator[None]:
+    """For what makes very many objects of which most stay, as imports do: to look through them again and
+    again while they come takes a worker half a second to one."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def spare_collector() -> None:
     """Lets the garbage collector leave alone what exists now, and look at the rest less often: the services
     make few cycles, and with many thousands of live objects a look at all of them is a pause."""
@@ -134,14 +145,13 @@ class LoadedObjects:
     @contextmanager
     def loading(self) -> Iterator[None]:
         """The collector rests. If very many were made it leaves alone what exists now, until `dropped`."""
-        gc.disable()
-        try:
-            yield
-        finally:
-            if gc.get_count()[0] >= _MANY_OBJECTS:
-                gc.freeze()
-                self._spared = True
-            gc.enable()
+        with resting_collector():
+            try:
+                yield
+            finally:
+                if gc.get_count()[0] >= _MANY_OBJECTS:
+                    gc.freeze()
+                    self._spared = True
 
     def dropped(self) -> None:
         """They are not used any more. If the collector left them alone it looks at all objects now, which can

@@ -163,15 +163,16 @@ def run(settings: Settings) -> int:
             shards.launch(settings)
         group = shards.join(settings, device(settings))
         leads = group is None or group.rank == 0
-        pair = load_pair(
-            settings.target,
-            settings.draft_model if leads else None,
-            dtype=dtype(settings),
-            device=str(group.device) if group else device(settings),
-            device_map=settings.device_map,
-            group=group,
-        )
-        engine = make_engine(settings, pair)
+        with runtime.resting_collector():
+            pair = load_pair(
+                settings.target,
+                settings.draft_model if leads else None,
+                dtype=dtype(settings),
+                device=str(group.device) if group else device(settings),
+                device_map=settings.device_map,
+                group=group,
+            )
+            engine = make_engine(settings, pair)
         if not leads:
             return shards.follow(engine)
         engine.calibrate()

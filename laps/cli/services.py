@@ -12,8 +12,11 @@ from laps.settings import COMPILED_ENV, Settings
 
 
 def _run(module: str, settings: Settings) -> int:
+    from laps.runtime import resting_collector
+
     try:
-        service = importlib.import_module(module)
+        with resting_collector():
+            service = importlib.import_module(module)
     except ImportError as error:
         if error.name != COMPILED_ENV:
             raise

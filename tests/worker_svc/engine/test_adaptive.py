@@ -205,11 +205,12 @@ def test_an_engine_that_waits_learns_its_own_work(tools: Any, pair: ModelPair) -
 
     target.forward = late_forward
     engine.add(EngineRequest("a", [5, 6, 7], stopping=StoppingConfig(max_tokens=60, ignore_eos=True)))
-    results = [engine.step() for _ in range(4)]
+    results = [engine.step() for _ in range(9)]
     assert all(result.verify_s >= 0.05 for result in results)
     costs = engine.costs
-    assert costs.verify_s > 0.04, "what the scheduler is told"
-    assert costs.step_s(1, costs.drafted, costs.modelled) < 0.04, "what drafts are chosen by"
+    # Both come from medians over steps of different sizes, so neither is 0.05 s more or less than the other.
+    assert costs.verify_s > 0.03, "what the scheduler is told"
+    assert costs.step_s(1, costs.drafted, costs.modelled) < 0.03, "what drafts are chosen by"
 
 
 def test_longer_contexts_cost_more() -> None:
