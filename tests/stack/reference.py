@@ -39,6 +39,18 @@ def greedy(prompt_ids: list[int], max_tokens: int) -> list[int]:
 
 
 @torch.inference_mode()
+def is_greedy(prompt_ids: list[int], output: list[int], max_tokens: int) -> bool:
+    """Whether `output` is what `greedy` makes, told by one pass over it: each token is the likeliest after
+    those before it, and it ends where it has to."""
+    model, tokenizer = target()
+    ended = output[-1:] == [tokenizer.eos_token_id]
+    if tokenizer.eos_token_id in output[:-1] or not (len(output) == max_tokens or ended):
+        return False
+    logits = model(torch.tensor([prompt_ids + output])).logits[0, len(prompt_ids) - 1 : -1]
+    return bool((logits.argmax(-1) == torch.tensor(output)).all())
+
+
+@torch.inference_mode()
 def sequence_probabilities(prompt_ids: list[int], length: int, top_k: int) -> dict[tuple[int, ...], float]:
     """Probability of every output of `length` tokens when each is drawn from the `top_k` likeliest."""
     model, _ = target()
