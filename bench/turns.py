@@ -13,8 +13,7 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import grpc.aio
 import uvloop
-from _processes import bound_to_us, end_on_sigterm
+from _processes import Process, end_on_sigterm
 
 WAITING = 64
 """Calls under way at once, where it is asked how many are accepted."""
@@ -44,7 +43,7 @@ async def serve(turn_s: float) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("turns", handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    print(port, flush=True)
+    print(json.dumps({"port": port}), flush=True)
     while True:
         until_s = time.perf_counter() + turn_s
         while time.perf_counter() < until_s:
@@ -106,11 +105,10 @@ def main() -> None:
     end_on_sigterm()
     figures = []
     for turn_ms in given.turns_ms:
-        command = bound_to_us([sys.executable, __file__, "--serve", str(turn_ms / 1e3)])
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        with tempfile.NamedTemporaryFile() as log:
+            server = Process([__file__, "--serve", str(turn_ms / 1e3)], log, talks=True)
             try:
-                assert server.stdout is not None
-                port = int(server.stdout.readline())
+                port = server.answer()["port"]
                 figures.append(uvloop.run(measure(port, turn_ms / 1e3, given.seconds)))
             finally:
                 server.kill()

@@ -84,8 +84,8 @@ async def test_what_redis_shows_is_what_laps_queue_shows(start_stack: StartStack
             assert stored == [request.request_id for request in level.head]
             assert len(stored) == level.waiting
         running = await client.requests("running")
-        # More than the two slots where the worker was frozen before it let go of one that was preempted.
-        assert len(running) >= 2
+        # One more for each of the two slots whose request was preempted, but not let go by the frozen worker.
+        assert 2 <= len(running) <= 4
         assert pool.waiting
         assert {request.request_id for request in running} == set(database.zrange(f"{prefix}:leases", 0, -1))
         for request in running:
