@@ -21,6 +21,7 @@ import grpc
 import grpc.aio
 import uvloop
 
+from gateway.submissions import Submissions
 from laps import channels
 from laps.v1 import generation_pb2, scheduler_pb2, scheduler_pb2_grpc, worker_pb2
 
@@ -169,6 +170,7 @@ class Load:
         channel = channels.open_channel(address, max_message_bytes=MAX_MESSAGE_BYTES)
         self._address, self._pool = address, pool
         self._scheduler = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        self._submissions = Submissions(self._scheduler)
         self._output_tokens = output_tokens
         self._workers: list[Worker] = []
         self._submitted = self._finished = 0
@@ -255,7 +257,7 @@ class Load:
         began_s = time.perf_counter()
         while True:
             try:
-                await self._scheduler.Submit(request)
+                await self._submissions.submit(request)
                 break
             except grpc.aio.AioRpcError as error:
                 # As a gateway does; the time that it takes counts.

@@ -21,6 +21,7 @@ import grpc.aio
 
 from gateway.deliveries import Feeds, ProtocolError
 from gateway.streams import Reader
+from gateway.submissions import Submissions
 from laps.channels import open_channel
 from laps.errors import DeadlineExceeded, LapsError, Reason, Unavailable, from_rpc_error
 from laps.history import HistoryPoint
@@ -59,6 +60,7 @@ class Stubs:
     def __init__(self, address: str, max_message_bytes: int, tls: TlsFiles | None) -> None:
         self.channel = open_channel(address, max_message_bytes=max_message_bytes, serving=SCHEDULER, tls=tls)
         self.scheduler = scheduler_pb2_grpc.SchedulerServiceStub(self.channel)
+        self.submissions = Submissions(self.scheduler)
         self.queue = queue_pb2_grpc.QueueServiceStub(self.channel)
 
 
@@ -115,6 +117,7 @@ class SchedulerLink:
         for closing in tuple(self._closing):
             closing.cancel()
         await asyncio.gather(*self._closing, return_exceptions=True)
+        self._stubs.submissions.retire()
         await self._stubs.channel.close(None)
 
     @property
@@ -141,7 +144,7 @@ class SchedulerLink:
                     max_queued_requests=quota.max_queued_requests, max_queued_tokens=quota.max_queued_tokens
                 )
             )
-        return await self._call(lambda stubs: stubs.scheduler.Submit, request, spec.deadline_s)
+        return await self._call(lambda stubs: stubs.submissions.submit, request, spec.deadline_s)
 
     async def cancel(self, request_id: str, until_s: float = 0.0) -> scheduler_pb2.CancelRequestResponse:
         request = scheduler_pb2.CancelRequestRequest(request_id=request_id)
@@ -231,6 +234,7 @@ class SchedulerLink:
             log.error("certificates not readable, the last ones stay", error=str(error))
             return
         old, self._stubs = self._stubs, fresh
+        old.submissions.retire()
         closing = asyncio.create_task(old.channel.close(ATTEMPT_TIMEOUT_S))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)

@@ -228,6 +228,17 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: LapsError) -
     raise AssertionError("abort returned")
 
 
+def rpc_error_of(status: bytes) -> grpc.aio.AioRpcError:
+    """What a call would have ended with: for a serialized google.rpc.Status that came in a message."""
+    import grpc.aio
+    from google.rpc import status_pb2
+
+    told = status_pb2.Status.FromString(status)
+    code = next((code for code in grpc.StatusCode if code.value[0] == told.code), grpc.StatusCode.UNKNOWN)
+    details = grpc.aio.Metadata((_DETAILS_KEY, status))
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), details, told.message, None)
+
+
 def from_rpc_error(error: grpc.RpcError) -> LapsError:
     """The LapsError that the server raised, or one made from the bare status."""
     call: Any = error

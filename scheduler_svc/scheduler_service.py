@@ -9,17 +9,18 @@ from typing import Any
 import grpc
 import structlog
 
-from laps import errors, telemetry
+from laps import errors
 from laps.channels import DEFAULT_MAX_MESSAGE_BYTES
 from laps.history import HistoryPoint
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
-from scheduler_svc import checks, convert
-from scheduler_svc.core.records import TOKEN_BYTES, Refused, Request
+from scheduler_svc import convert
+from scheduler_svc.core.records import TOKEN_BYTES, Request
 from scheduler_svc.deliveries import MESSAGE_BYTES, Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.metrics import kv_cache_utilization
 from scheduler_svc.store import inspector_proto
 from scheduler_svc.store.errors import RecordDamaged, StoreUnavailable
+from scheduler_svc.submissions import Submissions
 from scheduler_svc.term import Terms
 
 log = structlog.get_logger()
@@ -33,45 +34,25 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         self._terms = terms
-        self._on_refused = on_refused
+        self._submissions = Submissions(terms, on_refused)
         # What a follower counts is about a third of a message whose rows have long ids and a token each.
         self._message_bytes = min(MESSAGE_BYTES, max_message_bytes // 4)
 
     async def Submit(
         self, request: scheduler_pb2.SubmitRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> scheduler_pb2.SubmitResponse:
-        leader = await self._terms.leader_or_abort(context)
         try:
-            checks.check_spec(request.spec)
-            if request.spec.pool not in ("", self._terms.pool):
-                # Another pool serves other models.
-                message = f"this scheduler leads pool {self._terms.pool!r}, not {request.spec.pool!r}"
-                raise errors.InvalidArgument("spec.pool", message)
-        except errors.InvalidArgument as error:
-            self._on_refused("/laps.v1.SchedulerService/Submit", error.status)
-            log.warning("request refused", because=str(error))
+            taken = self._submissions.take(request)
+        except errors.LapsError as error:
             await errors.abort(context, error)
-        spec = convert.request_spec(request.spec)
-        known = leader.core.get(spec.request_id) or leader.core.retained(spec.request_id)
-        if self._terms.store_full and known is None:
-            leader.core.counters.refused += 1
-            message = "the store has no memory for another request"
-            full = errors.ResourceExhausted(message, reason=errors.Reason.STORE_FULL, retry_after_s=2.0)
-            await errors.abort(context, full)
-        try:
-            accepted, joined = leader.core.submit(spec, leader.now_s(), convert.tenant_quota(request))
-        except Refused as refused:
-            await errors.abort(context, _refusal(refused))
-        await self._terms.settled_or_abort(leader, context)
-        state = convert.STATE_TO_PROTO[accepted.state] if accepted else convert.FINISHED
-        if not joined:
-            log.info(
-                "accepted",
-                request_id=spec.request_id,
-                prompt_tokens=spec.prompt_tokens,
-                **telemetry.trace_field(spec.traceparent),
-            )
-        return scheduler_pb2.SubmitResponse(joined=joined, state=state, epoch=leader.epoch)
+        await self._terms.settled_or_abort(taken.leader, context)
+        return taken.stored()
+
+    async def SubmitMany(  # type: ignore[override]
+        self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        await self._terms.leader_or_abort(context)
+        await self._submissions.serve(context)
 
     async def Deliver(  # type: ignore[override]
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
@@ -233,21 +214,3 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         response.running_requests = leader.core.running_requests
         response.kv_cache_utilization = kv_cache_utilization(leader.core)
         return response
-
-
-def _refusal(refused: Refused) -> errors.LapsError:
-    message = str(refused)
-    match refused.reason:
-        case "ID_CONFLICT":
-            return errors.AlreadyExists(message)
-        case "DEADLINE_PASSED":
-            return errors.DeadlineExceeded(message)
-        case "TOO_LONG":
-            return errors.InvalidArgument("prompt", message, reason=errors.Reason.PROMPT_TOO_LONG)
-        case _:
-            return errors.ResourceExhausted(
-                message,
-                reason=errors.Reason[refused.reason],
-                retry_after_s=refused.retry_after_s or 1.0,
-                quota_subject="pool",
-            )

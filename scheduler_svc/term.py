@@ -87,15 +87,22 @@ class Terms:
             retry_after_s=self._leader_ttl_s / 3,
         )
 
-    async def leader_or_abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> Leader:
-        """The present leader, or UNAVAILABLE with a retry hint: nothing is accepted that
+    def leader_or_raise(self) -> Leader:
+        """The present leader, or Unavailable with a retry hint: nothing is accepted that
         could not be stored."""
         leader = self.leader
         if leader is None:
-            await errors.abort(context, self.not_leading())
+            raise self.not_leading()
         if leader.store_down:
-            await errors.abort(context, errors.store_unreachable())
+            raise errors.store_unreachable()
         return leader
+
+    async def leader_or_abort(self, context: grpc.aio.ServicerContext[Any, Any]) -> Leader:
+        """As `leader_or_raise`; the call ends with what it raises."""
+        try:
+            return self.leader_or_raise()
+        except errors.Unavailable as error:
+            await errors.abort(context, error)
 
     async def check_seen_or_abort(
         self, leader: Leader, seen: HistoryPoint, context: grpc.aio.ServicerContext[Any, Any]

@@ -39,6 +39,7 @@ METHODS: dict[str, frozenset[Role]] = {
     "/laps.v1.QueueService/Watch": _OPERATOR | _GATEWAY,
     # On the scheduler.
     "/laps.v1.SchedulerService/Submit": _GATEWAY,
+    "/laps.v1.SchedulerService/SubmitMany": _GATEWAY,
     "/laps.v1.SchedulerService/Deliver": _GATEWAY,
     "/laps.v1.SchedulerService/CancelRequest": _GATEWAY,
     "/laps.v1.SchedulerService/ReadRequest": _GATEWAY,

@@ -27,7 +27,7 @@ from laps.v1 import history_pb2 as laps_dot_v1_dot_history__pb2
 from laps.v1 import queue_pb2 as laps_dot_v1_dot_queue__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17laps/v1/scheduler.proto\x12\x07laps.v1\x1a\x18laps/v1/generation.proto\x1a\x15laps/v1/history.proto\x1a\x13laps/v1/queue.proto\"\xfd\x02\n\x0bRequestSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.laps.v1.SamplingParams\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x07 \x01(\x08\x12\x1a\n\x12\x64isconnect_grace_s\x18\x08 \x01(\x01\x12\x12\n\ndeadline_s\x18\t \x01(\x01\x12\x15\n\rrequest_class\x18\n \x01(\t\x12$\n\x17predicted_output_tokens\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\x12\x13\n\x0btraceparent\x18\r \x01(\tB\x1a\n\x18_predicted_output_tokens\"l\n\rSubmitRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.laps.v1.RequestSpec\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12#\n\x05quota\x18\x03 \x01(\x0b\x32\x14.laps.v1.TenantQuota\"}\n\x0bTenantQuota\x12 \n\x13max_queued_requests\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11max_queued_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x16\n\x14_max_queued_requestsB\x14\n\x12_max_queued_tokens\"U\n\x0eSubmitResponse\x12\x0e\n\x06joined\x18\x01 \x01(\x08\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.laps.v1.RequestState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\",\n\x06\x46ollow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\",\n\x08Unfollow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"j\n\x0e\x44\x65liverRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x1f\n\x06\x66ollow\x18\x02 \x03(\x0b\x32\x0f.laps.v1.Follow\x12#\n\x08unfollow\x18\x03 \x03(\x0b\x32\x11.laps.v1.Unfollow\"\xd4\x02\n\x0f\x44\x65liverResponse\x12\x12\n\ncommit_seq\x18\x01 \x01(\x04\x12\x13\n\x0brequest_ids\x18\x02 \x03(\t\x12\x0f\n\x07offsets\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x38\n\x08logprobs\x18\x06 \x03(\x0b\x32&.laps.v1.DeliverResponse.LogprobsEntry\x12(\n\x0b\x63ompletions\x18\x07 \x03(\x0b\x32\x13.laps.v1.Completion\x12\x0f\n\x07unknown\x18\x08 \x03(\t\x12&\n\x07history\x18\t \x01(\x0b\x32\x15.laps.v1.HistoryPoint\x1aG\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.laps.v1.TokenLogprobs:\x02\x38\x01\"8\n\rTokenLogprobs\x12\'\n\x08logprobs\x18\x01 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\\\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12#\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x11.laps.v1.Complete\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x15\x43\x61ncelRequestResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.laps.v1.RequestState\"X\n\x12ReadRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0einclude_output\x18\x02 \x01(\x08\x12\x16\n\x0einclude_prompt\x18\x03 \x01(\x08\"\xc0\x01\n\x13ReadRequestResponse\x12%\n\x07request\x18\x01 \x01(\x0b\x32\x14.laps.v1.RequestInfo\x12\x18\n\x10output_token_ids\x18\x02 \x01(\x0c\x12#\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x11.laps.v1.Complete\x12)\n\x08stopping\x18\x04 \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x18\n\x10prompt_token_ids\x18\x05 \x01(\x0c\":\n\x13\x44\x65scribePoolRequest\x12#\n\x04seen\x18\x01 \x01(\x0b\x32\x15.laps.v1.HistoryPoint\"\xc7\x02\n\x14\x44\x65scribePoolResponse\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x08 \x01(\t\x12\x0e\n\x06target\x18\t \x01(\t\x12\r\n\x05\x64raft\x18\n \x01(\t\x12&\n\x07history\x18\x0b \x01(\x0b\x32\x15.laps.v1.HistoryPoint\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r\x12\x18\n\x10running_requests\x18\r \x01(\r\x12\x1c\n\x14kv_cache_utilization\x18\x0e \x01(\x01\x32\xf6\x02\n\x10SchedulerService\x12\x39\n\x06Submit\x12\x16.laps.v1.SubmitRequest\x1a\x17.laps.v1.SubmitResponse\x12@\n\x07\x44\x65liver\x12\x17.laps.v1.DeliverRequest\x1a\x18.laps.v1.DeliverResponse(\x01\x30\x01\x12N\n\rCancelRequest\x12\x1d.laps.v1.CancelRequestRequest\x1a\x1e.laps.v1.CancelRequestResponse\x12H\n\x0bReadRequest\x12\x1b.laps.v1.ReadRequestRequest\x1a\x1c.laps.v1.ReadRequestResponse\x12K\n\x0c\x44\x65scribePool\x12\x1c.laps.v1.DescribePoolRequest\x1a\x1d.laps.v1.DescribePoolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17laps/v1/scheduler.proto\x12\x07laps.v1\x1a\x18laps/v1/generation.proto\x1a\x15laps/v1/history.proto\x1a\x13laps/v1/queue.proto\"\xfd\x02\n\x0bRequestSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x03 \x01(\x0c\x12)\n\x08sampling\x18\x04 \x01(\x0b\x32\x17.laps.v1.SamplingParams\x12)\n\x08stopping\x18\x05 \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1c\n\x14\x63\x61ncel_on_disconnect\x18\x07 \x01(\x08\x12\x1a\n\x12\x64isconnect_grace_s\x18\x08 \x01(\x01\x12\x12\n\ndeadline_s\x18\t \x01(\x01\x12\x15\n\rrequest_class\x18\n \x01(\t\x12$\n\x17predicted_output_tokens\x18\x0b \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06\x64igest\x18\x0c \x01(\x0c\x12\x13\n\x0btraceparent\x18\r \x01(\tB\x1a\n\x18_predicted_output_tokens\"l\n\rSubmitRequest\x12\"\n\x04spec\x18\x01 \x01(\x0b\x32\x14.laps.v1.RequestSpec\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12#\n\x05quota\x18\x03 \x01(\x0b\x32\x14.laps.v1.TenantQuota\"}\n\x0bTenantQuota\x12 \n\x13max_queued_requests\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1e\n\x11max_queued_tokens\x18\x02 \x01(\x04H\x01\x88\x01\x01\x42\x16\n\x14_max_queued_requestsB\x14\n\x12_max_queued_tokens\"U\n\x0eSubmitResponse\x12\x0e\n\x06joined\x18\x01 \x01(\x08\x12$\n\x05state\x18\x02 \x01(\x0e\x32\x15.laps.v1.RequestState\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"=\n\x11SubmitManyRequest\x12(\n\x0bsubmissions\x18\x01 \x03(\x0b\x32\x13.laps.v1.Submission\"E\n\nSubmission\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\'\n\x07request\x18\x02 \x01(\x0b\x32\x16.laps.v1.SubmitRequest\"<\n\x12SubmitManyResponse\x12&\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x15.laps.v1.SubmitAnswer\"f\n\x0cSubmitAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12)\n\x06stored\x18\x02 \x01(\x0b\x32\x17.laps.v1.SubmitResponseH\x00\x12\x11\n\x07refused\x18\x03 \x01(\x0cH\x00\x42\x08\n\x06\x61nswer\",\n\x06\x46ollow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\",\n\x08Unfollow\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x08\"j\n\x0e\x44\x65liverRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x1f\n\x06\x66ollow\x18\x02 \x03(\x0b\x32\x0f.laps.v1.Follow\x12#\n\x08unfollow\x18\x03 \x03(\x0b\x32\x11.laps.v1.Unfollow\"\xd4\x02\n\x0f\x44\x65liverResponse\x12\x12\n\ncommit_seq\x18\x01 \x01(\x04\x12\x13\n\x0brequest_ids\x18\x02 \x03(\t\x12\x0f\n\x07offsets\x18\x03 \x03(\r\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\r\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x38\n\x08logprobs\x18\x06 \x03(\x0b\x32&.laps.v1.DeliverResponse.LogprobsEntry\x12(\n\x0b\x63ompletions\x18\x07 \x03(\x0b\x32\x13.laps.v1.Completion\x12\x0f\n\x07unknown\x18\x08 \x03(\t\x12&\n\x07history\x18\t \x01(\x0b\x32\x15.laps.v1.HistoryPoint\x1aG\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12%\n\x05value\x18\x02 \x01(\x0b\x32\x16.laps.v1.TokenLogprobs:\x02\x38\x01\"8\n\rTokenLogprobs\x12\'\n\x08logprobs\x18\x01 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\\\n\nCompletion\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\routput_tokens\x18\x02 \x01(\r\x12#\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x11.laps.v1.Complete\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"=\n\x15\x43\x61ncelRequestResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.laps.v1.RequestState\"X\n\x12ReadRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0einclude_output\x18\x02 \x01(\x08\x12\x16\n\x0einclude_prompt\x18\x03 \x01(\x08\"\xc0\x01\n\x13ReadRequestResponse\x12%\n\x07request\x18\x01 \x01(\x0b\x32\x14.laps.v1.RequestInfo\x12\x18\n\x10output_token_ids\x18\x02 \x01(\x0c\x12#\n\x08\x63omplete\x18\x03 \x01(\x0b\x32\x11.laps.v1.Complete\x12)\n\x08stopping\x18\x04 \x01(\x0b\x32\x17.laps.v1.StoppingParams\x12\x18\n\x10prompt_token_ids\x18\x05 \x01(\x0c\":\n\x13\x44\x65scribePoolRequest\x12#\n\x04seen\x18\x01 \x01(\x0b\x32\x15.laps.v1.HistoryPoint\"\xc7\x02\n\x14\x44\x65scribePoolResponse\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07workers\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x08 \x01(\t\x12\x0e\n\x06target\x18\t \x01(\t\x12\r\n\x05\x64raft\x18\n \x01(\t\x12&\n\x07history\x18\x0b \x01(\x0b\x32\x15.laps.v1.HistoryPoint\x12\x17\n\x0fqueued_requests\x18\x0c \x01(\r\x12\x18\n\x10running_requests\x18\r \x01(\r\x12\x1c\n\x14kv_cache_utilization\x18\x0e \x01(\x01\x32\xc1\x03\n\x10SchedulerService\x12\x39\n\x06Submit\x12\x16.laps.v1.SubmitRequest\x1a\x17.laps.v1.SubmitResponse\x12I\n\nSubmitMany\x12\x1a.laps.v1.SubmitManyRequest\x1a\x1b.laps.v1.SubmitManyResponse(\x01\x30\x01\x12@\n\x07\x44\x65liver\x12\x17.laps.v1.DeliverRequest\x1a\x18.laps.v1.DeliverResponse(\x01\x30\x01\x12N\n\rCancelRequest\x12\x1d.laps.v1.CancelRequestRequest\x1a\x1e.laps.v1.CancelRequestResponse\x12H\n\x0bReadRequest\x12\x1b.laps.v1.ReadRequestRequest\x1a\x1c.laps.v1.ReadRequestResponse\x12K\n\x0c\x44\x65scribePool\x12\x1c.laps.v1.DescribePoolRequest\x1a\x1d.laps.v1.DescribePoolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,32 +44,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTQUOTA']._serialized_end=725
   _globals['_SUBMITRESPONSE']._serialized_start=727
   _globals['_SUBMITRESPONSE']._serialized_end=812
-  _globals['_FOLLOW']._serialized_start=814
-  _globals['_FOLLOW']._serialized_end=858
-  _globals['_UNFOLLOW']._serialized_start=860
-  _globals['_UNFOLLOW']._serialized_end=904
-  _globals['_DELIVERREQUEST']._serialized_start=906
-  _globals['_DELIVERREQUEST']._serialized_end=1012
-  _globals['_DELIVERRESPONSE']._serialized_start=1015
-  _globals['_DELIVERRESPONSE']._serialized_end=1355
-  _globals['_DELIVERRESPONSE_LOGPROBSENTRY']._serialized_start=1284
-  _globals['_DELIVERRESPONSE_LOGPROBSENTRY']._serialized_end=1355
-  _globals['_TOKENLOGPROBS']._serialized_start=1357
-  _globals['_TOKENLOGPROBS']._serialized_end=1413
-  _globals['_COMPLETION']._serialized_start=1415
-  _globals['_COMPLETION']._serialized_end=1507
-  _globals['_CANCELREQUESTREQUEST']._serialized_start=1509
-  _globals['_CANCELREQUESTREQUEST']._serialized_end=1551
-  _globals['_CANCELREQUESTRESPONSE']._serialized_start=1553
-  _globals['_CANCELREQUESTRESPONSE']._serialized_end=1614
-  _globals['_READREQUESTREQUEST']._serialized_start=1616
-  _globals['_READREQUESTREQUEST']._serialized_end=1704
-  _globals['_READREQUESTRESPONSE']._serialized_start=1707
-  _globals['_READREQUESTRESPONSE']._serialized_end=1899
-  _globals['_DESCRIBEPOOLREQUEST']._serialized_start=1901
-  _globals['_DESCRIBEPOOLREQUEST']._serialized_end=1959
-  _globals['_DESCRIBEPOOLRESPONSE']._serialized_start=1962
-  _globals['_DESCRIBEPOOLRESPONSE']._serialized_end=2289
-  _globals['_SCHEDULERSERVICE']._serialized_start=2292
-  _globals['_SCHEDULERSERVICE']._serialized_end=2666
+  _globals['_SUBMITMANYREQUEST']._serialized_start=814
+  _globals['_SUBMITMANYREQUEST']._serialized_end=875
+  _globals['_SUBMISSION']._serialized_start=877
+  _globals['_SUBMISSION']._serialized_end=946
+  _globals['_SUBMITMANYRESPONSE']._serialized_start=948
+  _globals['_SUBMITMANYRESPONSE']._serialized_end=1008
+  _globals['_SUBMITANSWER']._serialized_start=1010
+  _globals['_SUBMITANSWER']._serialized_end=1112
+  _globals['_FOLLOW']._serialized_start=1114
+  _globals['_FOLLOW']._serialized_end=1158
+  _globals['_UNFOLLOW']._serialized_start=1160
+  _globals['_UNFOLLOW']._serialized_end=1204
+  _globals['_DELIVERREQUEST']._serialized_start=1206
+  _globals['_DELIVERREQUEST']._serialized_end=1312
+  _globals['_DELIVERRESPONSE']._serialized_start=1315
+  _globals['_DELIVERRESPONSE']._serialized_end=1655
+  _globals['_DELIVERRESPONSE_LOGPROBSENTRY']._serialized_start=1584
+  _globals['_DELIVERRESPONSE_LOGPROBSENTRY']._serialized_end=1655
+  _globals['_TOKENLOGPROBS']._serialized_start=1657
+  _globals['_TOKENLOGPROBS']._serialized_end=1713
+  _globals['_COMPLETION']._serialized_start=1715
+  _globals['_COMPLETION']._serialized_end=1807
+  _globals['_CANCELREQUESTREQUEST']._serialized_start=1809
+  _globals['_CANCELREQUESTREQUEST']._serialized_end=1851
+  _globals['_CANCELREQUESTRESPONSE']._serialized_start=1853
+  _globals['_CANCELREQUESTRESPONSE']._serialized_end=1914
+  _globals['_READREQUESTREQUEST']._serialized_start=1916
+  _globals['_READREQUESTREQUEST']._serialized_end=2004
+  _globals['_READREQUESTRESPONSE']._serialized_start=2007
+  _globals['_READREQUESTRESPONSE']._serialized_end=2199
+  _globals['_DESCRIBEPOOLREQUEST']._serialized_start=2201
+  _globals['_DESCRIBEPOOLREQUEST']._serialized_end=2259
+  _globals['_DESCRIBEPOOLRESPONSE']._serialized_start=2262
+  _globals['_DESCRIBEPOOLRESPONSE']._serialized_end=2589
+  _globals['_SCHEDULERSERVICE']._serialized_start=2592
+  _globals['_SCHEDULERSERVICE']._serialized_end=3041
 # @@protoc_insertion_point(module_scope)

@@ -41,6 +41,11 @@ class SchedulerServiceStub:
                 request_serializer=laps_dot_v1_dot_scheduler__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=laps_dot_v1_dot_scheduler__pb2.SubmitResponse.FromString,
                 _registered_method=True)
+        self.SubmitMany = channel.stream_stream(
+                '/laps.v1.SchedulerService/SubmitMany',
+                request_serializer=laps_dot_v1_dot_scheduler__pb2.SubmitManyRequest.SerializeToString,
+                response_deserializer=laps_dot_v1_dot_scheduler__pb2.SubmitManyResponse.FromString,
+                _registered_method=True)
         self.Deliver = channel.stream_stream(
                 '/laps.v1.SchedulerService/Deliver',
                 request_serializer=laps_dot_v1_dot_scheduler__pb2.DeliverRequest.SerializeToString,
@@ -70,6 +75,14 @@ class SchedulerServiceServicer:
 
     def Submit(self, request, context):
         """Stores a request, then acknowledges. From the answer on it cannot be lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitMany(self, request_iterator, context):
+        """The same in a stream that stays open: what comes together is stored together, and each request is
+        answered by its number, refused or stored, in any order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +121,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.Submit,
                     request_deserializer=laps_dot_v1_dot_scheduler__pb2.SubmitRequest.FromString,
                     response_serializer=laps_dot_v1_dot_scheduler__pb2.SubmitResponse.SerializeToString,
+            ),
+            'SubmitMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.SubmitMany,
+                    request_deserializer=laps_dot_v1_dot_scheduler__pb2.SubmitManyRequest.FromString,
+                    response_serializer=laps_dot_v1_dot_scheduler__pb2.SubmitManyResponse.SerializeToString,
             ),
             'Deliver': grpc.stream_stream_rpc_method_handler(
                     servicer.Deliver,
@@ -159,6 +177,33 @@ class SchedulerService:
             '/laps.v1.SchedulerService/Submit',
             laps_dot_v1_dot_scheduler__pb2.SubmitRequest.SerializeToString,
             laps_dot_v1_dot_scheduler__pb2.SubmitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/laps.v1.SchedulerService/SubmitMany',
+            laps_dot_v1_dot_scheduler__pb2.SubmitManyRequest.SerializeToString,
+            laps_dot_v1_dot_scheduler__pb2.SubmitManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class SchedulerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> SchedulerServiceAsyncStub: ...
     Submit: _grpc.UnaryUnaryMultiCallable[_scheduler_pb2.SubmitRequest, _scheduler_pb2.SubmitResponse]
     """Stores a request, then acknowledges. From the answer on it cannot be lost."""
+    SubmitMany: _grpc.StreamStreamMultiCallable[_scheduler_pb2.SubmitManyRequest, _scheduler_pb2.SubmitManyResponse]
+    """The same in a stream that stays open: what comes together is stored together, and each request is
+    answered by its number, refused or stored, in any order.
+    """
     Deliver: _grpc.StreamStreamMultiCallable[_scheduler_pb2.DeliverRequest, _scheduler_pb2.DeliverResponse]
     """One stream per gateway: requests are followed and left; their stored tokens come as
     one message per tick.
@@ -54,6 +58,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Submit: _aio.UnaryUnaryMultiCallable[_scheduler_pb2.SubmitRequest, _scheduler_pb2.SubmitResponse]  # type: ignore[assignment]
     """Stores a request, then acknowledges. From the answer on it cannot be lost."""
+    SubmitMany: _aio.StreamStreamMultiCallable[_scheduler_pb2.SubmitManyRequest, _scheduler_pb2.SubmitManyResponse]  # type: ignore[assignment]
+    """The same in a stream that stays open: what comes together is stored together, and each request is
+    answered by its number, refused or stored, in any order.
+    """
     Deliver: _aio.StreamStreamMultiCallable[_scheduler_pb2.DeliverRequest, _scheduler_pb2.DeliverResponse]  # type: ignore[assignment]
     """One stream per gateway: requests are followed and left; their stored tokens come as
     one message per tick.
@@ -74,6 +82,16 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_pb2.SubmitResponse, _abc.Awaitable[_scheduler_pb2.SubmitResponse]]:
         """Stores a request, then acknowledges. From the answer on it cannot be lost."""
+
+    @_abc_1.abstractmethod
+    def SubmitMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_scheduler_pb2.SubmitManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scheduler_pb2.SubmitManyResponse], _abc.AsyncIterator[_scheduler_pb2.SubmitManyResponse]]:
+        """The same in a stream that stays open: what comes together is stored together, and each request is
+        answered by its number, refused or stored, in any order.
+        """
 
     @_abc_1.abstractmethod
     def Deliver(

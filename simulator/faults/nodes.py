@@ -107,6 +107,7 @@ class SchedulerNode(Node):
         service = SchedulerService(self.terms)
         sessions = WorkerService(self.terms, HEARTBEAT_INTERVAL_S)
         self.serves = {
+            "/laps.v1.SchedulerService/SubmitMany": streaming(service.SubmitMany),
             "/laps.v1.SchedulerService/Deliver": streaming(service.Deliver),
             "/laps.v1.WorkerService/Session": streaming(sessions.Session),
         }

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.rpc import status_pb2
 
 from gateway.admission import pack
 from laps import channels, errors
@@ -235,6 +236,22 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
             joined=known is not None, state=FINISHED if state.finished else RUNNING, epoch=1
         )
 
+    async def SubmitMany(self, request_iterator: Any, context: Any) -> None:
+        answering: set[asyncio.Task[None]] = set()
+
+        async def answer(each: scheduler_pb2.Submission) -> None:
+            response = scheduler_pb2.SubmitManyResponse()
+            try:
+                response.answers.add(number=each.number, stored=await self.Submit(each.request, _Answer()))
+            except _Refused as refused:
+                response.answers.add(number=each.number, refused=refused.status)
+            await context.write(response)
+
+        async for message in request_iterator:
+            for each in message.submissions:
+                answering.add(asyncio.create_task(answer(each)))
+        await asyncio.gather(*answering)
+
     async def Deliver(self, request_iterator: Follows, context: Any) -> None:
         fake = self._fake
         await _thaw(fake)
@@ -292,6 +309,19 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def DescribePool(self, request: scheduler_pb2.DescribePoolRequest, context: Any) -> Any:
         await _thaw(self._fake)
         return self._fake.pool
+
+
+class _Refused(Exception):
+    def __init__(self, status: bytes) -> None:
+        self.status = status
+
+
+class _Answer:
+    """In place of a call's context: its end is one answer of a stream."""
+
+    async def abort(self, code: grpc.StatusCode, message: str, trailing: Any = ()) -> None:
+        bare = status_pb2.Status(code=code.value[0], message=message).SerializeToString()
+        raise _Refused(dict(trailing).get("grpc-status-details-bin", bare))
 
 
 class _Queue(queue_pb2_grpc.QueueServiceServicer):

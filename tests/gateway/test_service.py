@@ -352,10 +352,11 @@ async def test_nothing_is_left_behind(start_gateway: Any) -> None:
     """After many calls of every kind the gateway holds no feed, stream or task."""
     harness = await start_gateway()
     scheduler = harness.scheduler
-    await harness.inference.ListModels(inference_pb2.ListModelsRequest())
+    scheduler.auto_tokens = 10
+    # The first request opens the stream over which all are submitted.
+    await collect(harness.inference.Generate(generate_request(request_id="first")))
     tasks = len(asyncio.all_tasks())
     descriptors = open_descriptors()
-    scheduler.auto_tokens = 10
     for index in range(20):
         call = harness.inference.Generate(generate_request(request_id=f"r{index}"))
         if index % 2:

@@ -227,6 +227,9 @@ class Terms:
             core, self.store, epoch=1, tick_interval_s=0.0, gateway_grace_s=1.0, leader_ttl_s=3.0
         )
 
+    def leader_or_raise(self) -> Any:
+        return self.leader
+
     async def leader_or_abort(self, context: Any) -> Any:
         return self.leader
 

@@ -1,0 +1,148 @@
+"""Submissions to the scheduler: over one stream, those that come together in one message.
+
+As calls of their own they would wait for each other where many come to a busy scheduler: gRPC's asyncio
+server accepts one every few turns of its event loop (docs/capacity.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from laps.errors import from_rpc_error, rpc_error_of
+from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
+
+MESSAGE_BYTES = 1 << 20
+"""At most in a message of many. One request may be larger."""
+MESSAGE_REQUESTS = 100
+
+_UNKNOWN = frozenset({grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL})
+"""How a stream ends that the scheduler does not know: INTERNAL if a message was being written just then."""
+
+
+class _ByCalls(Exception):
+    """The scheduler has no such stream."""
+
+
+class Submissions:
+    """Of one connection. The stream is opened when the first request comes; when it breaks, what is under way
+    ends as calls would that were broken, and the next request opens another. Where the scheduler is of the
+    version before, which has no such stream, each request is a call."""
+
+    def __init__(self, scheduler: scheduler_pb2_grpc.SchedulerServiceAsyncStub) -> None:
+        self._scheduler: Any = scheduler
+        self._numbers = itertools.count(1)
+        self._unsent: dict[int, scheduler_pb2.SubmitRequest] = {}
+        self._answers: dict[int, asyncio.Future[scheduler_pb2.SubmitResponse]] = {}
+        self._wake = asyncio.Event()
+        self._stream: asyncio.Task[None] | None = None
+        self._has_answered = False
+        self._by_calls = False
+        self._is_retired = False
+
+    async def submit(
+        self, request: scheduler_pb2.SubmitRequest, timeout: float | None = None
+    ) -> scheduler_pb2.SubmitResponse:
+        """As the call `Submit`. Raises AioRpcError."""
+        if not self._by_calls:
+            try:
+                return await self._submit(request, timeout)
+            except _ByCalls:
+                pass
+        stored: scheduler_pb2.SubmitResponse = await self._scheduler.Submit(request, timeout=timeout)
+        return stored
+
+    def retire(self) -> None:
+        """No more requests come. The stream ends when the last one is answered."""
+        self._is_retired = True
+        self._end_if_done()
+
+    async def _submit(
+        self, request: scheduler_pb2.SubmitRequest, timeout: float | None
+    ) -> scheduler_pb2.SubmitResponse:
+        number = next(self._numbers)
+        answer: asyncio.Future[scheduler_pb2.SubmitResponse] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        self._unsent[number] = request
+        self._wake.set()
+        if self._stream is None:
+            self._stream = asyncio.create_task(self._run(), name="submissions")
+        try:
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError:
+            raise _error(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
+        finally:
+            self._answers.pop(number, None)
+            self._unsent.pop(number, None)
+            self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._is_retired and not self._answers and self._stream is not None:
+            self._stream.cancel()
+
+    async def _run(self) -> None:
+        call = self._scheduler.SubmitMany()
+        writing = asyncio.create_task(self._write(call), name="submissions: write")
+        error: Exception = _error(grpc.StatusCode.UNAVAILABLE, "the stream ended")
+        try:
+            while (message := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                self._has_answered = True
+                for answer in message.answers:
+                    self._take(answer)
+        except grpc.aio.AioRpcError as caught:
+            # A status of the transport may be any, INTERNAL if a message was being written.
+            from_transport = from_rpc_error(caught).from_transport
+            self._by_calls = from_transport and not self._has_answered and caught.code() in _UNKNOWN
+            error = _error(grpc.StatusCode.UNAVAILABLE, caught.details() or "") if from_transport else caught
+        except (grpc.aio.UsageError, asyncio.CancelledError):
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            error = _error(grpc.StatusCode.UNAVAILABLE, "the connection was replaced")
+        finally:
+            self._stream = None
+            writing.cancel()
+            call.cancel()
+            self._unsent.clear()
+            for waiting in self._answers.values():
+                if not waiting.done():
+                    waiting.set_exception(_ByCalls() if self._by_calls else error)
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._unsent:
+                try:
+                    await call.write(self._next_message())
+                except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                    return  # The stream is over; the reading side knows why.
+
+    def _next_message(self) -> scheduler_pb2.SubmitManyRequest:
+        """Takes what has come first of what is unsent."""
+        message, size_bytes = scheduler_pb2.SubmitManyRequest(), 0
+        for number, request in itertools.islice(self._unsent.items(), MESSAGE_REQUESTS):
+            size_bytes += request.ByteSize()
+            if message.submissions and size_bytes > MESSAGE_BYTES:
+                break
+            message.submissions.add(number=number, request=request)
+        for submission in message.submissions:
+            del self._unsent[submission.number]
+        return message
+
+    def _take(self, answer: scheduler_pb2.SubmitAnswer) -> None:
+        waiting = self._answers.get(answer.number)
+        if waiting is None or waiting.done():
+            return
+        if answer.HasField("stored"):
+            waiting.set_result(answer.stored)
+        else:
+            waiting.set_exception(rpc_error_of(answer.refused))
+
+
+def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, None)
