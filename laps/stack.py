@@ -24,6 +24,7 @@ from laps.child import Child, ChildSpec
 from laps.errors import LocalError
 from laps.logs import get_logger
 from laps.ports import free_ports, is_free
+from laps.readiness_watch import ReadinessWatch, causes
 from laps.security.tls import TlsFiles
 from laps.setting import reachable
 from laps.settings import Settings
@@ -95,7 +96,7 @@ class Stack:
         self._command = command
         self._is_ready = is_ready
         self._lock: IO[str] | None = None
-        self._bounding: asyncio.Task[None] | None = None
+        self._keeping: list[asyncio.Task[None]] = []
         self._resources = AsyncExitStack()
         self.port = 0
         self.scheduler_port = 0
@@ -161,10 +162,10 @@ class Stack:
             await self._add(name, "gateway", metrics_offset, self.port, health_port)
         for number, worker_port in enumerate(own_ports):
             await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
-        self._bounding = asyncio.create_task(self._bound_logs(), name="log files")
+        self._keeping.append(asyncio.create_task(self._bound_logs(), name="log files"))
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
-        """Returns when every service says that it is ready.
+        """Returns when every service says that it is ready. From then on it is told which ones cease to be.
 
         Raises StackError when one ends by itself before that, or the time is over.
         """
@@ -190,12 +191,12 @@ class Stack:
             if waiting and now_s > began_s + timeout_s:
                 names = ", ".join(child.name for child in waiting)
                 said = "".join(
-                    f"; {each.name}: {words}" for each in _causes(waiting) if (words := each.last_words())
+                    f"; {each.name}: {words}" for each in causes(waiting) if (words := each.last_words())
                 )
                 raise StackError(f"not ready after {timeout_s:g} s: {names}{said} (logs: {self.log_dir})")
             if waiting and now_s > patience_s:
                 patience_s = now_s + _PATIENCE_S
-                for child in _causes(waiting):
+                for child in causes(waiting):
                     because = child.last_words() or "it is starting"
                     if because in told.setdefault(child.name, set()):
                         continue
@@ -209,11 +210,13 @@ class Stack:
                     )
             if waiting:
                 await asyncio.sleep(_POLL_S)
+        watch = ReadinessWatch(self.children)
+        self._keeping.append(asyncio.create_task(watch.run(), name="readiness"))
 
     async def stop(self, drain_s: float | None = None) -> None:
         """Stops gateway, workers, scheduler, store, in this order, within about `drain_s` seconds."""
-        if self._bounding is not None:
-            self._bounding.cancel()
+        for task in self._keeping:
+            task.cancel()
         whole_s = self.settings.drain_s if drain_s is None else drain_s
         deadline_s = time.monotonic() + whole_s
         for stage in ("gateway", "worker", "scheduler", "store"):
@@ -325,8 +328,3 @@ class Stack:
             lock.flush()
         except OSError as error:
             raise StackError(f"data_dir: {folder} cannot be written: {error.strerror}") from None
-
-
-def _causes(waiting: list[Child]) -> list[Child]:
-    """Those to ask for the reason: while the scheduler is not ready, all others wait for it."""
-    return [child for child in waiting if child.name == "scheduler"] or waiting

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from laps import child as child_module
-from laps import log_files, logs, ports, store_child
+from laps import log_files, logs, ports, readiness_watch, store_child
 from laps import stack as stack_module
 from laps.child import Child, ChildSpec
 from laps.log_files import older
@@ -266,6 +266,64 @@ async def test_what_is_waited_for_is_said_once(
         "scheduler: ready now",
     ]
     assert len(lines) == len(set(lines)), "no line comes twice"
+
+
+async def test_who_ceases_to_be_ready_is_told_with_the_reason(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
+) -> None:
+    monkeypatch.setattr(readiness_watch, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(readiness_watch, "PATIENCE_S", 0.05)
+    lost, asked = False, 0
+
+    async def unless_lost(address: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return not lost
+
+    async with Stack(settings, any_ports=True, command=idle, is_ready=unless_lost) as stack:
+        event = {"event": "store does not answer", "level": "error", "error": "connection refused"}
+        with stack.children["scheduler"].log_path.open("a") as log:
+            log.write(json.dumps(event) + "\n")
+        lost = True
+        await eventually(lambda: "not ready any more" in said.getvalue())
+        enough = asked + 40
+        await eventually(lambda: asked > enough)
+        lost = False
+        await eventually(lambda: "ready again" in said.getvalue())
+    lines = [line[9:] for line in said.getvalue().splitlines()]
+    # The others wait for the scheduler.
+    assert re.match(
+        r"scheduler: not ready any more: store does not answer: connection refused \(log: ", lines[0]
+    )
+    assert re.match(r"scheduler: ready again \(after: 0 s\)", lines[1])
+    assert len(lines) == 2
+
+
+async def test_of_a_child_that_ended_it_is_told_when_it_is_ready_again(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
+) -> None:
+    monkeypatch.setattr(readiness_watch, "INTERVAL_S", 0.02)
+    monkeypatch.setattr(readiness_watch, "PATIENCE_S", 0.05)
+    dead: set[str] = set()
+    asked = 0
+
+    async def unless_dead(address: str) -> bool:
+        nonlocal asked
+        asked += 1
+        return address not in dead
+
+    async with Stack(settings, any_ports=True, command=idle, is_ready=unless_dead) as stack:
+        scheduler = stack.children["scheduler"]
+        dead.add(stack.scheduler_address)
+        scheduler.signal(signal.SIGKILL)
+        await eventually(lambda: scheduler.starts == 2)
+        enough = asked + 40
+        await eventually(lambda: asked > enough)
+        dead.clear()
+        await eventually(lambda: "ready again" in said.getvalue())
+    first, second = said.getvalue().splitlines()
+    assert "scheduler: ended, starting it again (how: killed by SIGKILL, " in first
+    assert "scheduler: ready again (after: 0 s)" in second
 
 
 async def test_a_store_without_room_waits_for_it_and_says_so(
