@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from laps.child import Child
 from laps.logs import get_logger
@@ -22,16 +21,13 @@ PATIENCE_S = 3.0
 class ReadinessWatch:
     """Of those among `children` that are services. All were ready when it begins."""
 
-    def __init__(self, children: Mapping[str, Any]) -> None:
+    def __init__(self, children: Mapping[str, object]) -> None:
         self._children = children
         self._lost_s: dict[str, float] = {}
         """Since when each is not ready."""
         self._told: set[str] = set()
-        self._starts = {child.name: child.starts for child in self._services()}
+        self._starts = {child.name: child.starts for child in services(children)}
         """As often as each had been started when it was ready last."""
-
-    def _services(self) -> list[Child]:
-        return [child for child in self._children.values() if isinstance(child, Child)]
 
     async def run(self) -> None:
         while True:
@@ -39,11 +35,11 @@ class ReadinessWatch:
             await self.look()
 
     async def look(self) -> None:
-        services = self._services()
-        ready = await asyncio.gather(*(child.spec.is_ready() for child in services))
+        watched = services(self._children)
+        ready = await asyncio.gather(*(child.spec.is_ready() for child in watched))
         now_s = time.monotonic()
         lost = []
-        for child, is_ready in zip(services, ready, strict=True):
+        for child, is_ready in zip(watched, ready, strict=True):
             if not is_ready:
                 self._lost_s.setdefault(child.name, now_s)
                 lost.append(child)
@@ -65,6 +61,11 @@ class ReadinessWatch:
                     because=child.last_words() or "its log does not say why",
                     log=str(child.log_path),
                 )
+
+
+def services(children: Mapping[str, object]) -> list[Child]:
+    """Those that say whether they are ready: all but the store."""
+    return [child for child in children.values() if isinstance(child, Child)]
 
 
 def causes(waiting: Sequence[Child]) -> Sequence[Child]:

@@ -24,7 +24,7 @@ from laps.child import Child, ChildSpec
 from laps.errors import LocalError
 from laps.logs import get_logger
 from laps.ports import free_ports, is_free
-from laps.readiness_watch import ReadinessWatch, causes
+from laps.readiness_watch import ReadinessWatch, causes, services
 from laps.security.tls import TlsFiles
 from laps.setting import reachable
 from laps.settings import Settings
@@ -171,7 +171,7 @@ class Stack:
         """
         began_s = time.monotonic()
         patience_s = began_s + _PATIENCE_S
-        waiting = [child for child in self.children.values() if isinstance(child, Child)]
+        waiting = services(self.children)
         told: dict[str, set[str]] = {}
         while waiting:
             for child in list(waiting):

@@ -23,13 +23,12 @@ from scheduler_svc.term import Terms
 
 MOST_AT_ONCE = 32
 """Requests of one message that are taken before others have their turn: some milliseconds."""
+MOST_UNREAD = 1000
+"""Answers of one stream that wait to be sent or stored. No more is read before some of them are."""
 
 Answers = asyncio.Queue[scheduler_pb2.SubmitManyResponse | None]
 
 log = structlog.get_logger()
-
-MOST_UNREAD = 1000
-"""Answers of one stream that wait to be sent or stored. No more is read before some of them are."""
 
 
 @dataclass(frozen=True, slots=True)

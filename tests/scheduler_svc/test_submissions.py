@@ -90,6 +90,12 @@ async def answers(call: Any, count: int) -> dict[int, scheduler_pb2.SubmitAnswer
     return found
 
 
+async def until_taken(term: Term, request_id: str) -> None:
+    async with asyncio.timeout(60):
+        while term.leader.core.get(request_id) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 def refusal(answer: scheduler_pb2.SubmitAnswer) -> errors.LapsError:
     return errors.from_rpc_error(errors.rpc_error_of(answer.refused))
 
@@ -99,9 +105,7 @@ async def test_nothing_is_acknowledged_before_it_is_stored() -> None:
     async with stream_of(term) as call:
         await call.write(message("a", "b"))
         reading = asyncio.ensure_future(answers(call, 2))
-        async with asyncio.timeout(60):
-            while term.leader.core.get("b") is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until_taken(term, "b")
         assert not reading.done()
         term.stored.set()
         found = await reading
@@ -177,12 +181,8 @@ async def test_of_a_gateway_that_reads_no_answers_no_more_is_taken(monkeypatch: 
     async with stream_of(term) as call:
         for name in "abc":
             await call.write(message(name))
-        async with asyncio.timeout(60):
-            while term.leader.core.get("b") is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until_taken(term, "b")
         term.stored.set()
         # Both have been answered, so the third is read as well.
         assert len(await answers(call, 1)) == 1
-        async with asyncio.timeout(60):
-            while term.leader.core.get("c") is None:  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
+        await until_taken(term, "c")
