@@ -118,7 +118,6 @@ class Board:
         self.changed = True
         if not request.book.unwritten:
             self.ledger.aged(request)
-        self.ledger.relabelled((request,))
 
     def grant(self, request: Request, worker: Worker, slot: int, now_s: float) -> Grant:
         """Moves a waiting request into a slot. The slot must be free or just taken from its holder."""

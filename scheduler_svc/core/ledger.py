@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from heapq import heappop, heappush
 
 from scheduler_svc.core.records import (
@@ -21,13 +20,12 @@ from scheduler_svc.core.records import (
     emitted_of,
 )
 
-MAX_RECORDS_PER_S = 1000.0
+MAX_RECORDS_PER_S = 500.0
 """Records of running requests that are written per second at most because they have become old: with many
 running requests each is written less often."""
-MAX_RECORDS_AT_ONCE = 32
-"""Records of running requests that one tick writes at most because they are old or show another level.
-Requests that got their slots together do so together, and a thousand records are a pause of 50 ms, in
-which nobody is answered."""
+MAX_RECORDS_AT_ONCE = 16
+"""What one tick may make up for of that. Requests that got their slots together grow old together: to write
+each as soon as that is due would be a train of long ticks and long commits, in which nobody is answered."""
 _RECORDS_PAUSE_S = 0.005
 """Until the next tick where some were left for it and nothing else happens."""
 
@@ -38,10 +36,10 @@ class Ledger:
     def __init__(self, record_interval_s: float) -> None:
         self._record_interval_s = record_interval_s
         self._running = 0
-        self._left_s = float("-inf")
-        """When records were last left for a later tick."""
-        self._shifted: dict[str, Request] = {}
-        """Running requests that may show another level than their record, the longest so first."""
+        self._allowed = float(MAX_RECORDS_AT_ONCE)
+        """Records that may be written now."""
+        self._asked_s = float("-inf")
+        """When it was last asked for records."""
         self._unwritten: list[tuple[int, int, Request]] = []
         """Heap of (tick that wrote the record, arrival, request): did steps since then, and the record was
         not old enough to be written again. Entries of records that were written since are dead."""
@@ -82,12 +80,6 @@ class Ledger:
         book = request.book
         book.unwritten = True
         heappush(self._unwritten, (book.written_tick, request.arrival_seq, request))
-
-    def relabelled(self, requests: Iterable[Request]) -> None:
-        """These running requests may show another level than their records: such are written soon."""
-        for request in requests:
-            if request.lease_id and _shows_another_level(request):
-                self._shifted[request.request_id] = request
 
     def emitted_with_logprobs(self, request: Request, offset: int, logprobs: bytes) -> None:
         """What `request` grew by from `offset` on, and what belongs to that. Log probabilities are opaque to
@@ -143,36 +135,29 @@ class Ledger:
         """Running requests whose record must be written in this tick. `running`: how many requests hold a
         slot."""
         self._running = running
-        interval_s = self._interval_s()
-        unwritten, shifted = self._unwritten, self._shifted
+        written_until_s = now_s - self._interval_s()
+        earned = (now_s - self._asked_s) * MAX_RECORDS_PER_S
+        self._asked_s = now_s
+        self._allowed = min(self._allowed + earned, MAX_RECORDS_AT_ONCE)
         due: list[Request] = []
-        while shifted and len(due) < MAX_RECORDS_AT_ONCE:
-            request = shifted.pop(next(iter(shifted)))
-            if request.state is not RequestState.FINISHED and _shows_another_level(request):
-                request.book.unwritten = False
-                due.append(request)
-        while (oldest := self._oldest_unwritten()) is not None:
-            if oldest.book.written_s + interval_s > now_s:
-                break
-            if len(due) >= MAX_RECORDS_AT_ONCE:
-                self._left_s = now_s
-                break
-            heappop(unwritten)
+        while (
+            len(due) < int(self._allowed)
+            and (oldest := self._oldest_unwritten()) is not None
+            and oldest.book.written_s <= written_until_s
+        ):
+            heappop(self._unwritten)
             oldest.book.unwritten = False
             due.append(oldest)
-        if shifted:
-            self._left_s = now_s
+        self._allowed -= len(due)
         return due
 
     def next_record_s(self) -> float | None:
         """When the next record must be written even if nothing happens until then: what is stored is not
-        older than the record interval, and the few ticks more that many of one age take."""
-        if self._shifted:
-            return self._left_s + _RECORDS_PAUSE_S
+        older than the record interval, and as much more as many of one age take."""
         oldest = self._oldest_unwritten()
         if oldest is None:
             return None
-        return max(oldest.book.written_s + self._interval_s(), self._left_s + _RECORDS_PAUSE_S)
+        return max(oldest.book.written_s + self._interval_s(), self._asked_s + _RECORDS_PAUSE_S)
 
     def _oldest_unwritten(self) -> Request | None:
         unwritten = self._unwritten
@@ -194,8 +179,6 @@ class Ledger:
             book.written_s = now_s
             book.written_tick = self.tick
             book.unwritten = False
-            book.written_level = request.level
-            book.written_perceptible = request.perceptible
         oldest = self._oldest_unwritten()
         self.logged_tick = self.tick if oldest is None else oldest.book.written_tick
         commit = Commit(
@@ -235,12 +218,6 @@ class Ledger:
 def _is_dead(entry: tuple[int, int, Request]) -> bool:
     book = entry[2].book
     return not book.unwritten or book.written_tick != entry[0] or entry[2].state is RequestState.FINISHED
-
-
-def _shows_another_level(request: Request) -> bool:
-    """Than its record tells."""
-    book = request.book
-    return book.written_level != request.level or book.written_perceptible is not request.perceptible
 
 
 def _ending(request: Request) -> str:

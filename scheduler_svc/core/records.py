@@ -94,8 +94,6 @@ class Bookkeeping:
     written_s: float = float("-inf")
     written_tick: int = 0
     """The tick that wrote its record last, and with it all of its output to its log."""
-    written_level: int = -1
-    written_perceptible: bool = False
     unwritten: bool = False
     """Did a step since its record was written."""
     refused_rows: int = 0

@@ -339,8 +339,6 @@ class Scheduler:
         if self._board.changed or not self.policy.settled:
             self.counters.preemptions += place(self._board, now_s)
             self._board.changed = False
-        self._ledger.relabelled(self.policy.relabelled)
-        self.policy.relabelled.clear()
         for request in self._ledger.records_due(now_s, len(self._board.leases)):
             self.policy.believe(request)
             self._ledger.changed(request)

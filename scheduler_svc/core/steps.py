@@ -239,7 +239,6 @@ def _apply_rows(
     if moved_on:
         if board.policy_follows_steps:
             board.policy.stepped(moved_on)
-            ledger.relabelled(moved_on)
         board.worst.pop(worker_id, None)
 
 

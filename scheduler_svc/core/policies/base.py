@@ -50,9 +50,6 @@ class Policy(ABC):
 
     def __init__(self) -> None:
         self.pool = PoolView()
-        self.relabelled: list[Request] = []
-        """Running requests that have another level, or became perceptible or not, otherwise than in `stepped`
-        and `due`: readers are to see it soon. The scheduler empties it."""
 
     def bind(self, pool: PoolView) -> None:
         """Called once, before anything else."""

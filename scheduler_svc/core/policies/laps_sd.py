@@ -54,8 +54,11 @@ _EVERYTHING = "laps-sd/everything"
 _STEP_TIME = "laps-sd/step_s"
 _SHORT_QUEUE = 500
 """So many live requests are ranked anew in one tick."""
-_RANKED_AT_ONCE = 100
-"""The same of a longer queue: it must not make a long tick, nor a long commit."""
+_RANKED_PER_S = 2000.0
+_RANKED_WITHIN_S = 10.0
+"""Of a longer queue so many a second are ranked anew, or as many as make it all of them within so many
+seconds. Each that waits gets another place in the store: more at a time would be a train of long ticks."""
+_RANKING_PAUSE_S = 0.005
 _MEAN_EXCESS = math.sqrt(2.0 / math.pi)
 """By how many standard deviations a normal variable above its median exceeds it in the mean."""
 _STEP_TIME_RATIO = 1.25
@@ -165,6 +168,7 @@ class LapsSd(Policy):
         self._live: dict[str, Request] = {}
         self._to_rank: list[str] = []
         """Those whose turn has not come yet since enough was learnt, the next one last."""
+        self._next_turn_s = -math.inf
         self._waiting = _Waiting()
         self._news = False
         """Something has come, ended or been ranked anew since preemption was last weighed."""
@@ -265,13 +269,8 @@ class LapsSd(Policy):
                     left_tokens = most_tokens
                 request.rank = (left_tokens if left_tokens > 1.0 else 1.0) / rate * step_s
                 belief.ranked_steps = steps
-                level = bisect_right(thresholds_s, request.rank)
-                perceptible = emitted < length_tokens and length.log_sd <= perceptible_log_sd
-                if level != request.level or perceptible is not request.perceptible:
-                    request.level = level
-                    request.perceptible = perceptible
-                    if request.lease_id:
-                        self.relabelled.append(request)
+                request.level = bisect_right(thresholds_s, request.rank)
+                request.perceptible = emitted < length_tokens and length.log_sd <= perceptible_log_sd
             rank = request.rank
             if rank > last_rank or (rank == last_rank and request.arrival_seq > last.arrival_seq):
                 last, last_rank = request, rank
@@ -298,19 +297,26 @@ class LapsSd(Policy):
 
     def due(self, now_s: float) -> Iterable[Request]:
         """Ranks everything anew when enough was learnt since the last time, O(1) per finished request, or
-        when steps have become longer or shorter."""
-        step_s = self.pool.step_s
-        other_step = self.pool.measured and not (
-            step_s / _STEP_TIME_RATIO <= self._step_s <= step_s * _STEP_TIME_RATIO
-        )
-        if other_step or self._finishes >= max(self._least_finishes, len(self._live) // 8):
+        when steps have become longer or shorter. A long queue takes turns, and is not begun anew before it
+        has come to its end."""
+        if not self._to_rank:
+            step_s = self.pool.step_s
+            other_step = self.pool.measured and not (
+                step_s / _STEP_TIME_RATIO <= self._step_s <= step_s * _STEP_TIME_RATIO
+            )
+            if not other_step and self._finishes < max(self._least_finishes, len(self._live) // 8):
+                return ()
             if other_step:
                 self._step_s = step_s
             self._finishes = 0
             self._to_rank = list(reversed(self._live))
-        if not self._to_rank:
+        if len(self._live) <= _SHORT_QUEUE:
+            at_once = len(self._to_rank)
+        elif now_s < self._next_turn_s:
             return ()
-        at_once = _RANKED_AT_ONCE if len(self._live) > _SHORT_QUEUE else len(self._to_rank)
+        else:
+            self._next_turn_s = now_s + _RANKING_PAUSE_S
+            at_once = math.ceil(max(_RANKED_PER_S, len(self._live) / _RANKED_WITHIN_S) * _RANKING_PAUSE_S)
         names = self._to_rank[: -at_once - 1 : -1]
         del self._to_rank[-at_once:]
         requests = [self._live[name] for name in names if name in self._live]
@@ -323,7 +329,7 @@ class LapsSd(Policy):
         return requests
 
     def next_due_s(self) -> float | None:
-        return self.pool.now_s if self._to_rank else None
+        return max(self.pool.now_s, self._next_turn_s) if self._to_rank else None
 
     def learnt(self) -> Mapping[str, str]:
         changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}

@@ -27,22 +27,25 @@ def filled(slots: int, **settings: float) -> tuple[Scheduler, FakeWorker]:
     return core, fake
 
 
-def test_a_long_queue_is_ranked_anew_in_several_ticks() -> None:
+def test_a_long_queue_is_ranked_anew_little_by_little() -> None:
     core, _ = filled(2)
     policy = core.policy
     assert isinstance(policy, LapsSd)
     policy.knowledge.add("", 256.0, False, tokens=30, steps=10)
-    policy._finishes = QUEUED
-    moves: list[int] = []
-    while len(moves) < 20:
-        commit = core.tick(0.2).commit
-        moves.append(len([move for move in commit.moves if move.level is not None]))
+    now_s = 0.2
+    moved: list[set[str]] = []
+    while not moved or policy._to_rank:
+        # The second tick comes before its turn. Enough is learnt all the time, but a round goes to its end.
+        for finishes in (QUEUED, 0):
+            policy._finishes = finishes
+            moves = core.tick(now_s).commit.moves
+            moved.append({move.request_id for move in moves if move.level is not None})
         core.check_invariants()
-        if core.next_timer_s() != 0.2:
-            break
-    assert len(moves) > 1
-    assert max(moves) <= 100
-    assert sum(moves) == core.waiting_requests
+        ranked_s, now_s = now_s, core.next_timer_s() or now_s
+    assert max(map(len, moved)) <= 10
+    assert not any(moved[1::2])
+    assert sum(map(len, moved)) == core.waiting_requests == len(set.union(*moved))
+    assert 0.5 < ranked_s < 1.0
 
 
 def test_a_recovered_queue_is_written_anew_in_several_ticks_and_runs_at_once() -> None:
@@ -125,10 +128,11 @@ def test_with_many_running_each_record_is_written_less_often() -> None:
     slots = 1000
     core, fake = filled(slots, record_interval_s=0.25)
     written = 0
-    for step in range(1, 41):
+    for step in range(1, 101):
         core.report(fake.step(1), step * 0.05)
         written += sum(written_by_ticks(core, step * 0.05, (step + 1) * 0.05))
-    assert 0.5 * MAX_RECORDS_PER_S * 2.0 < written <= 1.1 * MAX_RECORDS_PER_S * 2.0
+    # They all got their slots at once, so the first is due after an interval, which is 2 s of the five.
+    assert 0.9 * MAX_RECORDS_PER_S * 3.0 < written <= 1.1 * MAX_RECORDS_PER_S * 3.0
 
 
 def test_records_of_one_age_are_not_written_in_one_tick() -> None:
@@ -142,20 +146,6 @@ def test_records_of_one_age_are_not_written_in_one_tick() -> None:
     left = written_by_ticks(core, 1.05, 2.0)
     assert sum(left) <= 200
     assert all(request.book.written_s >= 1.0 for request in core.requests.values() if request.lease_id)
-
-
-def test_many_that_change_their_level_together_are_written_a_few_at_a_time() -> None:
-    core, fake = filled(200, record_interval_s=10.0)
-    core.report(fake.step(1), 0.1)
-    written_by_ticks(core, 0.1, 0.2)
-    for request in core.requests.values():
-        request.level += 1
-        core.policy.relabelled.append(request)
-    core.report(fake.step(1), 0.3)
-    ticks = written_by_ticks(core, 0.3, 1.0)
-    assert max(ticks) == MAX_RECORDS_AT_ONCE
-    assert sum(ticks) == 200
-    assert core.next_timer_s() != 1.0
 
 
 def written_by_ticks(core: Scheduler, now_s: float, until_s: float) -> list[int]:
