@@ -1,9 +1,9 @@
 """One term of leadership: the loop that joins the core with the store.
 
 Events reach the core at once (it is a plain object in this process); what it decides is
-taken once a tick, stored in one call, and only then seen by clients and workers. While a
-commit is on its way the next tick's events gather, so the store's latency bounds the rate
-of ticks and not the number of requests.
+taken once a tick, stored in one call, and only then seen by clients and workers, in the order
+of the ticks. While commits are on their way the next tick's events gather, so the store's
+latency bounds the rate of ticks and not the number of requests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -39,6 +40,9 @@ UPDATE_BYTES = 1 << 20
 that many slots are given in one tick can be. The worker would join anew, and be given the same."""
 MAX_UNREAD_UPDATES = 1000
 """A worker that has not read so many reads nothing. It loses its session; what it ran waits again."""
+COMMITS_UNDER_WAY = 2
+"""Ticks that have been decided and not been told. With one, whatever arrives during a commit waits for its
+end before it is decided; the store knows a repetition of its last two commits, and of no more."""
 COMMIT_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
 
@@ -69,6 +73,24 @@ class WorkerSession:
         while not self.outbox.empty():
             self.outbox.get_nowait()
         self.close()
+
+
+@dataclass(eq=False, slots=True)
+class Decided:
+    """A tick on its way through the store, and what is to be told when it is there."""
+
+    tick: Tick
+    now_s: float
+    began_s: float
+    sessions: dict[str, WorkerSession]
+    """It was decided for these: one that opens during the commit knows none of it."""
+    steps: dict[str, int]
+    """The last step of each that is part of it: reports that come during the commit are not."""
+    reported: list[str]
+    waiters: list[asyncio.Future[None]]
+    encoded: bytes = b""
+    """Empty: there is nothing to be stored."""
+    sent: asyncio.Task[bool] | None = None
 
 
 class Leader:
@@ -105,8 +127,12 @@ class Leader:
         self._waiters: list[asyncio.Future[None]] = []
         self._store_down = False
         self._renewed = True
-        self._told_s = float("-inf")
-        """When the last tick was over."""
+        self._decided_s = float("-inf")
+        """When the last tick was decided."""
+        self._under_way: deque[Decided] = deque()
+        """In their order."""
+        self._room = asyncio.Semaphore(COMMITS_UNDER_WAY)
+        self._sent = asyncio.Event()
         tracing = telemetry.tracing()
         self._traces = None if tracing is None else RequestTraces(tracing, core, self.now_s())
         self.hub.restored(core.requests.values(), self.now_s())
@@ -181,48 +207,83 @@ class Leader:
             HistoryWentBack, LogConflict: the store is not the one that this term wrote.
         """
         try:
-            await while_leading(self._tick_forever(), self._store, self._leader_ttl_s, self._told_of_renewal)
+            await while_leading(self._work(), self._store, self._leader_ttl_s, self._told_of_renewal)
         finally:
-            for waiter in self._waiters:
-                waiter.cancel()
+            for waiters in (self._waiters, *(decided.waiters for decided in self._under_way)):
+                for waiter in waiters:
+                    waiter.cancel()
             for session in self._sessions.values():
                 session.close()
             self.hub.close()
             if self._traces is not None:
                 self._traces.close(self.now_s())
 
+    async def _work(self) -> None:
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(work) for work in (self._decide_forever(), self._tell_forever())
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            tasks += [decided.sent for decided in self._under_way if decided.sent is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
     def _told_of_renewal(self, renewed: bool) -> None:
         self._renewed = renewed
 
-    async def _tick_forever(self) -> None:
+    async def _decide_forever(self) -> None:
         while True:
+            await self._room.acquire()
             await self._until_due()
-            now_s = self.now_s()
-            for request_id in self.hub.take_abandoned(now_s):
-                self.core.cancel(request_id, now_s)
-            tick = self.core.tick(now_s)
-            waiters, self._waiters = self._waiters, []
-            self._close_lost_sessions()
-            # Decided for these sessions: one that opens during the commit knows none of it.
-            sessions = dict(self._sessions)
-            # Reports that come during the commit are not part of it.
-            steps = {session.worker_id: session.last_step for session in sessions.values()}
-            reported = [session.worker_id for session in sessions.values() if session.unacknowledged]
-            for worker_id in reported:
-                sessions[worker_id].unacknowledged = False
-            try:
-                if tick.commit:
-                    # Packed now: the records go on changing while the store is being asked.
-                    await self._commit(self._store.encode(tick.commit, now_s))
-                self._publish(tick, sessions, steps, reported, now_s)
-            except BaseException:
-                for waiter in waiters:
-                    waiter.cancel()
-                raise
-            self._told_s = self.now_s()
-            for waiter in waiters:
+            self._under_way.append(self._decide(self.now_s()))
+            self._sent.set()
+            self._decided_s = self.now_s()
+
+    def _decide(self, now_s: float) -> Decided:
+        """One tick, and its commit on its way."""
+        for request_id in self.hub.take_abandoned(now_s):
+            self.core.cancel(request_id, now_s)
+        tick = self.core.tick(now_s)
+        self._close_lost_sessions()
+        sessions = dict(self._sessions)
+        decided = Decided(
+            tick,
+            now_s,
+            time.perf_counter(),
+            sessions,
+            steps={session.worker_id: session.last_step for session in sessions.values()},
+            reported=[session.worker_id for session in sessions.values() if session.unacknowledged],
+            waiters=self._waiters,
+        )
+        if tick.commit:
+            # Packed now: the records go on changing while the store is being asked.
+            decided.encoded = self._store.encode(tick.commit, now_s)
+            self._send(decided)
+        self._waiters = []
+        for worker_id in decided.reported:
+            sessions[worker_id].unacknowledged = False
+        return decided
+
+    def _send(self, decided: Decided) -> asyncio.Task[bool]:
+        decided.sent = asyncio.create_task(self._store.commit(decided.encoded))
+        return decided.sent
+
+    async def _tell_forever(self) -> None:
+        while True:
+            while not self._under_way:
+                self._sent.clear()
+                await self._sent.wait()
+            decided = self._under_way[0]
+            if decided.sent is not None:
+                await self._stored(decided, decided.sent)
+            self._publish(decided)
+            for waiter in decided.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+            self._under_way.popleft()
+            self._room.release()
 
     def _close_lost_sessions(self) -> None:
         """Of workers that the core has given up for their silence. A stream can outlive that, for
@@ -246,14 +307,18 @@ class Leader:
         self._wake.clear()
         # After a pause at once, for somebody waits for the answer. Otherwise what comes in the meantime joins
         # this tick, and its one commit.
-        await asyncio.sleep(max(0.0, self._told_s + self._tick_interval_s - self.now_s()))
+        await asyncio.sleep(max(0.0, self._decided_s + self._tick_interval_s - self.now_s()))
 
-    async def _commit(self, encoded: bytes) -> None:
+    async def _stored(self, decided: Decided, sent: asyncio.Task[bool]) -> None:
+        """Returns when the first of those under way is stored."""
         retry_s = RETRY_FIRST_S
-        started_s = time.perf_counter()
+        if sent.done() and isinstance(sent.exception(), StoreUnavailable):
+            # Lost with the one before it, which has been stored by now.
+            sent = self._send(decided)
         while True:
             try:
-                await self._store.commit(encoded)
+                await sent
+                break
             except StoreUnavailable as error:
                 # The outcome may be unknown. The call is idempotent, so ask again.
                 if not self._store_down:
@@ -261,22 +326,16 @@ class Leader:
                 self._store_down = True
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_LAST_S)
-            else:
-                break
+                sent = self._send(decided)
+        took_s = time.perf_counter() - decided.began_s
         if self._store_down:
             self._store_down = False
-            log.info("store answers again", down_s=round(time.perf_counter() - started_s, 3))
+            log.info("store answers again", down_s=round(took_s, 3))
         self.ticks += 1
-        self.commit_times.labels(self.core.pool).observe(time.perf_counter() - started_s)
+        self.commit_times.labels(self.core.pool).observe(took_s)
 
-    def _publish(
-        self,
-        tick: Tick,
-        sessions: dict[str, WorkerSession],
-        steps: dict[str, int],
-        reported: list[str],
-        now_s: float,
-    ) -> None:
+    def _publish(self, decided: Decided) -> None:
+        tick, now_s, sessions = decided.tick, decided.now_s, decided.sessions
         self.hub.published(tick.commit.emitted, tick.commit.logprobs)
         self.hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
@@ -293,7 +352,7 @@ class Leader:
                 **telemetry.trace_field(request.spec.traceparent),
             )
         updates: dict[str, worker_pb2.LeaseUpdate] = {
-            worker_id: worker_pb2.LeaseUpdate() for worker_id in reported
+            worker_id: worker_pb2.LeaseUpdate() for worker_id in decided.reported
         }
         for revoke in tick.revokes:
             updates.setdefault(revoke.worker_id, worker_pb2.LeaseUpdate()).revokes.append(
@@ -311,7 +370,7 @@ class Leader:
                 continue
             update.epoch = self.epoch
             update.history.CopyFrom(history)
-            update.acknowledged_step = steps[worker_id]
+            update.acknowledged_step = decided.steps[worker_id]
             update.step_credit = settings.step_credit
             update.lease_duration_s = settings.lease_duration_s
             for message in messages(update):

@@ -102,7 +102,12 @@ def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
 
 
 class Caller:
-    """One connection for calls that change something, one at a time, each made once."""
+    """One connection for calls that change something, each made once, in the order in which they are made.
+
+    A call is sent without waiting for the answers of those before it; the answers come in the same order.
+    When the connection is lost, with it are all that have no answer yet: whether they were carried out is
+    unknown.
+    """
 
     def __init__(self, pool: ConnectionPool, url: str, pool_name: str, timeout_s: float) -> None:
         self._url = url
@@ -111,7 +116,9 @@ class Caller:
         self._pool = pool
         self._redis: Redis = Redis(connection_pool=pool)
         self._connection = self._make_connection()
-        self._turn = asyncio.Lock()
+        self._sending = asyncio.Lock()
+        self._sent_last: asyncio.Future[bool] | None = None
+        """Of the call that was sent last by this connection: whether its answer has been read."""
 
     def _make_connection(self) -> AbstractConnection:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
@@ -126,48 +133,69 @@ class Caller:
             StoreUnavailable: no answer; whether the call was carried out is unknown.
             StoreError: refused; the function's code decides the class.
         """
-        async with self._turn:
-            try:
-                for _ in range(MAX_DETOURS):
-                    # What follows was refused as a whole, so asking again is no repetition.
-                    try:
-                        return await self._once(function, *args)
-                    except exceptions.MovedError as moved:
-                        await self._connection.disconnect()
-                        await follow(self._pool, moved)
-                        self._connection = self._make_connection()
-                    except exceptions.ResponseError as error:
-                        if "Function not found" not in str(error):
-                            raise
-                        # The server was replaced or emptied, or is a node that this pool has just come to.
-                        await library.load(self._redis)
-                return await self._once(function, *args)
-            except exceptions.RedisError as error:
-                raise translated(error, self._url) from error
+        try:
+            for _ in range(MAX_DETOURS):
+                # What follows was refused as a whole, so asking again is no repetition.
+                try:
+                    return await self._once(function, *args)
+                except exceptions.MovedError as moved:
+                    await follow(self._pool, moved)
+                    await self._lose(self._connection)
+                except exceptions.ResponseError as error:
+                    if "Function not found" not in str(error):
+                        raise
+                    # The server was replaced or emptied, or is a node that this pool has just come to.
+                    await library.load(self._redis)
+            return await self._once(function, *args)
+        except exceptions.RedisError as error:
+            raise translated(error, self._url) from error
 
     async def _once(self, function: str, *args: str | bytes | int | float) -> Any:
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         connection = self._connection
         try:
             async with asyncio.timeout(self._timeout_s):
-                if not connection.is_connected:
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                packed = connection.pack_command("FCALL", function, 1, self._key, *args)
-                await connection.send_packed_command(packed, check_health=False)
-                return await connection.read_response()
+                async with self._sending:
+                    connection = self._connection
+                    if not connection.is_connected:
+                        await connection.connect()  # type: ignore[no-untyped-call]
+                    packed = connection.pack_command("FCALL", function, 1, self._key, *args)
+                    before, self._sent_last = self._sent_last, answered
+                    await connection.send_packed_command(packed, check_health=False)
+                if before is not None and not await before:
+                    raise exceptions.ConnectionError("the connection was lost by a call before this one")
+                reply = await connection.read_response()
         except exceptions.ResponseError as error:
+            _settle(answered, True)
             if isinstance(error, exceptions.AuthenticationError):
-                await connection.disconnect(nowait=True)
+                await self._lose(connection)
             raise
         except (exceptions.RedisError, OSError, TimeoutError) as error:
-            await connection.disconnect(nowait=True)
+            _settle(answered, False)
+            await self._lose(connection)
             raise translated(error, self._url) from error
         except BaseException:
             # Cancelled: the answer may still come, and must not be taken for the next call's.
-            await connection.disconnect(nowait=True)
+            _settle(answered, False)
+            await self._lose(connection)
             raise
+        _settle(answered, True)
+        return reply
+
+    async def _lose(self, connection: AbstractConnection) -> None:
+        """The next call takes a new connection: on this one there may be answers that nobody waits for."""
+        if self._connection is connection:
+            self._connection, self._sent_last = self._make_connection(), None
+        await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         await self._connection.disconnect()
+
+
+def _settle(answered: asyncio.Future[bool], read: bool) -> None:
+    # The call behind it may have been cancelled as it waited for this.
+    if not answered.done():
+        answered.set_result(read)
 
 
 class Reader:

@@ -3,7 +3,7 @@
 Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is atomic.
 
   Key, after laps:{POOL}:  Type        Members or fields
-  meta                     hash        schema, timeline, commit_seq, commit_digest, committed_ms, journal_seq, journal_from, resumed_seq, policy, level_thresholds_s, levels, backlog_us
+  meta                     hash        schema, timeline, commit_seq, commit_digest, digest_before, committed_ms, journal_seq, journal_from, resumed_seq, policy, level_thresholds_s, levels, backlog_us
   leader                   hash        epoch, holder, address, expires_ms
   epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began, and its term's random name
   stopped                  hash        only while the pool is stopped: by, reason, at_ms, what was seen and what was stored
@@ -298,12 +298,13 @@ end
 register('laps_commit', function(prefix, args)
   local seq, acknowledged, digest = tonumber(args[3]), tonumber(args[4]), args[5]
   fence(prefix, tonumber(args[1]), args[2])
-  local meta = redis.call('HMGET', prefix .. 'meta', 'commit_seq', 'commit_digest', 'backlog_us', 'levels')
+  local meta = redis.call('HMGET', prefix .. 'meta', 'commit_seq', 'commit_digest', 'backlog_us', 'levels', 'digest_before')
   local stored_seq = tonumber(meta[1] or 0)
   if stored_seq < acknowledged then
     refuse('HISTORY_WENT_BACK', 'commit ' .. stored_seq .. ' is the last one stored, ' .. acknowledged .. ' was acknowledged')
   end
-  if seq == stored_seq and digest == meta[2] then return { seq, 0 } end
+  -- Two commits may be under way at once: both may have been stored without their leader knowing.
+  if seq == stored_seq and digest == meta[2] or seq == stored_seq - 1 and digest == meta[5] then return { seq, 0 } end
   if seq <= stored_seq then refuse('SEQ_CONFLICT', 'commit ' .. seq .. ' when ' .. stored_seq .. ' is stored, with other content') end
   if seq > stored_seq + 1 then refuse('SEQ_GAP', 'commit ' .. seq .. ' after ' .. stored_seq) end
   local now, submitted, appended, changed, moves, leased, unleased, finished, forgotten, workers, workers_gone, events, learnt, journal_from =
@@ -421,7 +422,7 @@ register('laps_commit', function(prefix, args)
   end
   call_batched('HSET', prefix .. 'learnt', learnt) -- name, value, ...
   -- Last: were a write above to fail, the same commit could be tried again.
-  redis.call('HSET', prefix .. 'meta', 'commit_seq', seq, 'commit_digest', digest, 'committed_ms', now,
-    'backlog_us', backlog_us, 'levels', levels)
+  redis.call('HSET', prefix .. 'meta', 'commit_seq', seq, 'commit_digest', digest, 'digest_before', meta[2] or '',
+    'committed_ms', now, 'backlog_us', backlog_us, 'levels', levels)
   return { seq, 1 }
 end)

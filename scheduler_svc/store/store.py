@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from laps.history import HistoryPoint
 from scheduler_svc.core.records import TOKEN_BYTES, Commit, Recovered, Request
 from scheduler_svc.store import codec, connection, inspector_proto, library, packing, recovery
-from scheduler_svc.store.errors import Alarm, StaleLeader, StoreError
+from scheduler_svc.store.errors import Alarm, SequenceGap, StaleLeader, StoreError, StoreUnavailable
 
 LOG_BATCH_ENTRIES = 5000
 
@@ -239,24 +239,31 @@ class Store:
         return self._leading().pack(commit, now_s)
 
     async def commit(self, encoded: bytes) -> bool:
-        """Stores a packed tick, all of it or nothing. False: this very commit was stored already.
+        """Stores a packed tick, all of it or nothing. False: this very commit was stored already. The next
+        one may be sent while this one has no answer yet, but no third.
 
         Raises:
-            StoreUnavailable: the outcome is unknown. Calling again with the same bytes is safe.
+            StoreUnavailable: the outcome is unknown, or that of the commit before is. Calling again with the
+                same bytes, in the order of the commits, is safe.
             StaleLeader: another scheduler leads now.
             HistoryWentBack, LogConflict: the store is not what this process wrote. Stop.
         """
         packed = packing.unpack(encoded)
-        _, new = await self._commits.call(
-            "laps_commit",
-            packed.epoch,
-            self._holder,
-            packed.seq,
-            self.seen.commit_seq,
-            packed.digest,
-            packed.body,
-            packed.journal,
-        )
+        try:
+            _, new = await self._commits.call(
+                "laps_commit",
+                packed.epoch,
+                self._holder,
+                packed.seq,
+                self.seen.commit_seq,
+                packed.digest,
+                packed.body,
+                packed.journal,
+            )
+        except SequenceGap as gap:
+            if self.seen.commit_seq < packed.seq - 1:
+                raise StoreUnavailable("the commit before this one is not known to be stored") from gap
+            raise
         self.seen = replace(self.seen, commit_seq=max(self.seen.commit_seq, packed.seq))
         return bool(new)
 

@@ -184,7 +184,8 @@ class StoreModel:
                 f"HISTORY_WENT_BACK commit {stored_seq} is the last one stored, "
                 f"{acknowledged} was acknowledged"
             )
-        if seq == stored_seq and digest == meta.get("commit_digest") and "digest" in self._checks:
+        repeated = {stored_seq: meta.get("commit_digest"), stored_seq - 1: meta.get("digest_before")}
+        if digest == repeated.get(seq) and "digest" in self._checks:
             return [seq, 0]
         if seq <= stored_seq:
             raise Refusal(f"SEQ_CONFLICT commit {seq} when {stored_seq} is stored, with other content")
@@ -194,5 +195,9 @@ class StoreModel:
         commit = CommitCall(self.keys, seq, unpack_body(body), journal, "log" in self._checks)
         commit.check()
         commit.write()
-        meta["commit_seq"], meta["commit_digest"] = str(seq), digest
+        meta |= {
+            "commit_seq": str(seq),
+            "commit_digest": digest,
+            "digest_before": meta.get("commit_digest", ""),
+        }
         return [seq, 1]

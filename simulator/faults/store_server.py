@@ -89,17 +89,50 @@ class StoreServer:
         return reply
 
 
+class _Line:
+    """A connection: what is sent by it arrives in its order, and is answered in its order."""
+
+    def __init__(self) -> None:
+        self.arrives_s = 0.0
+        """When what was sent last arrives."""
+        self.lost = False
+        self.last: asyncio.Future[None] | None = None
+        """Of the call that was sent last: done when nobody waits for its answer any more."""
+
+
 class Caller:
-    """Stands in for `connection.Caller`: one call at a time, each made once."""
+    """Stands in for `connection.Caller`: when the connection is lost, with it are all that have no answer."""
 
     def __init__(self, server: StoreServer, timeout_s: float) -> None:
         self._server = server
         self._timeout_s = timeout_s
-        self._turn = asyncio.Lock()
+        self._line = _Line()
 
     async def call(self, function: str, *args: Any) -> Any:
-        async with self._turn:
-            return await _through(self._server, self._timeout_s, lambda: self._server.execute(function, args))
+        line = self._line
+        over: asyncio.Future[None] = self._server.loop.create_future()
+        before, line.last = line.last, over
+        reply, refusal = None, None
+        try:
+            try:
+                work = lambda: self._server.execute(function, args)  # noqa: E731
+                reply = await _through(self._server, self._timeout_s, work, line)
+            except StoreError as error:
+                refusal = error
+            except BaseException:
+                line.lost = True
+                raise
+            if before is not None:
+                await asyncio.shield(before)
+            if line.lost:
+                raise StoreUnavailable("the connection was lost by this call or one before it")
+        finally:
+            over.set_result(None)
+            if line.lost and self._line is line:
+                self._line = _Line()
+        if refusal is not None:
+            raise refusal
+        return reply
 
     async def close(self) -> None:
         return None
@@ -124,13 +157,13 @@ class Reader:
 
     async def ask(self, function: str, *args: Any, raw: bool = False) -> Any:
         keys = lambda: store_reading.ask(self._server.model.keys, function, *args)  # noqa: E731
-        return await _through(self._server, self._timeout_s, keys)
+        return await _through(self._server, self._timeout_s, keys, _Line())
 
     async def read(self, reply: Awaitable[Any]) -> Any:
         return await reply
 
 
-async def _through(server: StoreServer, timeout_s: float, work: Any) -> Any:
+async def _through(server: StoreServer, timeout_s: float, work: Any, line: _Line) -> Any:
     """To the server and back. Raises StoreUnavailable where nothing can be said about what was done."""
     loop, rng = server.loop, server.rng
     answer: asyncio.Future[Any] = loop.create_future()
@@ -169,13 +202,15 @@ async def _through(server: StoreServer, timeout_s: float, work: Any) -> Any:
             result, error = None, broken
         loop.at(None, loop.now_s + back_s, settle, result, error)
 
-    loop.at(None, loop.now_s + there_s, arrive)
+    line.arrives_s = max(line.arrives_s, loop.now_s + there_s)
+    loop.at(None, line.arrives_s, arrive)
     try:
         async with asyncio.timeout(timeout_s):
             return await answer
     except StoreError:
         raise
     except (TimeoutError, exceptions.RedisError) as error:
+        line.lost = True
         raise StoreUnavailable(f"the store does not answer: {error}") from error
 
 

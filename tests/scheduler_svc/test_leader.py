@@ -121,6 +121,36 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
         assert acknowledged.leases.acknowledged_step == 1
 
 
+async def test_what_comes_during_a_commit_is_decided_at_once_and_told_after_it() -> None:
+    """And not a third tick: of what is repeated, the store knows the last two."""
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        session = WorkerSession("w")
+        leader.open_session(session, Worker("w", 2, StepCosts(0.001, 0.01)), [])
+        await asyncio.wait_for(leader.settled(), 60)
+        store.allowed.clear()
+        told: list[str] = []
+        waiting = []
+        for name in "abc":
+            store.asked.clear()
+            leader.core.submit(RequestSpec(name, TOKEN, 10), leader.now_s())
+            settled = asyncio.ensure_future(leader.settled())
+            settled.add_done_callback(lambda _, name=name: told.append(name))  # type: ignore[misc]
+            waiting.append(settled)
+            if name != "c":
+                await asyncio.wait_for(store.asked.wait(), 60)
+        calls = len(store.calls)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert len(store.calls) == calls
+        assert not told
+        # Where the first one's fails, the second one's was sent in vain. Both are sent again, in their order.
+        store.failures += [StoreUnavailable("no answer"), StoreUnavailable("nor to the next")]
+        store.allowed.set()
+        await asyncio.wait_for(asyncio.gather(*waiting), 60)
+        assert told == ["a", "b", "c"]
+
+
 async def test_a_report_that_comes_during_a_commit_is_acknowledged_by_the_next() -> None:
     store = FakeStore()
     async with running(store) as (leader, _):

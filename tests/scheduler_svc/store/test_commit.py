@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from scheduler_svc.core.records import (
@@ -21,6 +23,7 @@ from scheduler_svc.store.errors import (
     AlreadyStored,
     LogConflict,
     SequenceGap,
+    StoreUnavailable,
     UnknownRequest,
 )
 
@@ -62,20 +65,35 @@ async def test_another_commit_of_a_stored_number_is_an_alarm(leading, make_reque
     assert dump(leading.pool) == before
 
 
-async def test_an_older_commit_is_an_alarm(leading, make_request):
-    first = leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
-    await leading.commit(first)
-    await leading.commit(leading.encode(Commit(submitted=[make_request(2)]), NOW_S))
-    with pytest.raises(LogConflict, match="SEQ_CONFLICT"):
-        await leading.commit(first)
-
-
-async def test_a_commit_that_was_left_out_is_an_alarm(leading, make_request, dump):
-    leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
+async def test_the_last_two_commits_may_come_again_and_an_older_one_is_an_alarm(leading, make_request, dump):
+    """Two may be under way at once, and both be stored without their leader knowing."""
+    commits = [leading.encode(Commit(submitted=[make_request(number)]), NOW_S) for number in (1, 2, 3)]
+    for encoded in commits:
+        assert await leading.commit(encoded)
     before = dump(leading.pool)
-    with pytest.raises(SequenceGap, match="SEQ_GAP"):
-        await leading.commit(leading.encode(Commit(submitted=[make_request(2)]), NOW_S))
+    assert not await leading.commit(commits[1])
+    assert not await leading.commit(commits[2])
+    with pytest.raises(LogConflict, match="SEQ_CONFLICT"):
+        await leading.commit(commits[0])
     assert dump(leading.pool) == before
+
+
+async def test_two_commits_under_way_are_stored_in_their_order(leading, make_request):
+    commits = [leading.encode(Commit(submitted=[make_request(number)]), NOW_S) for number in range(1, 9)]
+    for pair in zip(commits[::2], commits[1::2], strict=True):
+        assert await asyncio.gather(*map(leading.commit, pair)) == [True, True]
+    assert leading.seen.commit_seq == 8
+
+
+async def test_a_commit_behind_one_that_is_not_stored_is_not_stored_and_no_alarm(leading, make_request, dump):
+    first = leading.encode(Commit(submitted=[make_request(1)]), NOW_S)
+    second = leading.encode(Commit(submitted=[make_request(2)]), NOW_S)
+    before = dump(leading.pool)
+    with pytest.raises(StoreUnavailable, match="the commit before"):
+        await leading.commit(second)
+    assert dump(leading.pool) == before
+    assert await leading.commit(first)
+    assert await leading.commit(second)
 
 
 REFUSALS = {

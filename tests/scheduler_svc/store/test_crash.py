@@ -95,6 +95,43 @@ async def test_a_frozen_server_is_unavailable_and_the_same_bytes_may_be_sent_aga
     await store.close()
 
 
+async def test_two_commits_without_an_answer_may_both_be_sent_again(own_server, make_request):
+    store = Store(own_server.url, "p", timeout_s=0.2)
+    await store.load_functions()
+    await store.lead("a", "here", 60.0)
+    for number in (1, 3):
+        commits = [
+            store.encode(Commit(submitted=[make_request(each)]), time.time()) for each in (number, number + 1)
+        ]
+        own_server.freeze()
+        outcomes = await asyncio.gather(*map(store.commit, commits), return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [StoreUnavailable, StoreUnavailable]
+        own_server.thaw()
+        # They lie in the server's socket: it carries them out, and nobody hears of it.
+        for encoded in commits:
+            await commit_until_stored(store, encoded)
+    assert store.seen.commit_seq == 4
+    assert len((await store.recover()).requests) == 4
+    await store.close()
+
+
+async def test_a_commit_that_is_cancelled_takes_the_answer_of_the_next_with_it(
+    own_server, own_store, make_request
+):
+    """Its own answer may still come, and must not be taken for the other's."""
+    commits = [own_store.encode(Commit(submitted=[make_request(n)]), time.time()) for n in (1, 2)]
+    own_server.freeze()
+    first, second = (asyncio.create_task(own_store.commit(encoded)) for encoded in commits)
+    await asyncio.wait({first, second}, timeout=0.05)
+    first.cancel()
+    with pytest.raises(StoreUnavailable):
+        await second
+    own_server.thaw()
+    for encoded in commits:
+        await commit_until_stored(own_store, encoded)
+    assert own_store.seen.commit_seq == 2
+
+
 async def test_a_cancelled_commit_can_be_made_again(own_server, own_store, make_request):
     encoded = own_store.encode(Commit(submitted=[make_request()]), time.time())
     own_server.freeze()
