@@ -13,7 +13,7 @@ from simulator.faults.parts import MUTANTS
 from simulator.faults.world import play
 
 SEEDS = 45
-KNOWN_SEEDS = {"no name of a term": 854, "no offset check in the gateway": 0}
+KNOWN_SEEDS = {"no name of a term": 854, "no offset check in the gateway": 99}
 """At most one seed in a hundred notices. Where a change made every seed another story, the next that does
 is found by `python -m simulator.faults --seeds 1000 --mutant NAME`."""
 
