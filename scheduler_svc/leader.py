@@ -113,7 +113,7 @@ class Leader:
         self.ticks = 0
         self.commit_times = Histogram(
             "laps_commit_seconds",
-            "Time that the store took for a tick, retries included",
+            "Time from a tick's decision to its being stored, retries included",
             ["pool"],
             buckets=COMMIT_BUCKETS_S,
             registry=None,
