@@ -130,10 +130,12 @@ class Store:
     # --- Leadership --------------------------------------------------------------------------
 
     async def lead(self, holder: str, address: str, ttl_s: float) -> Leadership | None:
-        """Takes the leadership if nobody else has it. `holder` names this process; the holder
-        of before may take it again at once. Every success is a new epoch.
+        """Takes the leadership if nobody else has it, and sees to it that the store has this version's
+        functions. `holder` names this process; the holder of before may take it again at once. Every success
+        is a new epoch.
 
         Raises:
+            StoreUnavailable: nothing is known about it; to be called again.
             HistoryWentBack: the store is older than what this process has seen of it.
             PoolStopped: it was stopped, and nobody may lead it.
         """
@@ -146,6 +148,8 @@ class Store:
         self.seen = max(self.seen, HistoryPoint(timeline, epoch, commit_seq, term.decode()))
         if not taken:
             return None
+        # A scheduler of another version may have started since, and have loaded its own.
+        await self.load_functions()
         self._holder = holder
         self._ttl_s = ttl_s
         self._packer = packing.CommitPacker(epoch, commit_seq)

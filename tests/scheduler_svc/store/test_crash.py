@@ -9,6 +9,7 @@ import time
 import pytest
 
 from scheduler_svc.core.records import Append, Commit
+from scheduler_svc.store import library
 from scheduler_svc.store.errors import HistoryWentBack, StoreFull, StoreUnavailable
 from scheduler_svc.store.server import LocalServer
 from scheduler_svc.store.store import Store
@@ -191,3 +192,16 @@ def inspector_of():
     from scheduler_svc.store.inspector import Inspector
 
     return lambda store: Inspector(store.reader, store.pool)
+
+
+async def test_a_new_leader_has_the_functions_of_its_version(own_server, own_store):
+    """A scheduler of another version has started since: who only stands by leaves its functions alone."""
+    redis = own_store.reader.redis
+    code = library.source("functions.lua") + "\n-- another version\n"
+    await redis.function_load(code, replace=True)
+    standby = Store(own_server.url, "p")
+    assert await standby.lead("b", "there", 60.0) is None
+    await standby.close()
+    assert "another version" in str(await redis.function_list("laps", withcode=True))
+    assert await own_store.lead("a", "here", 60.0) is not None
+    assert "another version" not in str(await redis.function_list("laps", withcode=True))
