@@ -276,8 +276,7 @@ class Leader:
                 self._sent.clear()
                 await self._sent.wait()
             decided = self._under_way[0]
-            if decided.sent is not None:
-                await self._stored(decided, decided.sent)
+            await self._stored(decided)
             self._publish(decided)
             for waiter in decided.waiters:
                 if not waiter.done():
@@ -309,9 +308,11 @@ class Leader:
         # this tick, and its one commit.
         await asyncio.sleep(max(0.0, self._decided_s + self._tick_interval_s - self.now_s()))
 
-    async def _stored(self, decided: Decided, sent: asyncio.Task[bool]) -> None:
+    async def _stored(self, decided: Decided) -> None:
         """Returns when the first of those under way is stored."""
-        retry_s = RETRY_FIRST_S
+        sent, retry_s = decided.sent, RETRY_FIRST_S
+        if sent is None:
+            return
         if sent.done() and isinstance(sent.exception(), StoreUnavailable):
             # Lost with the one before it, which has been stored by now.
             sent = self._send(decided)

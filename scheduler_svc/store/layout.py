@@ -183,7 +183,7 @@ META_FIELDS = (
     _int("timeline", "grows when an operator accepts a store that has lost something, from 1"),
     _int("commit_seq", "number of the last commit; never falls in a timeline"),
     _text("commit_digest", "its digest"),
-    dataclasses.replace(_text("digest_before", "the digest of the commit before it"), absent=""),
+    _text("digest_before", "the digest of the commit before it"),
     _int("committed_ms", "its instant on the leader's clock, in ms"),
     _text("policy", "name of the policy in force"),
     _text("level_thresholds_s", "JSON list: attained seconds at which a request leaves level i downwards"),
