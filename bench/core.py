@@ -91,7 +91,7 @@ class Bed:
         self._hub.published(tick.commit.emitted)
         self._hub.finished(tick.commit.finished)
         for request in tick.commit.submitted:
-            self._hub.follow(self._follower, request, 0)
+            self._hub.follow(self._follower, request, 0, 0)
         if reports:
             _now(self._follower.next_message()).SerializeToString()
         spent = (reported_s - began_s, ticked_s - reported_s, packed_s - ticked_s, at() - packed_s)

@@ -1,8 +1,7 @@
 """Carries stored tokens to the gateways that follow them: one message per gateway and tick.
 
 A gateway's stream is a follower of requests. What it is sent is what Redis has: the hub is
-told of tokens only after the commit that holds them, and remembers per live request how
-many of its tokens are stored, because the core is ahead of the store by a tick.
+told of tokens only after the commit that holds them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from operator import add
 from types import MappingProxyType
 
 from laps.v1 import scheduler_pb2
@@ -178,7 +176,6 @@ class DeliveryHub:
         self._followers: dict[str, tuple[Follower, ...]] = {}
         self._open: dict[Follower, None] = {}
         self._closed = False
-        self._stored_tokens: dict[str, int] = {}
         self._orphans: list[tuple[float, str]] = []
         """Heap of (instant, request): cancelled then unless somebody follows again."""
         self._orphan_due_s: dict[str, float] = {}
@@ -187,7 +184,6 @@ class DeliveryHub:
     def restored(self, requests: Iterable[Request], now_s: float) -> None:
         """After a crash nobody follows yet: gateways get their time to come back."""
         for request in requests:
-            self._stored_tokens[request.request_id] = request.output_tokens
             self._orphan(request, now_s, self._gateway_grace_s)
 
     def opened(self, follower: Follower) -> None:
@@ -202,19 +198,17 @@ class DeliveryHub:
         for follower in self._open:
             follower.close()
 
-    def stored_tokens(self, request_id: str) -> int:
-        return self._stored_tokens.get(request_id, 0)
-
-    def follow(self, follower: Follower, request: Request, offset: int, logprobs: bytes = b"") -> None:
-        """Starts with what is stored beyond `offset` of a live request. `logprobs` belong to
-        those tokens; the core does not keep them, so the caller brings them. They may reach
-        further: a commit that the store has carried out is told to the hub a little later."""
+    def follow(
+        self, follower: Follower, request: Request, stored_tokens: int, offset: int, logprobs: bytes = b""
+    ) -> None:
+        """Starts with what is stored beyond `offset` of a live request, of which `stored_tokens` were told to
+        the hub. `logprobs` belong to those tokens; the core does not keep them, so the caller brings them.
+        They may reach further: a commit that the store has carried out is told a little later."""
         request_id = request.request_id
         follower.unfollow(request_id)
-        stored = self.stored_tokens(request_id)
-        if stored > offset:
-            output = bytes(request.output[offset * TOKEN_BYTES : stored * TOKEN_BYTES])
-            found = _first_logprobs(logprobs, stored - offset)
+        if stored_tokens > offset:
+            output = bytes(request.output[offset * TOKEN_BYTES : stored_tokens * TOKEN_BYTES])
+            found = _first_logprobs(logprobs, stored_tokens - offset)
             follower.add_missed(request_id, offset, output, found)
         follower.followed.add(request_id)
         self._followers[request_id] = (*self._others(follower, request_id), follower)
@@ -279,7 +273,6 @@ class DeliveryHub:
         followers = self._followers
         for place, each in enumerate(emitted):
             ids = each.request_ids
-            self._stored_tokens.update(zip(ids, map(add, each.offsets, each.counts), strict=True))
             # By their first rows: a set's order is another one every time.
             groups = dict.fromkeys(map(followers.get, ids))
             # Mostly one gateway follows all that a worker runs: its rows go on as they came.
@@ -295,7 +288,6 @@ class DeliveryHub:
     def finished(self, requests: Iterable[Request]) -> None:
         """The commit that ends these is stored."""
         for request in requests:
-            self._stored_tokens.pop(request.request_id, None)
             self._orphan_due_s.pop(request.request_id, None)
             followers = self._followers.pop(request.request_id, None)
             if followers:

@@ -165,6 +165,15 @@ class Leader:
         self._wake.set()
         await waiter
 
+    def stored_tokens(self, request: Request) -> int:
+        """Of a live request's output: how much the hub was told. The core is ahead of the store by the ticks
+        that are under way and the one that it collects."""
+        if not request.output:
+            return 0
+        ticks = [self.core.emitted, *(decided.tick.commit.emitted for decided in self._under_way)]
+        ahead = [emitted.count_of(request.request_id) for tick in ticks for emitted in tick]
+        return request.output_tokens - sum(ahead)
+
     def open_session(self, session: WorkerSession, worker: Worker, residents: list[Resident]) -> None:
         previous = self._sessions.get(session.worker_id)
         if previous is not None:

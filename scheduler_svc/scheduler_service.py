@@ -108,9 +108,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         logprobs = b""
         logged_tokens = offset
         while (live := leader.core.get(request_id)) is not None:
-            stored = leader.hub.stored_tokens(request_id)
+            stored = leader.stored_tokens(live)
             if not convert.wants_logprobs(live.spec) or stored <= logged_tokens:
-                leader.hub.follow(follower, live, offset, logprobs)
+                leader.hub.follow(follower, live, stored, offset, logprobs)
                 return
             # Logprobs are in the store alone. More may be stored while we read: look again.
             tokens, logprobs = await self._terms.store.read_log(request_id, offset)
@@ -164,7 +164,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             found = await self._read_or_abort(request.request_id, context)
         if live is not None:
             # What is stored but not in its log yet: whoever has read it in a stream shall find it here too.
-            stored_bytes = leader.hub.stored_tokens(request.request_id) * TOKEN_BYTES
+            stored_bytes = leader.stored_tokens(live) * TOKEN_BYTES
             found.output += live.output[len(found.output) : stored_bytes]
         response = scheduler_pb2.ReadRequestResponse(
             request=inspector_proto.request_to_proto(found, self._terms.pool),

@@ -116,12 +116,20 @@ def worst_of(
         running = [request for request in running if request.request_id not in newcomers]
     if not running:
         return None
-    priorities = {request.spec.priority for request in running}
-    lowest = min(priorities)
-    if len(priorities) > 1:
+    lowest = running[0].spec.priority
+    alike = True
+    any_overdue = False
+    for request in running:
+        priority = request.spec.priority
+        if priority != lowest:
+            alike = False
+            if priority < lowest:
+                lowest = priority
+        if request.book.overdue:
+            any_overdue = True
+    if not alike:
         running = [request for request in running if request.spec.priority == lowest]
-    overdue = {request.book.overdue for request in running}
-    if len(overdue) > 1:
-        running = [request for request in running if not request.book.overdue]
+    if any_overdue:
+        running = [request for request in running if not request.book.overdue] or running
     worst = board.policy.worst(running)
     return (-lowest, not worst.book.overdue, *board.policy.victim_key(worst)), worst

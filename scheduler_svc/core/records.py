@@ -9,12 +9,24 @@ little-endian unsigned 32-bit integers, so that nobody on the way makes an objec
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 TOKEN_BYTES = 4
 """Bytes of one packed token id."""
+
+
+_SWAP = array("I", [1]).tobytes() != b"\x01\0\0\0"
+
+
+def unpacked(token_ids: bytes) -> array[int]:
+    """Packed tokens as numbers."""
+    tokens = array("I", token_ids)
+    if _SWAP:
+        tokens.byteswap()
+    return tokens
 
 
 class RequestState(enum.StrEnum):
@@ -235,12 +247,12 @@ class StepReport:
     """What one step did to the leases of one worker. Entry i of each column is one lease."""
 
     worker_id: str
-    lease_ids: Sequence[int] = ()
-    offsets: Sequence[int] = ()
+    lease_ids: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     """Output tokens before the step."""
-    emitted_counts: Sequence[int] = ()
-    drafted_counts: Sequence[int] = ()
-    accepted_counts: Sequence[int] = ()
+    emitted_counts: list[int] = field(default_factory=list)
+    drafted_counts: list[int] = field(default_factory=list)
+    accepted_counts: list[int] = field(default_factory=list)
     token_ids: bytes = b""
     """All emitted tokens, packed, in the order of the columns."""
     finishes: dict[int, RowFinish] = field(default_factory=dict)
@@ -309,6 +321,11 @@ class Emitted:
         for request_id, offset, count in zip(self.request_ids, self.offsets, self.counts, strict=True):
             begin, end = end, end + count * TOKEN_BYTES
             yield request_id, offset, self.token_ids[begin:end]
+
+    def count_of(self, request_id: str) -> int:
+        """Tokens of one request; 0: it has no row."""
+        ids = self.request_ids
+        return self.counts[ids.index(request_id)] if request_id in ids else 0
 
     def of(self, request_ids: Container[str]) -> Emitted:
         """The rows of these requests alone."""
@@ -388,8 +405,21 @@ class Commit:
     """What the policy has learnt, by name; merged into what is stored."""
 
     def __bool__(self) -> bool:
-        numbers = ("tick", "logged_tick")
-        return any(getattr(self, entry.name) for entry in fields(self) if entry.name not in numbers)
+        return bool(
+            self.submitted
+            or self.emitted
+            or self.appended
+            or self.changed
+            or self.moves
+            or self.leased
+            or self.unleased
+            or self.finished
+            or self.forgotten
+            or self.workers
+            or self.workers_gone
+            or self.events
+            or self.learnt
+        )
 
 
 @dataclass(slots=True)

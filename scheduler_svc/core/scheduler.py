@@ -21,6 +21,7 @@ from scheduler_svc.core.policies.base import LEAST_RANK, Policy
 from scheduler_svc.core.pool import PoolView
 from scheduler_svc.core.records import (
     TOKEN_BYTES,
+    Emitted,
     FinishReason,
     Recovered,
     Refused,
@@ -97,6 +98,11 @@ class Scheduler:
     def requests(self) -> Mapping[str, Request]:
         """All live requests by id."""
         return self._board.live
+
+    @property
+    def emitted(self) -> Sequence[Emitted]:
+        """Output that no tick has taken yet."""
+        return self._ledger.emitted
 
     @property
     def workers(self) -> Mapping[str, Worker]:

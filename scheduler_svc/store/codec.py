@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from scheduler_svc.core.records import TOKEN_BYTES, Request, RequestSpec, Worker
+from scheduler_svc.core.records import TOKEN_BYTES, Request, RequestSpec, Worker, unpacked
 from scheduler_svc.store.errors import RecordDamaged
 from scheduler_svc.store.layout import (
     CHANGING_FIELDS,
@@ -55,7 +54,7 @@ def tokens_to_text(packed: bytes) -> str:
         # Twice to three times as fast: it runs for every record that is written.
         unpack, text = _FORMATS[tokens]
         return text % unpack(packed)
-    return " ".join(map(str, _unpacked(packed)))
+    return " ".join(map(str, unpacked(packed)))
 
 
 def tokens_from_text(text: str | bytes) -> bytes:
@@ -67,14 +66,6 @@ def tokens_from_text(text: str | bytes) -> bytes:
 
 _FORMATS = [(struct.Struct(f"<{n}I").unpack, " ".join(["%d"] * n)) for n in range(257)]
 """By number of tokens."""
-_SWAP = array("I", [1]).tobytes() != b"\x01\0\0\0"
-
-
-def _unpacked(packed: bytes) -> array[int]:
-    tokens = array("I", packed)
-    if _SWAP:
-        tokens.byteswap()
-    return tokens
 
 
 def changing_values(r: Request) -> tuple[Any, ...]:

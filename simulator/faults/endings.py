@@ -138,7 +138,6 @@ def unrest(world: World) -> str:
         ("the leader holds requests", core.requests),
         ("the leader counts running requests", core.running_requests),
         ("the hub has followers", hub._followers),
-        ("the hub remembers tokens", hub._stored_tokens),
         ("the hub waits for clients", hub._orphan_due_s),
         ("workers are not in session", {w.name for w in world.workers} ^ in_session),
     ]

@@ -73,7 +73,7 @@ def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
                 # The core is ahead of the store: those tokens must not be seen.
                 ahead = tokens[: stored + unstored]
                 request.output[:] = pack(ahead)
-                hub.follow(follower, request, offset_here)
+                hub.follow(follower, request, stored, offset_here)
             if count:
                 hub.published([emitted_of([("a", stored, pack(tokens[stored : stored + count]))])])
                 stored += count
@@ -92,7 +92,7 @@ async def test_log_probabilities_stay_with_their_rows() -> None:
         return scheduler_pb2.TokenLogprobs(logprobs=[one]).SerializeToString()
 
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     first, second = emitted_of([("a", 0, pack([7]))]), emitted_of([("a", 1, pack([8]))])
     hub.published([emitted_of([("b", 0, pack([5]))]), first, second], {1: packed(-1.0), 2: packed(-2.0)})
     message = await follower.next_message()
@@ -101,7 +101,7 @@ async def test_log_probabilities_stay_with_their_rows() -> None:
 
 async def test_the_end_comes_after_the_last_tokens() -> None:
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     request.output[:] = pack([7])
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
     hub.published([emitted_of([("a", 0, pack([7]))])])
@@ -124,7 +124,7 @@ def test_a_lost_client_ends_its_request_as_the_request_says(
     spec: dict[str, object], cancelled_at_s: float | None
 ) -> None:
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(**spec), Follower("g")
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, request, "a", now_s=10.0)
     assert hub.next_orphan_s() == cancelled_at_s
     if cancelled_at_s is not None:
@@ -135,9 +135,9 @@ def test_a_lost_client_ends_its_request_as_the_request_says(
 def test_a_client_that_comes_back_starts_a_new_grace() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
     request = make_request(disconnect_grace_s=30.0)
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, request, "a", now_s=0.0)
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, request, "a", now_s=29.0)
     assert hub.take_abandoned(30.0) == []
     assert hub.take_abandoned(59.0) == ["a"]
@@ -146,25 +146,23 @@ def test_a_client_that_comes_back_starts_a_new_grace() -> None:
 def test_two_followers_and_one_goes() -> None:
     hub, first, second = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), Follower("h")
     request = make_request()
-    hub.follow(first, request, 0)
-    hub.follow(second, request, 0)
+    hub.follow(first, request, 0, 0)
+    hub.follow(second, request, 0, 0)
     hub.unfollow(first, request, "a", now_s=0.0)
     assert hub.next_orphan_s() is None
 
 
 def test_a_lost_gateway_gets_its_time_to_come_back() -> None:
     hub, follower, request = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), make_request()
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     hub.lost(follower, {"a": request}, now_s=0.0)
     assert hub.take_abandoned(GATEWAY_GRACE_S - 0.1) == []
     assert hub.take_abandoned(GATEWAY_GRACE_S) == ["a"]
 
 
 def test_after_a_crash_nobody_follows_and_everybody_gets_time() -> None:
-    hub, request = DeliveryHub(GATEWAY_GRACE_S), make_request()
-    request.output[:] = pack([1, 2, 3])
-    hub.restored([request], now_s=0.0)
-    assert hub.stored_tokens("a") == 3
+    hub = DeliveryHub(GATEWAY_GRACE_S)
+    hub.restored([make_request()], now_s=0.0)
     assert hub.take_abandoned(GATEWAY_GRACE_S) == ["a"]
 
 
@@ -179,7 +177,7 @@ def test_many_who_were_left_alone_are_given_up_a_few_at_a_time() -> None:
 
 def test_a_gateway_that_reads_nothing_is_noticed() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
-    hub.follow(follower, make_request(), 0)
+    hub.follow(follower, make_request(), 0, 0)
     hub.published([emitted_of([("a", 0, bytes(MAX_PENDING_BYTES - ROW_BYTES))])])
     assert not follower.overrun
     hub.published([emitted_of([("a", MAX_PENDING_BYTES // 4, bytes(4))])])
@@ -196,7 +194,7 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
     request.output[:] = pack([10, 11, 12])
     hub.published([emitted_of([("a", 0, pack([10]))])], {0: logprobs(-1.0)})
     # The commit with the two other tokens is stored, and whoever reads the store gets theirs as well.
-    hub.follow(follower, request, 0, logprobs(-1.0, -2.0, -3.0))
+    hub.follow(follower, request, 1, 0, logprobs(-1.0, -2.0, -3.0))
     hub.published([emitted_of([("a", 1, pack([11, 12]))])], {0: logprobs(-2.0, -3.0)})
     message = await asyncio.wait_for(follower.next_message(), 60)
     assert unpack(message.token_ids) == [10, 11, 12]
@@ -210,9 +208,9 @@ async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
     hub.published([emitted_of([("a", 0, pack([10, 11, 12]))])])
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, request, "a", 0.0)
-    hub.follow(follower, request, offset)
+    hub.follow(follower, request, 3, offset)
     request.output += pack([13])
     hub.published([emitted_of([("a", 3, pack([13]))])])
     assert joined(await take(follower)) == {"a": (offset, [10, 11, 12, 13][offset:])}
@@ -269,7 +267,7 @@ async def test_new_output_comes_after_what_was_missed_of_it() -> None:
     follower = Follower("g", message_bytes=1024)
     request.output[:] = pack(list(range(1000)))
     hub.restored([request], 0.0)
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 1000, 0)
     hub.published([emitted_of([("a", 1000, pack([1000]))])])
     rows: list[tuple[str, int, list[int]]] = []
     while not rows or rows[-1][1] < 1000:
@@ -281,7 +279,7 @@ async def test_nothing_is_kept_for_a_gateway_whose_stream_is_given_up() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
     request = make_request()
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
-    hub.follow(follower, request, 0)
+    hub.follow(follower, request, 0, 0)
     for _ in range(3):
         hub.published([emitted_of([("a", 0, bytes(MAX_PENDING_BYTES))])])
     hub.finished([request])

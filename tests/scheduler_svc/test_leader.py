@@ -107,15 +107,18 @@ async def test_tokens_reach_followers_only_after_their_commit() -> None:
         lease_id = message.leases.grants[0].lease_id
         request = leader.core.get("a")
         assert request is not None
-        leader.hub.follow(follower, request, 0)
+        leader.hub.follow(follower, request, 0, 0)
         store.allowed.clear()
         store.asked.clear()
         leader.report(session, 1, StepReport("w", [lease_id], [0], [2], [3], [1], 2 * TOKEN))
         waiting = asyncio.ensure_future(follower.next_message())
         await asyncio.wait_for(store.asked.wait(), 60)
         assert not waiting.done()
+        leader.core.report(StepReport("w", [lease_id], [2], [3], [3], [2], 3 * TOKEN), leader.now_s())
+        assert (request.output_tokens, leader.stored_tokens(request)) == (5, 0)
         store.allowed.set()
         assert (await asyncio.wait_for(waiting, 60)).counts == [2]
+        assert leader.stored_tokens(request) == 2
         acknowledged = await asyncio.wait_for(session.outbox.get(), 60)
         assert acknowledged is not None
         assert acknowledged.leases.acknowledged_step == 1
