@@ -174,6 +174,8 @@ class DeliveryHub:
     def __init__(self, gateway_grace_s: float) -> None:
         self._gateway_grace_s = gateway_grace_s
         self._followers: dict[str, tuple[Follower, ...]] = {}
+        self._shared: set[str] = set()
+        """Requests with several followers."""
         self._open: dict[Follower, None] = {}
         self._closed = False
         self._orphans: list[tuple[float, str]] = []
@@ -211,7 +213,7 @@ class DeliveryHub:
             found = _first_logprobs(logprobs, stored_tokens - offset)
             follower.add_missed(request_id, offset, output, found)
         follower.followed.add(request_id)
-        self._followers[request_id] = (*self._others(follower, request_id), follower)
+        self._set_followers(request_id, (*self._others(follower, request_id), follower))
         self._orphan_due_s.pop(request_id, None)
 
     def unfollow(self, follower: Follower, request: Request | None, request_id: str, now_s: float) -> None:
@@ -236,11 +238,18 @@ class DeliveryHub:
     def _left(self, follower: Follower, request_id: str) -> bool:
         """Whether nobody follows the request any more."""
         others = self._others(follower, request_id)
-        if others:
-            self._followers[request_id] = others
+        self._set_followers(request_id, others)
+        return not others
+
+    def _set_followers(self, request_id: str, followers: tuple[Follower, ...]) -> None:
+        if followers:
+            self._followers[request_id] = followers
         else:
             self._followers.pop(request_id, None)
-        return not others
+        if len(followers) > 1:
+            self._shared.add(request_id)
+        else:
+            self._shared.discard(request_id)
 
     def submitted(self, request: Request, now_s: float) -> None:
         """A gateway that dies between submitting and following must not leave work behind."""
@@ -273,9 +282,13 @@ class DeliveryHub:
         followers = self._followers
         for place, each in enumerate(emitted):
             ids = each.request_ids
-            # By their first rows: a set's order is another one every time.
-            groups = dict.fromkeys(map(followers.get, ids))
-            # Mostly one gateway follows all that a worker runs: its rows go on as they came.
+            first = followers.get(ids[0])
+            if first is not None and not self._shared and first[0].followed.issuperset(ids):
+                # Mostly one gateway follows all that a worker runs: its rows go on as they came.
+                groups: dict[tuple[Follower, ...] | None, None] = {first: None}
+            else:
+                # By their first rows: a set's order is another one every time.
+                groups = dict.fromkeys(map(followers.get, ids))
             for group in groups:
                 if group is None:
                     continue
@@ -289,7 +302,8 @@ class DeliveryHub:
         """The commit that ends these is stored."""
         for request in requests:
             self._orphan_due_s.pop(request.request_id, None)
-            followers = self._followers.pop(request.request_id, None)
+            followers = self._followers.get(request.request_id, ())
+            self._set_followers(request.request_id, ())
             if followers:
                 completion = scheduler_pb2.Completion(
                     request_id=request.request_id,

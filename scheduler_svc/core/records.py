@@ -109,6 +109,8 @@ class Bookkeeping:
     unwritten: bool = False
     """Did a step since its record was written."""
     refused_rows: int = 0
+    report_number: int = 0
+    """The report in which it had a row last. It has one at most: a second one is refused."""
     short_prefix: bool = False
     """The worker holds the KV cache of only a part of the output, so context must be sent."""
     overdue: bool = False
@@ -233,6 +235,8 @@ class Worker:
     kv_capacity_tokens: int = 0
     running: list[Request | None] = field(default_factory=list)
     """By slot."""
+    expected_rows: list[Request] = field(default_factory=list, repr=False)
+    """Of its last report, those that go on, in their order. Their leases may have ended since."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,6 @@ def _columns_fit(report: StepReport) -> bool:
         and len(report.accepted_counts) == rows
         and min(report.emitted_counts) >= 0
         and max(report.drafted_counts) <= MAX_DRAFTED_TOKENS
-        and len(set(report.lease_ids)) == rows
         and sum(report.emitted_counts) * TOKEN_BYTES == len(report.token_ids)
     )
 
@@ -134,6 +133,10 @@ def _apply_rows(
 ) -> None:
     leases = board.leases
     ledger = board.ledger
+    # Mostly the rows are those of the last report that did not end, in their order: to look there first
+    # spares the search for each lease.
+    expected, at = worker.expected_rows, 0
+    report_number = counters.reports
     worker_id = worker.worker_id
     step_s = report.step_s
     tokens = report.token_ids
@@ -158,11 +161,23 @@ def _apply_rows(
         row += 1
         begin_byte = end_byte
         end_byte += emitted * TOKEN_BYTES
-        request = leases.get(lease_id)
+        request = expected[at] if at < len(expected) else None
+        if request is not None and request.lease_id == lease_id != 0:
+            at += 1
+        else:
+            request = leases.get(lease_id)
+            if at + 1 < len(expected) and expected[at + 1] is request:
+                at += 2
         if request is None or request.worker_id != worker_id:
             counters.rows_stale += 1
             without.append(row)
             continue
+        book = request.book
+        if book.report_number == report_number:
+            counters.rows_refused += 1
+            without.append(row)
+            continue
+        book.report_number = report_number
         output, spec = request.output, request.spec
         stored_bytes = len(output)
         left_bytes = spec.max_tokens * TOKEN_BYTES - stored_bytes - end_byte + begin_byte
@@ -199,7 +214,7 @@ def _apply_rows(
             if accepted >= len(histogram):
                 histogram += [0] * (accepted + 1 - len(histogram))
             histogram[accepted] += 1
-        if not request.book.unwritten:
+        if not book.unwritten:
             ledger.aged(request)
         if emitted:
             output += tokens[begin_byte:end_byte]
@@ -233,6 +248,7 @@ def _apply_rows(
             request.matched_stop = finish.matched_stop
             request.matched_stop_token_id = finish.matched_stop_token_id
             board.finish(request, finish.reason, now_s, told_by_worker=True)
+    worker.expected_rows = moved_on
     if moved_on:
         if board.policy_follows_steps:
             board.policy.stepped(moved_on)
