@@ -23,10 +23,11 @@ _STOP_MARGIN_S = 1.0
 """A stop that outlasts its time by this much is abandoned."""
 
 EXIT_FAILED = 1
-_GC_THRESHOLDS = (5_000, 3, 600)
+_GC_THRESHOLDS = (1_000, 19, 600)
 """New objects, and collections of the younger generation, after which each generation is looked at. A look
-at few is short: at the 20,000 objects of the middle one some 25 ms. There is none at the oldest before
-12 million objects more came than went."""
+at few is short: at 5,000 new ones up to 8 ms beside other work, which has taken the caches, and at the 20,000
+objects of the middle one some 25 ms. There is none at the oldest before 12 million objects more came than
+went."""
 _MANY_OBJECTS = 100_000
 """A look at them takes some 10 ms."""
 

@@ -10,7 +10,7 @@ from scheduler_svc.core.records import TOKEN_BYTES, Resident, Revoke, RevokeReas
 from scheduler_svc.core.settings import SchedulerSettings
 
 RENEWALS_PER_TIMEOUT = 4
-"""A worker's session and leases are renewed in the store so often per session timeout."""
+"""A worker's session and leases are renewed in the store so often per session timeout, or a little less."""
 
 
 class Fleet:
@@ -21,6 +21,8 @@ class Fleet:
         self._workers = board.pool.workers
         self._settings = settings
         self._renewed_s: dict[str, float] = {}
+        """By worker; the one that was renewed longest ago is the first."""
+        self._renewed_last_s = float("-inf")
 
     def join(self, worker: Worker, resident: Sequence[Resident], now_s: float) -> None:
         board = self._board
@@ -80,18 +82,32 @@ class Fleet:
                 self.remove(worker.worker_id, f"its worker said nothing for {silent_s:.1f} s")
                 detail = f"silent for {silent_s:.1f} s"
                 self._board.ledger.event("worker_lost", worker_id=worker.worker_id, detail=detail)
-            elif now_s >= self._renewed_s[worker.worker_id] + timeout_s / RENEWALS_PER_TIMEOUT:
-                self._renew(worker, now_s)
+        due_s = self._next_renewal_s()
+        if due_s is not None and now_s >= due_s:
+            self._renew(self._workers[next(iter(self._renewed_s))], now_s)
 
     def timers(self) -> Iterator[float]:
         """Instants at which `expire` has something to do."""
         timeout_s = self._settings.session_timeout_s
-        for worker_id, worker in self._workers.items():
+        for worker in self._workers.values():
             yield worker.last_seen_s + timeout_s
-            yield self._renewed_s[worker_id] + timeout_s / RENEWALS_PER_TIMEOUT
+        due_s = self._next_renewal_s()
+        if due_s is not None:
+            yield due_s
+
+    def _next_renewal_s(self) -> float | None:
+        """When the next worker is renewed. Not two at once, and all of them within half as long again as one is
+        renewed after: workers that joined together would be renewed together for ever, and a thousand leases
+        make a long commit, in which nobody is answered."""
+        if not self._renewed_s:
+            return None
+        interval_s = self._settings.session_timeout_s / RENEWALS_PER_TIMEOUT
+        oldest_s = next(iter(self._renewed_s.values()))
+        return max(oldest_s + interval_s, self._renewed_last_s + interval_s / (2 * len(self._renewed_s)))
 
     def _renew(self, worker: Worker, now_s: float) -> None:
-        self._renewed_s[worker.worker_id] = now_s
+        self._renewed_s.pop(worker.worker_id, None)
+        self._renewed_s[worker.worker_id] = self._renewed_last_s = now_s
         ledger = self._board.ledger
         ledger.worker(worker, worker.last_seen_s + self._settings.session_timeout_s)
         for request in worker.running:

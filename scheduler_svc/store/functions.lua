@@ -335,8 +335,15 @@ register('laps_commit', function(prefix, args)
       levels = math.max(levels, move[2] + 1)
     end
   end
+  local elsewhere = {} -- leases of requests that nothing else in this commit is about: mostly renewals
   for i = 2, #leased, 2 do -- expiry_ms, id, ...
-    if not requests.all[leased[i]] and not redis.call('ZSCORE', prefix .. 'live', leased[i]) then unfinished(leased[i]) end
+    if not requests.all[leased[i]] then elsewhere[#elsewhere + 1] = leased[i] end
+  end
+  for first = 1, #elsewhere, BATCH do
+    local last = math.min(first + BATCH - 1, #elsewhere)
+    for i, arrival_seq in ipairs(redis.call('ZMSCORE', prefix .. 'live', unpack(elsewhere, first, last))) do
+      if not arrival_seq then unfinished(elsewhere[first + i - 1]) end
+    end
   end
   for _, ending in ipairs(finished) do -- id, finished_ms, fields, entries and tokens of its log
     local record = unfinished(ending[1])

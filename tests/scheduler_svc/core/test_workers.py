@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 
 from scheduler_svc.core.records import (
@@ -91,6 +92,32 @@ def test_a_silent_worker_is_lost_and_its_requests_move_on() -> None:
     core.report(lost, 2.6)
     assert core.counters.reports_refused == 1
     assert request.output_tokens == 2
+
+
+def test_workers_that_joined_together_are_renewed_one_by_one_and_in_time() -> None:
+    """A thousand leases renewed in one commit would keep everybody waiting."""
+    core = scheduler(session_timeout_s=4.0)
+    for number in range(10):
+        core.submit(spec(f"r{number}"), 0.0)
+        core.worker_joined(worker(f"w{number}"), [], 0.0)
+    core.tick(0.0)
+    renewed_s: dict[str, list[float]] = {f"w{number}": [0.0] for number in range(10)}
+    now_s = 0.0
+    while now_s < 20.0:
+        for name in renewed_s:
+            core.heartbeat(name, now_s)
+        due_s = core.next_timer_s()
+        assert due_s is not None
+        now_s = max(now_s, due_s)
+        commit = core.tick(now_s).commit
+        assert len(commit.workers) == len(commit.leased) <= 1
+        for renewed, expiry_s in commit.workers:
+            assert expiry_s >= now_s + 2.0
+            renewed_s[renewed.worker_id].append(now_s)
+    for instants in renewed_s.values():
+        pauses_s = [later - earlier for earlier, later in itertools.pairwise([*instants, now_s])]
+        assert max(pauses_s) <= 1.5 + 1e-9
+        assert len(instants) > 12
 
 
 def test_a_worker_that_comes_back_keeps_its_kv_cache() -> None:

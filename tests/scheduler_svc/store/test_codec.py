@@ -90,7 +90,7 @@ def test_a_worker_is_read_as_it_was_written():
     read = codec.decode_fields(layout.WORKER_FIELDS, dict(zip(flat[::2], flat[1::2], strict=True)))
     written = dataclasses.asdict(worker) | dataclasses.asdict(worker.costs)
     assert read == {name: value for name, value in written.items() if name in read}
-    assert written.keys() - read.keys() == {"worker_id", "costs", "running"}
+    assert written.keys() - read.keys() == {"worker_id", "costs", "running", "expected_rows"}
 
 
 def test_numbers_of_numpy_are_written_as_numbers():
