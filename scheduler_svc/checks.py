@@ -45,10 +45,11 @@ def check_hello(hello: worker_pb2.WorkerHello) -> None:
 def check_report(report: worker_pb2.StepReport) -> None:
     """Raises InvalidArgument for a report that no engine makes, whatever its requests are."""
     timings = report.timings
-    _check_seconds("report.timings.step_s", timings.step_s)
+    _check_seconds("report.timings", "step_s", timings.step_s)
     if timings.HasField("costs"):
         _check_costs("report.timings.costs", timings.costs)
-    for row, logprobs in report.logprobs.items():
+    # Mostly there are none, and to go through an empty map runs Python code of the library.
+    for row, logprobs in report.logprobs.items() if report.logprobs else ():
         emitted = report.emitted_counts[row] if row < len(report.emitted_counts) else 0
         if len(logprobs.logprobs) != emitted:
             raise InvalidArgument(
@@ -91,11 +92,13 @@ def check_spec(spec: scheduler_pb2.RequestSpec) -> None:
 
 
 def _check_costs(field: str, costs: worker_pb2.StepCosts) -> None:
-    for name in ("draft_token_s", "verify_s", "prefill_token_s", "switch_s"):
-        _check_seconds(f"{field}.{name}", getattr(costs, name))
+    _check_seconds(field, "draft_token_s", costs.draft_token_s)
+    _check_seconds(field, "verify_s", costs.verify_s)
+    _check_seconds(field, "prefill_token_s", costs.prefill_token_s)
+    _check_seconds(field, "switch_s", costs.switch_s)
 
 
-def _check_seconds(field: str, value: float) -> None:
+def _check_seconds(field: str, name: str, value: float) -> None:
     # Also refuses NaN, which is neither.
     if not 0 <= value <= MAX_SECONDS:
-        raise InvalidArgument(field, f"must be between 0 and {MAX_SECONDS:g} s, not {value}")
+        raise InvalidArgument(f"{field}.{name}", f"must be between 0 and {MAX_SECONDS:g} s, not {value}")
