@@ -96,9 +96,9 @@ class Fleet:
             yield due_s
 
     def _next_renewal_s(self) -> float | None:
-        """When the next worker is renewed. Not two at once, and none later than one and a half intervals after
-        its last renewal: workers that joined together would be renewed together for ever, and a thousand
-        leases make a long commit, in which nobody is answered."""
+        """When the next worker is renewed. Not two at once, and none later than one and a half intervals
+        after its last renewal: workers that joined together would be renewed together for ever, and a
+        thousand leases make a long commit, in which nobody is answered."""
         if not self._renewed_s:
             return None
         interval_s = self._settings.session_timeout_s / RENEWALS_PER_TIMEOUT
