@@ -10,36 +10,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from prometheus_client import Histogram
 
 from laps import telemetry
-from laps.v1 import worker_pb2
-from scheduler_svc import convert
 from scheduler_svc.core.records import Request, Resident, StepReport, Tick, Worker
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.deliveries import DeliveryHub
+from scheduler_svc.renewal import while_leading
+from scheduler_svc.sessions import WorkerSession, updates
 from scheduler_svc.store.errors import StoreUnavailable
 from scheduler_svc.store.store import Store
 from scheduler_svc.tracing import RequestTraces
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
 RETRY_FIRST_S = 0.02
 RETRY_LAST_S = 1.0
-UPDATE_BYTES = 1 << 20
-"""Of one message to a worker, about: gRPC refuses what is larger than `max_message_bytes`, and the contexts
-that many slots are given in one tick can be. The worker would join anew, and be given the same."""
-MAX_UNREAD_UPDATES = 1000
-"""A worker that has not read so many reads nothing. It loses its session; what it ran waits again."""
 COMMITS_UNDER_WAY = 2
 """Ticks that have been decided and not been told. With one, whatever arrives during a commit waits for its
 end before it is decided; the store knows a repetition of its last two commits, and of no more."""
@@ -54,25 +45,6 @@ class Clock:
 
     def __call__(self) -> float:
         return time.monotonic() + self._offset_s
-
-
-@dataclass(eq=False)
-class WorkerSession:
-    """A worker's open stream: what goes out on it, and the last report that came in."""
-
-    worker_id: str
-    outbox: asyncio.Queue[worker_pb2.SessionResponse | None] = field(default_factory=asyncio.Queue)
-    last_step: int = 0
-    unacknowledged: bool = False
-
-    def close(self) -> None:
-        self.outbox.put_nowait(None)
-
-    def abandon(self) -> None:
-        """Closes it without what has not been read: that may never be."""
-        while not self.outbox.empty():
-            self.outbox.get_nowait()
-        self.close()
 
 
 @dataclass(eq=False, slots=True)
@@ -361,93 +333,22 @@ class Leader:
                 preemptions=request.preemptions,
                 **telemetry.trace_field(request.spec.traceparent),
             )
-        updates: dict[str, worker_pb2.LeaseUpdate] = {
-            worker_id: worker_pb2.LeaseUpdate() for worker_id in decided.reported
-        }
-        for revoke in tick.revokes:
-            updates.setdefault(revoke.worker_id, worker_pb2.LeaseUpdate()).revokes.append(
-                convert.revoke(revoke)
-            )
-        for grant in tick.grants:
-            updates.setdefault(grant.worker_id, worker_pb2.LeaseUpdate()).grants.append(
-                convert.grant(grant, output_crc32(grant.request), self._traceparent(grant.request))
-            )
         settings = self.core.settings
         history = self._store.seen.to_proto()
-        for worker_id, update in updates.items():
+        for worker_id, update in updates(tick, decided.reported, self._traceparent).items():
             session = sessions.get(worker_id)
             if session is None or self._sessions.get(worker_id) is not session:
                 continue
-            update.epoch = self.epoch
-            update.history.CopyFrom(history)
-            update.acknowledged_step = decided.steps[worker_id]
-            update.step_credit = settings.step_credit
-            update.lease_duration_s = settings.lease_duration_s
-            for message in messages(update):
-                session.outbox.put_nowait(message)
-            if session.outbox.qsize() > MAX_UNREAD_UPDATES:
+            leases = update.leases
+            leases.epoch = self.epoch
+            leases.history.CopyFrom(history)
+            leases.acknowledged_step = decided.steps[worker_id]
+            leases.step_credit = settings.step_credit
+            leases.lease_duration_s = settings.lease_duration_s
+            if not session.tell(update):
                 log.warning("worker does not read", worker_id=worker_id)
                 self.close_session(session)
                 session.abandon()
 
     def _traceparent(self, request: Request) -> str:
         return request.spec.traceparent if self._traces is None else self._traces.traceparent(request)
-
-
-def messages(update: worker_pb2.LeaseUpdate) -> Iterator[worker_pb2.SessionResponse]:
-    """One, or several where the contexts in its grants are too long for that. Each holds for itself."""
-    grants = list(update.grants)
-    if sum(len(each.prompt_token_ids) + len(each.output_token_ids) for each in grants) <= UPDATE_BYTES:
-        yield worker_pb2.SessionResponse(leases=update)
-        return
-    del update.grants[:]
-    message, size = worker_pb2.SessionResponse(leases=update), 0
-    # A worker that has been told of what it loses has room for what it is given.
-    del update.revokes[:]
-    for grant in grants:
-        grant_bytes = grant.ByteSize()
-        if size and size + grant_bytes > UPDATE_BYTES:
-            yield message
-            message, size = worker_pb2.SessionResponse(leases=update), 0
-        message.leases.grants.append(grant)
-        size += grant_bytes
-    yield message
-
-
-async def while_leading(
-    work: Coroutine[Any, Any, T],
-    store: Store,
-    leader_ttl_s: float,
-    told: Callable[[bool], None] = lambda renewed: None,
-) -> T:
-    """Does the work and renews the leadership until it is done. `told`: whether a renewal was stored.
-
-    Raises:
-        StaleLeader, Alarm: the leadership cannot be renewed. The work is cancelled then.
-    """
-
-    async def renew() -> None:
-        while True:
-            await asyncio.sleep(leader_ttl_s / 3)
-            try:
-                await store.renew()
-                told(True)
-            except StoreUnavailable as error:
-                told(False)
-                # Not the end of the term: commits check the epoch in any case.
-                log.warning("leadership not renewed", error=str(error))
-
-    renewal, working = asyncio.create_task(renew()), asyncio.create_task(work)
-    try:
-        await asyncio.wait((renewal, working), return_when=asyncio.FIRST_COMPLETED)
-        if renewal.done():
-            renewal.result()
-        return working.result()
-    finally:
-        for task in (renewal, working):
-            task.cancel()
-        await asyncio.gather(renewal, working, return_exceptions=True)
-
-
-def output_crc32(request: Request) -> int:
-    return zlib.crc32(request.output)

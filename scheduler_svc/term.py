@@ -16,7 +16,8 @@ from laps.history import HistoryPoint
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
-from scheduler_svc.leader import Leader, while_leading
+from scheduler_svc.leader import Leader
+from scheduler_svc.renewal import while_leading
 from scheduler_svc.store.errors import Alarm, PoolStopped, StaleLeader, StoreUnavailable
 from scheduler_svc.store.store import Leadership, Store
 

@@ -13,7 +13,8 @@ from laps import errors
 from laps.history import HistoryPoint
 from laps.v1 import worker_pb2, worker_pb2_grpc
 from scheduler_svc import checks, convert
-from scheduler_svc.leader import Leader, WorkerSession
+from scheduler_svc.leader import Leader
+from scheduler_svc.sessions import WorkerSession
 from scheduler_svc.term import Terms
 
 log = structlog.get_logger()

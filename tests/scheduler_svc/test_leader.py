@@ -14,7 +14,8 @@ from scheduler_svc.core.records import Commit, RequestSpec, StepCosts, StepRepor
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.deliveries import Follower
-from scheduler_svc.leader import MAX_UNREAD_UPDATES, UPDATE_BYTES, Leader, WorkerSession
+from scheduler_svc.leader import Leader
+from scheduler_svc.sessions import MAX_UNREAD_UPDATES, UPDATE_BYTES, WorkerSession
 from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
 
 TOKEN = bytes(4)

@@ -17,7 +17,8 @@ from scheduler_svc import convert
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
-from scheduler_svc.leader import Leader, WorkerSession
+from scheduler_svc.leader import Leader
+from scheduler_svc.sessions import WorkerSession
 from scheduler_svc.worker_service import WorkerService
 
 
