@@ -26,6 +26,13 @@ OVERDUE_RANK = -1e15
 """Below every rank of a policy. Far from the limits of a double, so adding an arrival number is exact."""
 
 
+MANY_RUNNING = 256
+SOUGHT_AFTER_S = 0.1
+"""With more running requests than that, the one of a worker that should make room first is sought again after
+a step only when so much time has gone by: to rank them all after each step is a tenth of a scheduler's work,
+and a rank, seconds of service that are left, is then wrong by no more than about this."""
+
+
 class Board:
     def __init__(
         self,
@@ -55,6 +62,8 @@ class Board:
         self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
         """By worker: the one of its running requests that should make room first, with its key. Missing where
         something has changed since it was sought."""
+        self.sought_s: dict[str, float] = {}
+        """By worker: when that was."""
         self.ended: list[Request] = []
         """Finished since the last tick."""
         self.changed = True
@@ -111,6 +120,11 @@ class Board:
             self.ledger.left_queue(request)
 
     # --- Slots --------------------------------------------------------------------------
+
+    def stepped(self, worker_id: str, now_s: float) -> None:
+        """A worker's running requests have done a step, and rank otherwise than before."""
+        if len(self.leases) <= MANY_RUNNING or now_s >= self.sought_s.get(worker_id, now_s) + SOUGHT_AFTER_S:
+            self.worst.pop(worker_id, None)
 
     def reranked(self, request: Request) -> None:
         """A running request's place among its like has changed without a step of its own."""

@@ -62,6 +62,7 @@ class Fleet:
         worker = self._workers.pop(worker_id)
         del board.free[worker_id]
         board.worst.pop(worker_id, None)
+        board.sought_s.pop(worker_id, None)
         del self._renewed_s[worker_id]
         for request in list(board.live.values()):
             if request.worker_id == worker_id:

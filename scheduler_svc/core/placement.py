@@ -99,6 +99,7 @@ def _victim(board: Board, newcomers: set[str]) -> Request | None:
         # Most workers did no step since the last tick: their worst is still the same one.
         if worker.worker_id not in board.worst:
             board.worst[worker.worker_id] = worst_of(board, worker, ())
+            board.sought_s[worker.worker_id] = board.pool.now_s
         found = board.worst[worker.worker_id]
         if found is not None and found[1].request_id in newcomers:
             found = worst_of(board, worker, newcomers)

@@ -252,7 +252,7 @@ def _apply_rows(
     if moved_on:
         if board.policy_follows_steps:
             board.policy.stepped(moved_on)
-        board.worst.pop(worker_id, None)
+        board.stepped(worker_id, now_s)
 
 
 def _sum(column: list[int], without: list[int]) -> int:

@@ -1,0 +1,33 @@
+"""Whom to preempt: how often that is looked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler_svc.core.board import MANY_RUNNING, SOUGHT_AFTER_S
+
+from .house import FakeWorker, scheduler, spec, worker
+
+
+@pytest.mark.parametrize("slots", [4, MANY_RUNNING + 1])
+def test_with_many_running_a_step_alone_does_not_have_the_victim_sought_anew(slots: int) -> None:
+    """Few: after each step. Many: when the last search has become old, and whenever the slots change."""
+    core, fake = scheduler("las"), FakeWorker("w", slots)
+    core.worker_joined(worker(slots=slots), [], 0.0)
+    for number in range(slots):
+        core.submit(spec(f"r{number}", max_tokens=500), 0.0)
+    fake.apply(core.tick(0.0))
+    # It waits: the others have had as little service as it.
+    core.submit(spec("waits"), 0.0)
+    core.tick(0.0)
+    known = core._board.worst
+    assert list(known) == ["w"]
+    core.report(fake.step(step_s=0.3), SOUGHT_AFTER_S / 2)
+    assert list(known) == (["w"] if slots > MANY_RUNNING else [])
+    core.report(fake.step(step_s=0.3), SOUGHT_AFTER_S)
+    assert list(known) == []
+    # All who run have come to level 1.
+    tick = core.tick(SOUGHT_AFTER_S)
+    assert [grant.request.request_id for grant in tick.grants] == ["waits"]
+    assert list(known) == []
+    core.check_invariants()
