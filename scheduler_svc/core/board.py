@@ -6,6 +6,8 @@ Every change of a request's state goes through one of the methods here, so the b
 
 from __future__ import annotations
 
+import math
+
 from scheduler_svc.core.keyed_heap import KeyedHeap
 from scheduler_svc.core.ledger import Ledger
 from scheduler_svc.core.policies.base import Policy
@@ -28,9 +30,9 @@ OVERDUE_RANK = -1e15
 
 MANY_RUNNING = 256
 SOUGHT_AFTER_S = 0.1
-"""With more running requests than that, the one of a worker that should make room first is sought again after
-a step only when so much time has gone by: to rank them all after each step is a tenth of a scheduler's work,
-and a rank, seconds of service that are left, is then wrong by no more than about this."""
+"""With more running requests than that, the one of a worker that should make room first is not sought again
+after each step, but so often: to rank them all every time is a good part of a scheduler's work, and a rank,
+seconds of service that are left, is then wrong by no more than about this."""
 
 
 class Board:
@@ -62,8 +64,8 @@ class Board:
         self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
         """By worker: the one of its running requests that should make room first, with its key. Missing where
         something has changed since it was sought."""
-        self.sought_s: dict[str, float] = {}
-        """By worker: when that was."""
+        self._stepped_s: dict[str, float] = {}
+        """By worker: when a step of it was such a change last."""
         self.ended: list[Request] = []
         """Finished since the last tick."""
         self.changed = True
@@ -123,8 +125,16 @@ class Board:
 
     def stepped(self, worker_id: str, now_s: float) -> None:
         """A worker's running requests have done a step, and rank otherwise than before."""
-        if len(self.leases) <= MANY_RUNNING or now_s >= self.sought_s.get(worker_id, now_s) + SOUGHT_AFTER_S:
-            self.worst.pop(worker_id, None)
+        if len(self.leases) > MANY_RUNNING:
+            if now_s < self._stepped_s.get(worker_id, -math.inf) + SOUGHT_AFTER_S:
+                return
+            self._stepped_s[worker_id] = now_s
+        self.worst.pop(worker_id, None)
+
+    def forget_worker(self, worker_id: str) -> None:
+        del self.free[worker_id]
+        self.worst.pop(worker_id, None)
+        self._stepped_s.pop(worker_id, None)
 
     def reranked(self, request: Request) -> None:
         """A running request's place among its like has changed without a step of its own."""

@@ -60,9 +60,7 @@ class Fleet:
         """Its requests wait again, and the KV cache that it held is gone."""
         board = self._board
         worker = self._workers.pop(worker_id)
-        del board.free[worker_id]
-        board.worst.pop(worker_id, None)
-        board.sought_s.pop(worker_id, None)
+        board.forget_worker(worker_id)
         del self._renewed_s[worker_id]
         for request in list(board.live.values()):
             if request.worker_id == worker_id:

@@ -99,7 +99,6 @@ def _victim(board: Board, newcomers: set[str]) -> Request | None:
         # Most workers did no step since the last tick: their worst is still the same one.
         if worker.worker_id not in board.worst:
             board.worst[worker.worker_id] = worst_of(board, worker, ())
-            board.sought_s[worker.worker_id] = board.pool.now_s
         found = board.worst[worker.worker_id]
         if found is not None and found[1].request_id in newcomers:
             found = worst_of(board, worker, newcomers)
@@ -117,20 +116,12 @@ def worst_of(
         running = [request for request in running if request.request_id not in newcomers]
     if not running:
         return None
-    lowest = running[0].spec.priority
-    alike = True
-    any_overdue = False
-    for request in running:
-        priority = request.spec.priority
-        if priority != lowest:
-            alike = False
-            if priority < lowest:
-                lowest = priority
-        if request.book.overdue:
-            any_overdue = True
-    if not alike:
+    priorities = {request.spec.priority for request in running}
+    lowest = min(priorities)
+    if len(priorities) > 1:
         running = [request for request in running if request.spec.priority == lowest]
-    if any_overdue:
-        running = [request for request in running if not request.book.overdue] or running
+    overdue = {request.book.overdue for request in running}
+    if len(overdue) > 1:
+        running = [request for request in running if not request.book.overdue]
     worst = board.policy.worst(running)
     return (-lowest, not worst.book.overdue, *board.policy.victim_key(worst)), worst
