@@ -91,7 +91,7 @@ class Policy(ABC):
 
     def worst(self, running: Sequence[Request]) -> Request:
         """The one with the greatest key of some running requests, at least one. Asked for every worker that
-        has done a step."""
+        has done a step; where very many run, ten times a second (`board.SOUGHT_AFTER_S`)."""
         return max(running, key=self.victim_key)
 
     def due(self, now_s: float) -> Iterable[Request]:
