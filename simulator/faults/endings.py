@@ -138,6 +138,7 @@ def unrest(world: World) -> str:
         ("the leader holds requests", core.requests),
         ("the leader counts running requests", core.running_requests),
         ("the hub has followers", hub._followers),
+        ("the hub has several followers of one", hub._shared),
         ("the hub waits for clients", hub._orphan_due_s),
         ("workers are not in session", {w.name for w in world.workers} ^ in_session),
     ]

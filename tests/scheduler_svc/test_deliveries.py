@@ -6,7 +6,7 @@ import asyncio
 from array import array
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
@@ -80,6 +80,58 @@ def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
         expected = tokens[offset_here:]
         if expected:
             assert joined(await take(follower)) == {"a": (offset_here, expected)}
+
+    asyncio.run(run())
+
+
+def _beginnings(names: list[str]) -> st.SearchStrategy[list[str]]:
+    return st.integers(1, len(names)).map(lambda count: names[:count])
+
+
+_NAMES = ("a", "b", "c")
+_ACTIONS = st.one_of(
+    st.tuples(st.just("follow"), st.integers(0, 1), st.sampled_from(_NAMES)),
+    st.tuples(st.just("unfollow"), st.integers(0, 1), st.sampled_from(_NAMES)),
+    st.tuples(st.just("report"), st.just(0), st.permutations(_NAMES).flatmap(_beginnings)),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(_ACTIONS, min_size=5, max_size=30))
+def test_each_gateway_gets_the_rows_of_what_it_follows_whoever_else_does(
+    actions: list[tuple[str, int, str]],
+) -> None:
+    async def run() -> None:
+        hub, followers = DeliveryHub(GATEWAY_GRACE_S), [Follower(str(number)) for number in range(2)]
+        requests = {name: make_request(name) for name in _NAMES}
+        expected: list[list[tuple[str, int, list[int]]]] = [[], []]
+        follows: list[set[str]] = [set(), set()]
+        for action, number, names in actions:
+            if action == "report":
+                rows = [(name, requests[name].output_tokens, pack([number])) for name in names]
+                hub.published([emitted_of(rows)])
+                for name, offset, _ in rows:
+                    requests[name].output += pack([number])
+                    for place, followed in enumerate(follows):
+                        if name in followed:
+                            expected[place].append((name, offset, [number]))
+                continue
+            # What waits of it is not sent any more: the gateway has what it wants, or wants nothing.
+            if names in follows[number]:
+                expected[number] = [row for row in expected[number] if row[0] != names]
+            if action == "follow":
+                stored = requests[names].output_tokens
+                hub.follow(followers[number], requests[names], stored, stored)
+                follows[number].add(names)
+            else:
+                hub.unfollow(followers[number], requests[names], names, 0.0)
+                follows[number].discard(names)
+        for follower, rows_of_it in zip(followers, expected, strict=True):
+            if rows_of_it:
+                assert follower._emitted
+                assert sorted(await take(follower)) == sorted(rows_of_it)
+            else:
+                assert sum(len(emitted.request_ids) for emitted, _ in follower._emitted) == 0
 
     asyncio.run(run())
 
