@@ -109,8 +109,6 @@ class Bookkeeping:
     unwritten: bool = False
     """Did a step since its record was written."""
     refused_rows: int = 0
-    report_number: int = 0
-    """The report in which it had a row last. It has one at most: a second one is refused."""
     short_prefix: bool = False
     """The worker holds the KV cache of only a part of the output, so context must be sent."""
     overdue: bool = False

@@ -104,6 +104,7 @@ def _columns_fit(report: StepReport) -> bool:
         and len(report.accepted_counts) == rows
         and min(report.emitted_counts) >= 0
         and max(report.drafted_counts) <= MAX_DRAFTED_TOKENS
+        and len(set(report.lease_ids)) == rows
         and sum(report.emitted_counts) * TOKEN_BYTES == len(report.token_ids)
     )
 
@@ -136,7 +137,6 @@ def _apply_rows(
     # Mostly the rows are those of the last report that did not end, in their order: to look there first
     # spares the search for each lease.
     expected, at = worker.expected_rows, 0
-    report_number = counters.reports
     worker_id = worker.worker_id
     step_s = report.step_s
     tokens = report.token_ids
@@ -172,12 +172,6 @@ def _apply_rows(
             counters.rows_stale += 1
             without.append(row)
             continue
-        book = request.book
-        if book.report_number == report_number:
-            counters.rows_refused += 1
-            without.append(row)
-            continue
-        book.report_number = report_number
         output, spec = request.output, request.spec
         stored_bytes = len(output)
         left_bytes = spec.max_tokens * TOKEN_BYTES - stored_bytes - end_byte + begin_byte
@@ -214,7 +208,7 @@ def _apply_rows(
             if accepted >= len(histogram):
                 histogram += [0] * (accepted + 1 - len(histogram))
             histogram[accepted] += 1
-        if not book.unwritten:
+        if not request.book.unwritten:
             ledger.aged(request)
         if emitted:
             output += tokens[begin_byte:end_byte]
