@@ -281,8 +281,11 @@ async def test_who_ceases_to_be_ready_is_told_with_the_reason(
         return not lost
 
     async with Stack(settings, any_ports=True, command=idle, is_ready=unless_lost) as stack:
+        log_path = stack.children["scheduler"].log_path
+        # What it says last counts.
+        await eventually(lambda: "running" in log_path.read_text())
         event = {"event": "store does not answer", "level": "error", "error": "connection refused"}
-        with stack.children["scheduler"].log_path.open("a") as log:
+        with log_path.open("a") as log:
             log.write(json.dumps(event) + "\n")
         lost = True
         await eventually(lambda: "not ready any more" in said.getvalue())
