@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,23 @@ def end_on_sigterm() -> None:
 def bound_to_us(command: list[str]) -> list[str]:
     """The command line of a process that ends with this one, however this one ends."""
     return [command[0], "-I", "-S", str(launcher.__file__), str(os.getpid()), *command]
+
+
+def cores_apart() -> tuple[set[int], set[int]]:
+    """One core for what is measured and the others for the rest; all for both where there is only one."""
+    first, *others = sorted(os.sched_getaffinity(0))
+    return {first}, set(others or [first])
+
+
+@contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """What is started inside runs on these alone; none: wherever there is room."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 class Process:

@@ -5,6 +5,9 @@
 Every report is decided, committed and acknowledged; the bare limit in the same run is a process that parses
 the same reports, writes each to Redis, and answers. Machines differ and drift: read the ratios. `--tree` runs
 the scheduler of another working tree, for a comparison.
+
+The scheduler has a core for itself and everything else shares the others, as an operator would have it; the
+process of the bare limit has the scheduler's. `--floating` leaves that to the kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from _processes import BENCH, Process, Usage, end_on_sigterm, measured_cpu, wait_for
+from _processes import (
+    BENCH,
+    Process,
+    Usage,
+    cores_apart,
+    end_on_sigterm,
+    measured_cpu,
+    on_cores,
+    wait_for,
+)
 
 from laps.ports import free_ports
 from laps.settings import Settings
@@ -41,6 +53,8 @@ LEADING = '"event": "leading"'
 
 class Bed:
     """A store, a scheduler and the load, each a process. `store`: one that others use too."""
+
+    scheduler_cores, other_cores = cores_apart()
 
     def __init__(
         self,
@@ -66,7 +80,8 @@ class Bed:
     def start(self) -> None:
         self._folder.mkdir(parents=True)
         if self._own_store:
-            self.store.start()
+            with on_cores(self.other_cores):
+                self.store.start()
         self.start_scheduler()
         self.load = self._start_load(self._port)
 
@@ -87,7 +102,8 @@ class Bed:
         self._starts += 1
         began_s = time.monotonic()
         env = settings.to_env() | {"PYTHONPATH": str(self._tree)}
-        self.scheduler = Process(["-m", "laps.cli", "scheduler"], self._log("scheduler.log"), env=env)
+        with on_cores(self.scheduler_cores):
+            self.scheduler = Process(["-m", "laps.cli", "scheduler"], self._log("scheduler.log"), env=env)
         wait_for(self.log, LEADING, self.scheduler, times=self._starts)
         return time.monotonic() - began_s
 
@@ -104,7 +120,9 @@ class Bed:
     def bare_limit(self, seconds: float) -> dict[str, Any]:
         log = self._folder / "echo.log"
         log.unlink(missing_ok=True)
-        echo = Process([str(BENCH / "_echo.py"), str(self._echo_port), self.store.url], self._log("echo.log"))
+        argv = [str(BENCH / "_echo.py"), str(self._echo_port), self.store.url]
+        with on_cores(self.scheduler_cores):
+            echo = Process(argv, self._log("echo.log"))
         wait_for(log, "listening", echo)
         load = self._start_load(self._echo_port)
         with measured_cpu({"echo": echo.usage}) as cpu_s:
@@ -124,7 +142,8 @@ class Bed:
 
     def _start_load(self, port: int) -> Process:
         argv = [str(BENCH / "_load.py"), f"127.0.0.1:{port}", str(self._output_tokens), self._pool]
-        return Process(argv, self._log("load.log"), talks=True)
+        with on_cores(self.other_cores):
+            return Process(argv, self._log("load.log"), talks=True)
 
     def _log(self, name: str) -> Any:
         log = (self._folder / name).open("ab")
@@ -307,10 +326,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="worker-steps per second that are offered")
     parser.add_argument("--queued", type=int, default=DEEP, help="requests of the long queue")
     parser.add_argument("--tree", type=Path, default=BENCH.parent, help="working tree of the scheduler")
+    parser.add_argument("--floating", action="store_true", help="let the kernel choose the cores")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
+    if arguments.floating:
+        Bed.scheduler_cores = Bed.other_cores = set()
     result: dict[str, Any] = {
-        "workers": {"slots": SLOTS, "steps_per_s": WORKER_STEPS_PER_S, "tokens_per_slot": 3}
+        "workers": {"slots": SLOTS, "steps_per_s": WORKER_STEPS_PER_S, "tokens_per_slot": 3},
+        "cores": {"scheduler": sorted(Bed.scheduler_cores), "others": sorted(Bed.other_cores)},
     }
     seconds, tree = arguments.seconds, arguments.tree.resolve()
     with tempfile.TemporaryDirectory(prefix="laps-bench-", dir=os.environ.get("LAPS_BENCH_DIR")) as name:
