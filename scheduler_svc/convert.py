@@ -191,7 +191,7 @@ def grant(decided: Grant, output_crc32: int, traceparent: str = "") -> worker_pb
     message.sampling.CopyFrom(sampling)
     message.stopping.CopyFrom(stopping)
     if decided.has_context:
-        message.prompt_token_ids = request.spec.prompt
+        message.prompt_token_ids = request.spec.packed_prompt
         message.output_token_ids = bytes(request.output)
     return message
 

@@ -173,7 +173,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         if request.include_output:
             response.output_token_ids = bytes(found.output)
         if request.include_prompt:
-            response.prompt_token_ids = found.spec.prompt
+            response.prompt_token_ids = found.spec.packed_prompt
         if found.finish_reason is not None:
             response.complete.CopyFrom(convert.complete(found))
         return response

@@ -12,7 +12,7 @@ import enum
 from array import array
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 TOKEN_BYTES = 4
 """Bytes of one packed token id."""
@@ -55,13 +55,22 @@ class RevokeReason(enum.StrEnum):
     """The request has ended or runs elsewhere: forget it."""
 
 
+class LatePrompt(Protocol):
+    """A prompt that is packed when somebody needs it."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def packed(self) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RequestSpec:
     """An accepted request as the gateway validated it. `params_json` is opaque to the core."""
 
     request_id: str
-    prompt: bytes
-    """Packed token ids."""
+    prompt: bytes | LatePrompt
+    """Packed token ids, or what makes them: `packed_prompt`."""
     max_tokens: int
     params_json: str = "{}"
     """Sampling and stopping parameters for the worker, as JSON."""
@@ -80,7 +89,13 @@ class RequestSpec:
 
     @property
     def prompt_tokens(self) -> int:
-        return len(self.prompt) // TOKEN_BYTES
+        prompt = self.prompt
+        return len(prompt) // TOKEN_BYTES if isinstance(prompt, bytes) else prompt.tokens
+
+    @property
+    def packed_prompt(self) -> bytes:
+        prompt = self.prompt
+        return prompt if isinstance(prompt, bytes) else prompt.packed()
 
     @property
     def tenant(self) -> str:

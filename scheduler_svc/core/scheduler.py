@@ -231,7 +231,8 @@ class Scheduler:
         return request, False
 
     def _check(self, spec: RequestSpec, now_s: float) -> None:
-        if not spec.request_id or not spec.prompt or len(spec.prompt) % TOKEN_BYTES or spec.max_tokens < 1:
+        prompt = spec.packed_prompt
+        if not spec.request_id or not prompt or len(prompt) % TOKEN_BYTES or spec.max_tokens < 1:
             raise ValueError("a request needs an id, a prompt of whole tokens and max_tokens of at least 1")
         if spec.deadline_s is not None and spec.deadline_s <= now_s:
             raise self._refusal("DEADLINE_PASSED", f"the deadline passed {now_s - spec.deadline_s:.3f} s ago")

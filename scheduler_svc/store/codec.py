@@ -64,6 +64,36 @@ def tokens_from_text(text: str | bytes) -> bytes:
     return np.fromstring(text, dtype="<u4", sep=" ").tobytes()
 
 
+class PromptText:
+    """A prompt as it is stored. A new leader reads those of a whole queue, and needs each when its request
+    gets a slot: until then it stays text.
+
+    Raises ValueError for anything but so many numbers, with a space between.
+    """
+
+    __slots__ = ("_text", "_tokens")
+
+    def __init__(self, text: str, tokens: int) -> None:
+        between = text.encode().translate(None, b"0123456789")
+        if tokens < 1 or between != b" " * (tokens - 1) or "  " in f" {text} ":
+            raise ValueError("not so many tokens")
+        self._text = text
+        self._tokens = tokens
+
+    @property
+    def tokens(self) -> int:
+        return self._tokens
+
+    def packed(self) -> bytes:
+        return tokens_from_text(self._text)
+
+    def __eq__(self, other: object) -> bool:
+        return self.packed() == (other.packed() if isinstance(other, PromptText) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.packed())
+
+
 _FORMATS = [(struct.Struct(f"<{n}I").unpack, " ".join(["%d"] * n)) for n in range(257)]
 """By number of tokens."""
 
@@ -289,13 +319,10 @@ def waiting_request(
 ) -> Request:
     """A queued request that has never run, of the values of `WAITING_NAMES` in their order. Spelt out,
     because a new leader does it for everything that waits. Raises what `damage` translates."""
-    prompt_ids = tokens_from_text(prompt)
-    if len(prompt_ids) != TOKEN_BYTES * int(prompt_tokens):
-        raise ValueError("its prompt has another length")
     request = Request(
         RequestSpec(
             request_id,
-            prompt_ids,
+            PromptText(prompt, int(prompt_tokens)),
             int(max_tokens),
             params_json,
             request_class,

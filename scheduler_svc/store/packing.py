@@ -157,7 +157,7 @@ class CommitPacker:
             request.arrival_seq,
             request.spec.priority,
             float(request.perceived_s),
-            codec.tokens_to_text(request.spec.prompt),
+            codec.tokens_to_text(request.spec.packed_prompt),
             request.spec.params_json,
             codec.new_request_fields(request),
         )

@@ -22,7 +22,7 @@ from laps.errors import InvalidArgument, LapsError
 from laps.v1 import inference_pb2, scheduler_pb2, worker_pb2
 from scheduler_svc import checks, convert
 from scheduler_svc.core.policies import make_policy
-from scheduler_svc.core.records import Refused, RequestSpec, StepCosts, StepReport, Worker
+from scheduler_svc.core.records import TOKEN_BYTES, Refused, RequestSpec, StepCosts, StepReport, Worker
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.store import codec
@@ -153,6 +153,11 @@ def stored_records(data: bytes) -> None:
             continue
         assert request.rank == request.rank
         assert isinstance(json.loads(request.spec.params_json), dict)
+    try:
+        late = codec.PromptText(parts[0], len(parts[0].split(" ")))
+    except ValueError:
+        return
+    assert len(late.packed()) == TOKEN_BYTES * late.tokens
 
 
 def _request() -> object:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import struct
 
 import numpy as np
@@ -102,6 +103,28 @@ def test_numbers_of_numpy_are_written_as_numbers():
 @given(st.binary(max_size=40).map(lambda b: b[: len(b) // 4 * 4]))
 def test_tokens_survive_as_text(packed):
     assert codec.tokens_from_text(codec.tokens_to_text(packed)) == packed
+
+
+@given(st.binary(min_size=4, max_size=40).map(lambda b: b[: len(b) // 4 * 4]))
+def test_a_prompt_that_stays_text_is_the_same_prompt(packed):
+    late = codec.PromptText(codec.tokens_to_text(packed), len(packed) // 4)
+    read, written = RequestSpec("r", late, 1), RequestSpec("r", packed, 1)
+    assert read.packed_prompt == written.packed_prompt == packed
+    assert read.prompt_tokens == written.prompt_tokens
+    assert read == written
+    assert hash(read) == hash(written)
+
+
+@given(st.text("01 9x-+.\u0663\n", max_size=8), st.integers(0, 4))
+def test_a_damaged_prompt_is_refused_when_it_is_read_and_not_when_it_is_needed(text, tokens):
+    whole = re.fullmatch(r"[0-9]+( [0-9]+)*", text, re.ASCII) and len(text.split(" ")) == tokens
+    try:
+        late = codec.PromptText(text, tokens)
+    except ValueError:
+        assert not whole
+    else:
+        assert whole
+        assert len(late.packed()) == 4 * tokens
 
 
 def test_tokens_are_readable():
