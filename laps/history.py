@@ -22,6 +22,11 @@ class HistoryPoint:
     """A random name of the epoch, because a store that came back older gives its number a second time.
     Empty: not known."""
 
+    def until(self, commit_seq: int) -> HistoryPoint:
+        """At this commit of the same term, if that is later."""
+        # Not by `replace`, which takes several times as long: this runs for every commit.
+        return HistoryPoint(self.timeline, self.epoch, max(self.commit_seq, commit_seq), self.term)
+
     def to_proto(self) -> history_pb2.HistoryPoint:
         return history_pb2.HistoryPoint(
             timeline=self.timeline, epoch=self.epoch, commit_seq=self.commit_seq, term=self.term

@@ -90,6 +90,7 @@ class Leader:
             buckets=COMMIT_BUCKETS_S,
             registry=None,
         )
+        self._commit_times = self.commit_times.labels(core.pool)
         self.ended = asyncio.Event()
         self._store = store
         self._tick_interval_s = tick_interval_s
@@ -268,6 +269,8 @@ class Leader:
     def _close_lost_sessions(self) -> None:
         """Of workers that the core has given up for their silence. A stream can outlive that, for
         example when it was this process that stood still: the worker then has to join anew."""
+        if self._sessions.keys() <= self.core.workers.keys():
+            return
         for worker_id in [name for name in self._sessions if name not in self.core.workers]:
             log.warning("worker was silent for too long", worker_id=worker_id)
             self._sessions.pop(worker_id).close()
@@ -314,7 +317,7 @@ class Leader:
             self._store_down = False
             log.info("store answers again", down_s=round(took_s, 3))
         self.ticks += 1
-        self.commit_times.labels(self.core.pool).observe(took_s)
+        self._commit_times.observe(took_s)
 
     def _publish(self, decided: Decided) -> None:
         tick, now_s, sessions = decided.tick, decided.now_s, decided.sessions

@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -268,7 +268,7 @@ class Store:
             if self.seen.commit_seq < packed.seq - 1:
                 raise StoreUnavailable("the commit before this one is not known to be stored") from gap
             raise
-        self.seen = replace(self.seen, commit_seq=max(self.seen.commit_seq, packed.seq))
+        self.seen = self.seen.until(packed.seq)
         return bool(new)
 
     # --- Reading -----------------------------------------------------------------------------
