@@ -8,7 +8,7 @@ PEERS := .bench/vllm
 PIP_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up compiled plain test test-compiled checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
+.PHONY: help setup demo up compiled plain test test-long test-compiled checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
 
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ up: $(VENV)/.ready-to-run ## Keeps the whole stack running until Ctrl-C
 
 test: setup ## Runs the tests
 	@$(BIN)/python -m pytest -n auto
+
+test-long: setup ## Runs those that take long: more seeds of faults, the kill loop, overload
+	@$(BIN)/python -m pytest -n auto -m long
 
 # Plain Python runs unless this was made, and again as soon as a source differs from what was compiled.
 compiled: setup ## Compiles the scheduler's hot path (a minute; needs a C compiler)

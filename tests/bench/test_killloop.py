@@ -26,6 +26,7 @@ REFERENCE: Any = SimpleNamespace(outputs=[OUTPUT])
 
 
 @pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_nothing_is_lost_doubled_or_different(tmp_path: Path) -> None:
     # Redis where there is one: tests/stack kills everything beside the built-in store.

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.stack
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_overload(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
