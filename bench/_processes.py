@@ -37,10 +37,10 @@ def bound_to_us(command: list[str]) -> list[str]:
     return [command[0], "-I", "-S", str(launcher.__file__), str(os.getpid()), *command]
 
 
-def cores_apart() -> tuple[set[int], set[int]]:
+def cores_apart() -> tuple[frozenset[int], frozenset[int]]:
     """One core for what is measured and the others for the rest; all for both where there is only one."""
     first, *others = sorted(os.sched_getaffinity(0))
-    return {first}, set(others or [first])
+    return frozenset({first}), frozenset(others or {first})
 
 
 @contextmanager

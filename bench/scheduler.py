@@ -6,8 +6,8 @@ Every report is decided, committed and acknowledged; the bare limit in the same 
 the same reports, writes each to Redis, and answers. Machines differ and drift: read the ratios. `--tree` runs
 the scheduler of another working tree, for a comparison.
 
-The scheduler has a core for itself and everything else shares the others, as an operator would have it; the
-process of the bare limit has the scheduler's. `--floating` leaves that to the kernel.
+All share the machine's cores. With `--apart` the scheduler has one for itself, as an operator can give it,
+and everything else the others; the process of the bare limit then has the scheduler's.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ LEADING = '"event": "leading"'
 class Bed:
     """A store, a scheduler and the load, each a process. `store`: one that others use too."""
 
-    scheduler_cores, other_cores = cores_apart()
+    scheduler_cores: frozenset[int] = frozenset()
+    """Empty: any."""
+    other_cores: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -326,14 +328,14 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="worker-steps per second that are offered")
     parser.add_argument("--queued", type=int, default=DEEP, help="requests of the long queue")
     parser.add_argument("--tree", type=Path, default=BENCH.parent, help="working tree of the scheduler")
-    parser.add_argument("--floating", action="store_true", help="let the kernel choose the cores")
+    parser.add_argument("--apart", action="store_true", help="give the scheduler a core for itself")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
-    if arguments.floating:
-        Bed.scheduler_cores = Bed.other_cores = set()
+    if arguments.apart:
+        Bed.scheduler_cores, Bed.other_cores = cores_apart()
     result: dict[str, Any] = {
         "workers": {"slots": SLOTS, "steps_per_s": WORKER_STEPS_PER_S, "tokens_per_slot": 3},
-        "cores": {"scheduler": sorted(Bed.scheduler_cores), "others": sorted(Bed.other_cores)},
+        "apart": arguments.apart,
     }
     seconds, tree = arguments.seconds, arguments.tree.resolve()
     with tempfile.TemporaryDirectory(prefix="laps-bench-", dir=os.environ.get("LAPS_BENCH_DIR")) as name:
