@@ -75,7 +75,7 @@ class PromptText:
 
     def __init__(self, text: str, tokens: int) -> None:
         between = text.encode().translate(None, b"0123456789")
-        if tokens < 1 or between != b" " * (tokens - 1) or "  " in f" {text} ":
+        if tokens < 1 or len(between) != tokens - 1 or between.strip(b" ") or "  " in f" {text} ":
             raise ValueError("not so many tokens")
         self._text = text
         self._tokens = tokens
