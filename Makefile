@@ -50,7 +50,7 @@ plain: ## Removes what `make compiled` made
 	@LAPS_COMPILED=0 $(BIN)/python -m scheduler_svc.compiled.build --remove
 
 test-compiled: compiled ## Runs the tests of what is compiled, compiled
-	@LAPS_COMPILED=1 $(BIN)/python -m pytest -n auto tests/scheduler_svc tests/simulator
+	@LAPS_COMPILED=1 $(BIN)/python -m pytest -n auto -m '' tests/scheduler_svc tests/simulator
 
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
 	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc)) --json bench/results/chaos.json

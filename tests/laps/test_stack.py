@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -102,8 +102,11 @@ def said() -> io.StringIO:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Stack]:
-    async with Stack(settings, any_ports=True, command=idle, is_ready=always_ready) as stack:
+async def running(
+    settings: Settings, is_ready: Callable[[str], Awaitable[bool]] = always_ready
+) -> AsyncIterator[Stack]:
+    """Each child has said so in its log, as the last line of it."""
+    async with Stack(settings, any_ports=True, command=idle, is_ready=is_ready) as stack:
         for each in stack.children.values():
             await eventually(lambda log=each.log_path: log.exists() and "running" in log.read_text())
         yield stack
@@ -280,12 +283,9 @@ async def test_who_ceases_to_be_ready_is_told_with_the_reason(
         asked += 1
         return not lost
 
-    async with Stack(settings, any_ports=True, command=idle, is_ready=unless_lost) as stack:
-        log_path = stack.children["scheduler"].log_path
-        # What it says last counts.
-        await eventually(lambda: "running" in log_path.read_text())
+    async with running(settings, unless_lost) as stack:
         event = {"event": "store does not answer", "level": "error", "error": "connection refused"}
-        with log_path.open("a") as log:
+        with stack.children["scheduler"].log_path.open("a") as log:
             log.write(json.dumps(event) + "\n")
         lost = True
         await eventually(lambda: "not ready any more" in said.getvalue())
