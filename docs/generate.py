@@ -72,8 +72,6 @@ def metric_families() -> list[Metric]:
         gateway_grace_s=1.0,
         leader_ttl_s=1.0,
     )
-    # As after a first commit.
-    leader.commit_times.labels(core.pool)
     collector = SchedulerCollector("default", lambda: leader, Refusals("default"))
     return [*collector.collect(), *GatewayMetrics().registry.collect()]
 

@@ -90,7 +90,7 @@ class Leader:
             buckets=COMMIT_BUCKETS_S,
             registry=None,
         )
-        self._commit_times = self.commit_times.labels(core.pool)
+        self._observe_commit_s = self.commit_times.labels(core.pool).observe
         self.ended = asyncio.Event()
         self._store = store
         self._tick_interval_s = tick_interval_s
@@ -269,8 +269,6 @@ class Leader:
     def _close_lost_sessions(self) -> None:
         """Of workers that the core has given up for their silence. A stream can outlive that, for
         example when it was this process that stood still: the worker then has to join anew."""
-        if self._sessions.keys() <= self.core.workers.keys():
-            return
         for worker_id in [name for name in self._sessions if name not in self.core.workers]:
             log.warning("worker was silent for too long", worker_id=worker_id)
             self._sessions.pop(worker_id).close()
@@ -317,7 +315,7 @@ class Leader:
             self._store_down = False
             log.info("store answers again", down_s=round(took_s, 3))
         self.ticks += 1
-        self._commit_times.observe(took_s)
+        self._observe_commit_s(took_s)
 
     def _publish(self, decided: Decided) -> None:
         tick, now_s, sessions = decided.tick, decided.now_s, decided.sessions
