@@ -31,8 +31,8 @@ OVERDUE_RANK = -1e15
 MANY_RUNNING = 256
 SOUGHT_AFTER_S = 0.1
 """With more running requests than that, the one of a worker that should make room first is not sought again
-after each step, but so often: to rank them all every time is a good part of a scheduler's work, and a rank,
-seconds of service that are left, is then wrong by no more than about this."""
+after each change of ranks, but so often: to rank them all every time is a good part of a scheduler's work,
+and a rank, seconds of service that are left, is then wrong by no more than about this."""
 
 
 class Board:
@@ -63,9 +63,9 @@ class Board:
         """The policy has a `stepped` of its own."""
         self.worst: dict[str, tuple[tuple[float, ...], Request] | None] = {}
         """By worker: the one of its running requests that should make room first, with its key. Missing where
-        something has changed since it was sought."""
-        self._stepped_s: dict[str, float] = {}
-        """By worker: when a step of it was such a change last."""
+        it is to be sought anew."""
+        self._outdated_s: dict[str, float] = {}
+        """By worker: when a change of ranks made it so last."""
         self.ended: list[Request] = []
         """Finished since the last tick."""
         self.changed = True
@@ -123,22 +123,30 @@ class Board:
 
     # --- Slots --------------------------------------------------------------------------
 
-    def stepped(self, worker_id: str, now_s: float) -> None:
-        """A worker's running requests have done a step, and rank otherwise than before."""
-        if len(self.leases) > MANY_RUNNING:
-            if now_s < self._stepped_s.get(worker_id, -math.inf) + SOUGHT_AFTER_S:
+    def rank_otherwise(self, worker_id: str, now_s: float) -> None:
+        """A worker's running requests do since now: they have done a step, or one has come."""
+        if len(self.leases) > MANY_RUNNING and self.worst.get(worker_id) is not None:
+            if now_s < self._outdated_s.get(worker_id, -math.inf) + SOUGHT_AFTER_S:
                 return
-            self._stepped_s[worker_id] = now_s
+            self._outdated_s[worker_id] = now_s
         self.worst.pop(worker_id, None)
+
+    def _left_slot(self, request: Request) -> None:
+        found = self.worst.get(request.worker_id)
+        if len(self.leases) <= MANY_RUNNING or (found is not None and found[1] is request):
+            self.worst.pop(request.worker_id, None)
 
     def forget_worker(self, worker_id: str) -> None:
         del self.free[worker_id]
         self.worst.pop(worker_id, None)
-        self._stepped_s.pop(worker_id, None)
+        self._outdated_s.pop(worker_id, None)
 
     def reranked(self, request: Request) -> None:
         """A running request's place among its like has changed without a step of its own."""
-        self.worst.pop(request.worker_id, None)
+        if request.book.overdue:
+            self.worst.pop(request.worker_id, None)
+        else:
+            self.rank_otherwise(request.worker_id, self.pool.now_s)
         self.changed = True
         if not request.book.unwritten:
             self.ledger.aged(request)
@@ -159,8 +167,8 @@ class Board:
             request.first_scheduled_s = now_s
         request.leased_s = now_s
         worker.running[slot] = request
-        self.worst.pop(worker.worker_id, None)
         self.leases[request.lease_id] = request
+        self.rank_otherwise(worker.worker_id, now_s)
         grant = Grant(
             worker_id=worker.worker_id,
             lease_id=request.lease_id,
@@ -182,7 +190,7 @@ class Board:
         """Takes a running request's slot away; it waits again once its worker has let go of it."""
         worker, slot = self.pool.workers[victim.worker_id], victim.slot
         worker.running[slot] = None
-        self.worst.pop(worker.worker_id, None)
+        self._left_slot(victim)
         victim.releasing = True
         victim.preemptions += 1
         victim.preempted_because = because
@@ -226,7 +234,7 @@ class Board:
         worker = self.pool.workers.get(request.worker_id)
         if worker is not None and not request.releasing:
             worker.running[request.slot] = None
-            self.worst.pop(worker.worker_id, None)
+            self._left_slot(request)
             self.free[worker.worker_id].append(request.slot)
             self.changed = True
         request.lease_id = 0

@@ -43,6 +43,8 @@ def check_board(board: Board) -> None:
         empty = {slot for slot, holder in enumerate(worker.running) if holder is None}
         assert empty == set(board.free[worker_id]), f"the free slots of {worker_id} are miscounted"
         assert len(board.free[worker_id]) == len(empty)
+        found = board.worst.get(worker_id)
+        assert found is None or found[1] in worker.running, f"the first victim of {worker_id} runs elsewhere"
         if worker_id in board.worst and len(board.leases) <= MANY_RUNNING:
             assert board.worst[worker_id] == worst_of(board, worker, ()), (
                 f"the first victim of {worker_id} is another one"

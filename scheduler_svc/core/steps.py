@@ -246,7 +246,7 @@ def _apply_rows(
     if moved_on:
         if board.policy_follows_steps:
             board.policy.stepped(moved_on)
-        board.stepped(worker_id, now_s)
+        board.rank_otherwise(worker_id, now_s)
 
 
 def _sum(column: list[int], without: list[int]) -> int:
