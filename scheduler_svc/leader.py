@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -23,7 +24,7 @@ from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.deliveries import DeliveryHub
 from scheduler_svc.renewal import while_leading
 from scheduler_svc.sessions import WorkerSession, updates
-from scheduler_svc.store.errors import StoreUnavailable
+from scheduler_svc.store.errors import StoreError, StoreUnavailable
 from scheduler_svc.store.store import Store
 from scheduler_svc.tracing import RequestTraces
 
@@ -62,7 +63,9 @@ class Decided:
     waiters: list[asyncio.Future[None]]
     encoded: bytes = b""
     """Empty: there is nothing to be stored."""
-    sent: asyncio.Task[bool] | None = None
+    stored: bool = False
+    error: StoreUnavailable | None = None
+    """Why it is not known to be stored."""
 
 
 class Leader:
@@ -105,7 +108,10 @@ class Leader:
         self._under_way: deque[Decided] = deque()
         """In their order."""
         self._room = asyncio.Semaphore(COMMITS_UNDER_WAY)
-        self._sent = asyncio.Event()
+        self._trouble = asyncio.Event()
+        """The first of them has to be sent again."""
+        self._failed: asyncio.Future[None] | None = None
+        """While this term runs: gets what went wrong where nobody waits."""
         tracing = telemetry.tracing()
         self._traces = None if tracing is None else RequestTraces(tracing, core, self.now_s())
         self.hub.restored(core.requests.values(), self.now_s())
@@ -201,13 +207,15 @@ class Leader:
                 self._traces.close(self.now_s())
 
     async def _work(self) -> None:
+        failed = self._failed = asyncio.get_running_loop().create_future()
         tasks: list[asyncio.Task[Any]] = [
-            asyncio.create_task(work) for work in (self._decide_forever(), self._tell_forever())
+            asyncio.create_task(work) for work in (self._decide_forever(), self._repeat_forever())
         ]
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*tasks, failed)
         finally:
-            tasks += [decided.sent for decided in self._under_way if decided.sent is not None]
+            failed.cancel()
+            self._store.forget_sent()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -219,11 +227,10 @@ class Leader:
         while True:
             await self._room.acquire()
             await self._until_due()
-            self._under_way.append(self._decide(self.now_s()))
-            self._sent.set()
+            self._decide(self.now_s())
             self._decided_s = self.now_s()
 
-    def _decide(self, now_s: float) -> Decided:
+    def _decide(self, now_s: float) -> None:
         """One tick, and its commit on its way."""
         for request_id in self.hub.take_abandoned(now_s):
             self.core.cancel(request_id, now_s)
@@ -239,32 +246,57 @@ class Leader:
             reported=[session.worker_id for session in sessions.values() if session.unacknowledged],
             waiters=self._waiters,
         )
-        if tick.commit:
-            # Packed now: the records go on changing while the store is being asked.
-            decided.encoded = self._store.encode(tick.commit, now_s)
-            self._send(decided)
         self._waiters = []
         for worker_id in decided.reported:
             sessions[worker_id].unacknowledged = False
-        return decided
+        self._under_way.append(decided)
+        if tick.commit:
+            # Packed now: the records go on changing while the store is being asked.
+            decided.encoded = self._store.encode(tick.commit, now_s)
+            self._store.send(decided.encoded, partial(self._answered, decided))
+        else:
+            self._answered(decided, None)
 
-    def _send(self, decided: Decided) -> asyncio.Task[bool]:
-        decided.sent = asyncio.create_task(self._store.commit(decided.encoded))
-        return decided.sent
+    def _answered(self, decided: Decided, error: StoreError | None) -> None:
+        """Called from within the event loop, where nobody would hear of what it raises."""
+        if self._failed is None or self._failed.done():
+            return
+        try:
+            if error is None:
+                decided.stored = True
+                self._tell()
+            elif isinstance(error, StoreUnavailable):
+                decided.error = error
+                self._trouble.set()
+            else:
+                raise error
+        except Exception as failure:
+            self._failed.set_exception(failure)
 
-    async def _tell_forever(self) -> None:
-        while True:
-            while not self._under_way:
-                self._sent.clear()
-                await self._sent.wait()
+    def _tell(self) -> None:
+        """Of everything that is stored, with all that was decided before it."""
+        while self._under_way and self._under_way[0].stored:
             decided = self._under_way[0]
-            await self._stored(decided)
+            if decided.encoded:
+                self.ticks += 1
+                self._observe_commit_s(time.perf_counter() - decided.began_s)
             self._publish(decided)
             for waiter in decided.waiters:
                 if not waiter.done():
                     waiter.set_result(None)
             self._under_way.popleft()
             self._room.release()
+
+    async def _repeat_forever(self) -> None:
+        while True:
+            await self._trouble.wait()
+            self._trouble.clear()
+            lost_with_another = False
+            while self._under_way and (first := self._under_way[0]).error is not None:
+                await self._repeat(first, None if lost_with_another else first.error)
+                first.stored = True
+                self._tell()
+                lost_with_another = True
 
     def _close_lost_sessions(self) -> None:
         """Of workers that the core has given up for their silence. A stream can outlive that, for
@@ -290,32 +322,24 @@ class Leader:
         # this tick, and its one commit.
         await asyncio.sleep(max(0.0, self._decided_s + self._tick_interval_s - self.now_s()))
 
-    async def _stored(self, decided: Decided) -> None:
-        """Returns when the first of those under way is stored."""
-        sent, retry_s = decided.sent, RETRY_FIRST_S
-        if sent is None:
-            return
-        if sent.done() and isinstance(sent.exception(), StoreUnavailable):
-            # Lost with the one before it, which has been stored by now.
-            sent = self._send(decided)
+    async def _repeat(self, decided: Decided, error: StoreUnavailable | None) -> None:
+        """Returns when it is stored. The outcome of the calls may be unknown; they are idempotent."""
+        retry_s = RETRY_FIRST_S
         while True:
-            try:
-                await sent
-                break
-            except StoreUnavailable as error:
-                # The outcome may be unknown. The call is idempotent, so ask again.
+            if error is not None:
                 if not self._store_down:
                     log.error("store does not answer; nothing is released until it does", error=str(error))
                 self._store_down = True
                 await asyncio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_LAST_S)
-                sent = self._send(decided)
-        took_s = time.perf_counter() - decided.began_s
+            try:
+                await self._store.commit(decided.encoded)
+                break
+            except StoreUnavailable as still:
+                error = still
         if self._store_down:
             self._store_down = False
-            log.info("store answers again", down_s=round(took_s, 3))
-        self.ticks += 1
-        self._observe_commit_s(took_s)
+            log.info("store answers again", down_s=round(time.perf_counter() - decided.began_s, 3))
 
     def _publish(self, decided: Decided) -> None:
         tick, now_s, sessions = decided.tick, decided.now_s, decided.sessions

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +18,7 @@ from redis.backoff import NoBackoff
 
 from scheduler_svc.store import keys, library
 from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
+from scheduler_svc.store.pipeline import Pipeline
 
 CONNECT_TIMEOUT_S = 2.0
 LEAST_VERSION = (7, 0)
@@ -101,13 +103,36 @@ def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
     return reply
 
 
-class Caller:
-    """One connection for calls that change something, each made once, in the order in which they are made.
+OnReply = Callable[[Any, StoreError | None], None]
+"""Takes what a call returned, or what it raised."""
 
-    A call is sent without waiting for the answers of those before it; the answers come in the same order.
-    When the connection is lost, with it are all that have no answer yet: whether they were carried out is
-    unknown.
-    """
+
+class Unawaited:
+    """Calls under way that tell somebody of their end, instead of being awaited."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def begin(self, call: Callable[[], Awaitable[Any]], on_reply: OnReply) -> None:
+        task = asyncio.create_task(self._finish(call, on_reply))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _finish(self, call: Callable[[], Awaitable[Any]], on_reply: OnReply) -> None:
+        try:
+            reply = await call()
+        except StoreError as error:
+            on_reply(None, error)
+        else:
+            on_reply(reply, None)
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+class Caller:
+    """Calls that change something, each made once, by one connection, in the order in which they are made."""
 
     def __init__(self, pool: ConnectionPool, url: str, pool_name: str, timeout_s: float) -> None:
         self._url = url
@@ -115,16 +140,9 @@ class Caller:
         self._timeout_s = timeout_s
         self._pool = pool
         self._redis: Redis = Redis(connection_pool=pool)
-        self._connection = self._make_connection()
-        self._sending = asyncio.Lock()
-        self._sent_last: asyncio.Future[bool] | None = None
-        """Of the call that was sent last by this connection: whether its answer has been read."""
-
-    def _make_connection(self) -> AbstractConnection:
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        # The timeout here covers a whole call; two more inside it would only cost time.
-        connection.socket_timeout = None
-        return connection
+        self._pipeline: Pipeline | None = None
+        self._connecting = asyncio.Lock()
+        self._unawaited = Unawaited()
 
     async def call(self, function: str, *args: str | bytes | int | float) -> Any:
         """Calls a function of the library.
@@ -135,67 +153,89 @@ class Caller:
         """
         try:
             for _ in range(MAX_DETOURS):
-                # What follows was refused as a whole, so asking again is no repetition.
                 try:
                     return await self._once(function, *args)
-                except exceptions.MovedError as moved:
-                    await follow(self._pool, moved)
-                    await self._lose(self._connection)
                 except exceptions.ResponseError as error:
-                    if "Function not found" not in str(error):
+                    if not _was_in_the_wrong_place(error):
                         raise
-                    # The server was replaced or emptied, or is a node that this pool has just come to.
-                    await library.load(self._redis)
+                    await self._go_where_it_belongs(error)
             return await self._once(function, *args)
-        except exceptions.RedisError as error:
+        except (exceptions.RedisError, OSError, TimeoutError) as error:
             raise translated(error, self._url) from error
+
+    def send(self, function: str, *args: str | bytes | int | float, on_reply: OnReply) -> None:
+        """`call` for whoever does not wait: `on_reply` is called in the turn of the event loop in which the
+        answer comes. Whoever calls sees to it that only a few are under way."""
+        if self._pipeline is None or self._pipeline.lost:
+            self._unawaited.begin(partial(self.call, function, *args), on_reply)
+            return
+
+        def answered(reply: Any, error: Exception | None) -> None:
+            if error is None:
+                on_reply(reply, None)
+            elif _was_in_the_wrong_place(error):
+                self._unawaited.begin(partial(self._call_elsewhere, error, function, *args), on_reply)
+            else:
+                self._check(error)
+                on_reply(None, translated(error, self._url))
+
+        self._pipeline.ask("FCALL", function, 1, self._key, *args, on_answer=answered)
+
+    async def _call_elsewhere(self, error: Exception, function: str, *args: str | bytes | int | float) -> Any:
+        try:
+            await self._go_where_it_belongs(error)
+        except (exceptions.RedisError, OSError) as failure:
+            raise translated(failure, self._url) from failure
+        return await self.call(function, *args)
+
+    async def _go_where_it_belongs(self, error: Exception) -> None:
+        if isinstance(error, exceptions.MovedError):
+            await follow(self._pool, error)
+            self._lose_connection("the pool lies on another node")
+        else:
+            # The server was replaced or emptied, or is a node that this pool has just come to.
+            await library.load(self._redis)
 
     async def _once(self, function: str, *args: str | bytes | int | float) -> Any:
-        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        connection = self._connection
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with self._sending:
-                    connection = self._connection
-                    if not connection.is_connected:
-                        await connection.connect()  # type: ignore[no-untyped-call]
-                    packed = connection.pack_command("FCALL", function, 1, self._key, *args)
-                    before, self._sent_last = self._sent_last, answered
-                    await connection.send_packed_command(packed, check_health=False)
-                if before is not None and not await before:
-                    raise exceptions.ConnectionError("the connection was lost by a call before this one")
-                reply = await connection.read_response()
-        except exceptions.ResponseError as error:
-            _settle(answered, True)
-            if isinstance(error, exceptions.AuthenticationError):
-                await self._lose(connection)
+                pipeline = await self._connected()
+                return await pipeline.answer("FCALL", function, 1, self._key, *args)
+        except exceptions.RedisError as error:
+            self._check(error)
             raise
-        except (exceptions.RedisError, OSError, TimeoutError) as error:
-            _settle(answered, False)
-            await self._lose(connection)
-            raise translated(error, self._url) from error
-        except BaseException:
-            # Cancelled: the answer may still come, and must not be taken for the next call's.
-            _settle(answered, False)
-            await self._lose(connection)
-            raise
-        _settle(answered, True)
-        return reply
 
-    async def _lose(self, connection: AbstractConnection) -> None:
-        """The next call takes a new connection: on this one there may be answers that nobody waits for."""
-        if self._connection is connection:
-            self._connection, self._sent_last = self._make_connection(), None
-        await connection.disconnect(nowait=True)
+    async def _connected(self) -> Pipeline:
+        async with self._connecting:
+            if self._pipeline is None or self._pipeline.lost:
+                connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+                await connection.connect()  # type: ignore[no-untyped-call]
+                self._pipeline = Pipeline(connection, self._timeout_s)
+            return self._pipeline
 
-    async def close(self) -> None:
-        await self._connection.disconnect()
+    def _check(self, error: Exception) -> None:
+        """Refused credentials are those of this connection: the next one may have others."""
+        if isinstance(error, exceptions.AuthenticationError):
+            self._lose_connection("the credentials were refused")
+
+    def _lose_connection(self, because: str) -> None:
+        """The next call opens another one."""
+        if self._pipeline is not None:
+            self._pipeline.lose(exceptions.ConnectionError(because))
+
+    def drop(self) -> None:
+        """Nobody waits for anything any more: what was sent may have been carried out or not."""
+        self._unawaited.cancel()
+        self._lose_connection("the call was given up")
 
 
-def _settle(answered: asyncio.Future[bool], read: bool) -> None:
-    # The call behind it may have been cancelled as it waited for this.
-    if not answered.done():
-        answered.set_result(read)
+def _was_in_the_wrong_place(error: Exception) -> bool:
+    """Refused as a whole: to make the call again, where the pool and the functions are, is no repetition."""
+    return isinstance(error, exceptions.MovedError) or _lacks_functions(error)
+
+
+def _lacks_functions(error: Exception) -> bool:
+    return isinstance(error, exceptions.ResponseError) and "Function not found" in str(error)
 
 
 class Reader:
@@ -222,7 +262,7 @@ class Reader:
             except exceptions.MovedError as moved:
                 await follow(self.redis.connection_pool, moved)
             except exceptions.ResponseError as error:
-                if "Function not found" not in str(error):
+                if not _lacks_functions(error):
                     raise
                 await library.load(self.redis)
         return await command_reply(self.redis, *command)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import astuple, dataclass
 from operator import attrgetter
 from typing import Any
@@ -19,6 +19,7 @@ from scheduler_svc.store import codec, connection, inspector_proto, library, pac
 from scheduler_svc.store.errors import Alarm, SequenceGap, StaleLeader, StoreError, StoreUnavailable
 
 LOG_BATCH_ENTRIES = 5000
+LOST_BEFORE = "the commit before this one is not known to be stored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,8 @@ class Store:
         await self.reader.read(library.load(self._redis))
 
     async def close(self) -> None:
-        await self._commits.close()
-        await self._terms.close()
+        self._commits.drop()
+        self._terms.drop()
         await self._redis.aclose()
         await self._connections.aclose()
 
@@ -254,22 +255,48 @@ class Store:
         """
         packed = packing.unpack(encoded)
         try:
-            _, new = await self._commits.call(
-                "laps_commit",
-                packed.epoch,
-                self._holder,
-                packed.seq,
-                self.seen.commit_seq,
-                packed.digest,
-                packed.body,
-                packed.journal,
-            )
+            reply = await self._commits.call("laps_commit", *self._commit_args(packed))
         except SequenceGap as gap:
-            if self.seen.commit_seq < packed.seq - 1:
-                raise StoreUnavailable("the commit before this one is not known to be stored") from gap
+            if self._lost_before(packed):
+                raise StoreUnavailable(LOST_BEFORE) from gap
             raise
+        return self._stored(packed, reply)
+
+    def send(self, encoded: bytes, on_stored: Callable[[StoreError | None], None]) -> None:
+        """`commit` for whoever does not wait: `on_stored` gets what that would raise, or None, in the turn of
+        the event loop in which the answer comes."""
+        packed = packing.unpack(encoded)
+
+        def replied(reply: Any, error: StoreError | None) -> None:
+            if error is None:
+                self._stored(packed, reply)
+            elif isinstance(error, SequenceGap) and self._lost_before(packed):
+                error = StoreUnavailable(LOST_BEFORE)
+            on_stored(error)
+
+        self._commits.send("laps_commit", *self._commit_args(packed), on_reply=replied)
+
+    def forget_sent(self) -> None:
+        """Nobody waits any more for the answers of commits that were sent."""
+        self._commits.drop()
+
+    def _commit_args(self, packed: packing.Packed) -> tuple[str | bytes | int, ...]:
+        return (
+            packed.epoch,
+            self._holder,
+            packed.seq,
+            self.seen.commit_seq,
+            packed.digest,
+            packed.body,
+            packed.journal,
+        )
+
+    def _lost_before(self, packed: packing.Packed) -> bool:
+        return self.seen.commit_seq < packed.seq - 1
+
+    def _stored(self, packed: packing.Packed, reply: Any) -> bool:
         self.seen = self.seen.until(packed.seq)
-        return bool(new)
+        return bool(reply[1])
 
     # --- Reading -----------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ the tests show that some seed notices, for every one of them.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from laps.history import HistoryPoint
 from scheduler_svc.core.records import StepReport
 from scheduler_svc.core.steps import rows_outside
 from scheduler_svc.deliveries import DeliveryHub
+from scheduler_svc.store.errors import StoreError
 from simulator.faults.store_model import ALL_CHECKS
 from simulator.faults.store_server import SimulatedStore
 
@@ -33,9 +33,9 @@ class Parts:
 class HastyStore(SimulatedStore):
     """Says that a commit is stored when it has only been sent."""
 
-    async def commit(self, encoded: bytes) -> bool:
-        self._sending = asyncio.ensure_future(super().commit(encoded))
-        return True
+    def send(self, encoded: bytes, on_stored: Callable[[StoreError | None], None]) -> None:
+        super().send(encoded, lambda error: None)
+        on_stored(None)
 
 
 class DeafStore(SimulatedStore):

@@ -8,11 +8,13 @@ import asyncio
 import copy
 import random
 from collections.abc import Awaitable
+from functools import partial
 from typing import Any
 
 from redis import exceptions
 
 from laps.history import HistoryPoint
+from scheduler_svc.store.connection import OnReply, Unawaited
 from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
 from scheduler_svc.store.store import ServerInfo, Store
 from simulator.faults import store_reading
@@ -107,6 +109,13 @@ class Caller:
         self._server = server
         self._timeout_s = timeout_s
         self._line = _Line()
+        self._unawaited = Unawaited()
+
+    def send(self, function: str, *args: Any, on_reply: OnReply) -> None:
+        self._unawaited.begin(partial(self.call, function, *args), on_reply)
+
+    def drop(self) -> None:
+        self._unawaited.cancel()
 
     async def call(self, function: str, *args: Any) -> Any:
         line = self._line
@@ -133,9 +142,6 @@ class Caller:
         if refusal is not None:
             raise refusal
         return reply
-
-    async def close(self) -> None:
-        return None
 
 
 class _Redis:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 
@@ -16,7 +17,8 @@ from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.deliveries import Follower
 from scheduler_svc.leader import Leader
 from scheduler_svc.sessions import MAX_UNREAD_UPDATES, UPDATE_BYTES, WorkerSession
-from scheduler_svc.store.errors import StaleLeader, StoreUnavailable
+from scheduler_svc.store.connection import Unawaited
+from scheduler_svc.store.errors import StaleLeader, StoreError, StoreUnavailable
 
 TOKEN = bytes(4)
 
@@ -32,6 +34,7 @@ class FakeStore:
         self.asked = asyncio.Event()
         self.seen = HistoryPoint()
         self.stored: list[bytes] = []
+        self._sent = Unawaited()
 
     def encode(self, commit: Commit, now_s: float) -> bytes:
         return repr(commit.emitted).encode()
@@ -44,6 +47,12 @@ class FakeStore:
             raise self.failures.pop(0)
         self.stored.append(encoded)
         return True
+
+    def send(self, encoded: bytes, on_stored: Callable[[StoreError | None], None]) -> None:
+        self._sent.begin(partial(self.commit, encoded), lambda _, error: on_stored(error))
+
+    def forget_sent(self) -> None:
+        self._sent.cancel()
 
     async def renew(self) -> None:
         return None
@@ -198,6 +207,24 @@ async def test_a_lost_term_ends_the_loop_and_whoever_waits() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert session.outbox.get_nowait() is None
+
+
+async def test_what_goes_wrong_as_a_tick_is_told_ends_the_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a commit that was sent: what its answer leads to would go wrong unheard."""
+    store = FakeStore()
+    async with running(store) as (leader, task):
+        await asyncio.wait_for(leader.settled(), 60)
+
+        def broken(*_: object) -> None:
+            raise ValueError("cannot be told")
+
+        monkeypatch.setattr(leader.hub, "finished", broken)
+        submit(leader)
+        waiting = asyncio.ensure_future(leader.settled())
+        with pytest.raises(ValueError, match="cannot be told"):
+            await asyncio.wait_for(task, 60)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
 
 
 async def test_a_worker_given_up_by_the_core_must_join_anew() -> None:

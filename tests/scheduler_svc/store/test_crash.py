@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import shutil
 import time
 
@@ -10,7 +11,7 @@ import pytest
 
 from scheduler_svc.core.records import Append, Commit
 from scheduler_svc.store import library
-from scheduler_svc.store.errors import HistoryWentBack, StoreFull, StoreUnavailable
+from scheduler_svc.store.errors import AlreadyStored, HistoryWentBack, StoreFull, StoreUnavailable
 from scheduler_svc.store.server import LocalServer
 from scheduler_svc.store.store import Store
 
@@ -116,21 +117,75 @@ async def test_two_commits_without_an_answer_may_both_be_sent_again(own_server, 
     await store.close()
 
 
-async def test_a_commit_that_is_cancelled_takes_the_answer_of_the_next_with_it(
+async def test_the_answer_of_a_cancelled_commit_is_not_taken_for_that_of_the_next(
     own_server, own_store, make_request
 ):
-    """Its own answer may still come, and must not be taken for the other's."""
+    await own_store.commit(own_store.encode(Commit(submitted=[make_request(0)]), time.time()))
     commits = [own_store.encode(Commit(submitted=[make_request(n)]), time.time()) for n in (1, 2)]
     own_server.freeze()
     first, second = (asyncio.create_task(own_store.commit(encoded)) for encoded in commits)
     await asyncio.wait({first, second}, timeout=0.05)
     first.cancel()
-    with pytest.raises(StoreUnavailable):
-        await second
     own_server.thaw()
+    assert await second
+    assert own_store.seen.commit_seq == 3
     for encoded in commits:
-        await commit_until_stored(own_store, encoded)
-    assert own_store.seen.commit_seq == 2
+        assert not await own_store.commit(encoded)
+
+
+async def sent(store, *commits):
+    """What the callers of `send` are told, in the order in which they are."""
+    told = []
+    over = asyncio.Event()
+
+    def on_stored(number, error):
+        told.append((number, type(error)))
+        if len(told) == len(commits):
+            over.set()
+
+    for number, encoded in enumerate(commits):
+        store.send(encoded, functools.partial(on_stored, number))
+    await asyncio.wait_for(over.wait(), 60)
+    return told
+
+
+async def test_commits_that_are_sent_tell_of_their_end_in_their_order(own_store, make_request):
+    """The first ones when there is no connection yet."""
+    numbers = iter(range(6))
+    for _ in range(3):
+        commits = [
+            own_store.encode(Commit(submitted=[make_request(next(numbers))]), time.time()) for _ in range(2)
+        ]
+        assert await sent(own_store, *commits) == [(0, type(None)), (1, type(None))]
+    assert own_store.seen.commit_seq == 6
+
+
+async def test_commits_that_are_sent_load_the_functions_where_these_are_gone(own_store, make_request):
+    first, second = (own_store.encode(Commit(submitted=[make_request(n)]), time.time()) for n in (1, 2))
+    assert await sent(own_store, first) == [(0, type(None))]
+    await own_store.reader.redis.function_flush()
+    assert await sent(own_store, second) == [(0, type(None))]
+
+
+async def test_commits_that_are_sent_are_refused_as_others_are(own_store, make_request):
+    first, twice = (own_store.encode(Commit(submitted=[make_request(1)]), time.time()) for _ in range(2))
+    assert await sent(own_store, first, twice) == [(0, type(None)), (1, AlreadyStored)]
+    behind_a_lost_one = own_store.encode(Commit(submitted=[make_request(2)]), time.time())
+    assert await sent(own_store, behind_a_lost_one) == [(0, StoreUnavailable)]
+
+
+async def test_nobody_is_told_of_a_commit_that_was_given_up_as_if_it_were_stored(
+    own_server, own_store, make_request
+):
+    await own_store.commit(own_store.encode(Commit(submitted=[make_request(1)]), time.time()))
+    encoded = own_store.encode(Commit(submitted=[make_request(2)]), time.time())
+    own_server.freeze()
+    telling = asyncio.create_task(sent(own_store, encoded))
+    await asyncio.wait({telling}, timeout=0.05)
+    own_store.forget_sent()
+    assert await telling == [(0, StoreUnavailable)]
+    own_server.thaw()
+    assert own_store.seen.commit_seq == 1
 
 
 async def test_a_cancelled_commit_can_be_made_again(own_server, own_store, make_request):
