@@ -105,7 +105,9 @@ class Bed:
         began_s = time.monotonic()
         env = settings.to_env() | {"PYTHONPATH": str(self._tree)}
         with on_cores(self.scheduler_cores):
-            self.scheduler = Process(["-m", "laps.cli", "scheduler"], self._log("scheduler.log"), env=env)
+            # From there: `-m` looks into the current folder first.
+            log = self._log("scheduler.log")
+            self.scheduler = Process(["-m", "laps.cli", "scheduler"], log, env=env, cwd=self._tree)
         wait_for(self.log, LEADING, self.scheduler, times=self._starts)
         return time.monotonic() - began_s
 
