@@ -1,7 +1,7 @@
 """Submissions to the scheduler: over one stream, those that come together in one message.
 
 As calls of their own they would wait for each other where many come to a busy scheduler: gRPC's asyncio
-server accepts one every few turns of its event loop (docs/capacity.md).
+server accepts one every few turns of its event loop (docs/performance.md).
 """
 
 from __future__ import annotations

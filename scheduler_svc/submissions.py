@@ -1,7 +1,7 @@
 """Requests as they come from gateways: each in a call, or many in the messages of a stream.
 
 A stream is there because gRPC's asyncio server accepts a call only every few turns of its event loop, however
-many wait (docs/capacity.md), and messages of a stream come twice as fast and hold as many as there are.
+many wait (docs/performance.md), and messages of a stream come twice as fast and hold as many as there are.
 """
 
 from __future__ import annotations
