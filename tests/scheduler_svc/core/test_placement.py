@@ -35,3 +35,27 @@ def test_with_many_running_a_step_alone_does_not_have_the_victim_sought_anew(slo
     assert {grant.request.request_id for grant in tick.grants} == {"waits", "waits too"}
     assert list(known) == []
     core.check_invariants()
+
+
+@pytest.mark.parametrize("slots", [4, MANY_RUNNING + 9])
+def test_with_many_running_the_victim_is_sought_anew_when_it_leaves_and_not_when_another_does(
+    slots: int,
+) -> None:
+    core, fake = scheduler("las"), FakeWorker("w", slots)
+    core.worker_joined(worker(slots=slots), [], 0.0)
+    for number in range(slots):
+        core.submit(spec(f"r{number}", max_tokens=500), 0.0)
+    fake.apply(core.tick(0.0))
+    core.submit(spec("waits"), 0.0)
+    core.tick(0.0)
+    known = core._board.worst
+    found = known["w"]
+    assert found is not None
+    victim = found[1].request_id
+    others = [name for name in core.requests if name not in (victim, "waits")]
+    core.cancel(others[0], 0.01)
+    assert list(known) == (["w"] if slots > MANY_RUNNING else [])
+    core.check_invariants()
+    core.cancel(victim, 0.02)
+    assert list(known) == []
+    core.check_invariants()
