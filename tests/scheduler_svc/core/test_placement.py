@@ -5,21 +5,27 @@ from __future__ import annotations
 import pytest
 
 from scheduler_svc.core.board import MANY_RUNNING, SOUGHT_AFTER_S
+from scheduler_svc.core.scheduler import Scheduler
 
 from .house import FakeWorker, scheduler, spec, worker
 
 
-@pytest.mark.parametrize("slots", [4, MANY_RUNNING + 1])
-def test_with_many_running_a_step_alone_does_not_have_the_victim_sought_anew(slots: int) -> None:
-    """Few: after each step. Many: when the last search has become old, and whenever the slots change."""
+def full(slots: int) -> tuple[Scheduler, FakeWorker]:
+    """All slots are taken, and one more waits: the others have had as little service as it."""
     core, fake = scheduler("las"), FakeWorker("w", slots)
     core.worker_joined(worker(slots=slots), [], 0.0)
     for number in range(slots):
         core.submit(spec(f"r{number}", max_tokens=500), 0.0)
     fake.apply(core.tick(0.0))
-    # It waits: the others have had as little service as it.
     core.submit(spec("waits"), 0.0)
     core.tick(0.0)
+    return core, fake
+
+
+@pytest.mark.parametrize("slots", [4, MANY_RUNNING + 1])
+def test_with_many_running_a_step_alone_does_not_have_the_victim_sought_anew(slots: int) -> None:
+    """Few: after each step. Many: when the last search has become old, and whenever the slots change."""
+    core, fake = full(slots)
     known = core._board.worst
     assert list(known) == ["w"]
     core.report(fake.step(step_s=0.1), 1.0)
@@ -41,13 +47,7 @@ def test_with_many_running_a_step_alone_does_not_have_the_victim_sought_anew(slo
 def test_with_many_running_the_victim_is_sought_anew_when_it_leaves_and_not_when_another_does(
     slots: int,
 ) -> None:
-    core, fake = scheduler("las"), FakeWorker("w", slots)
-    core.worker_joined(worker(slots=slots), [], 0.0)
-    for number in range(slots):
-        core.submit(spec(f"r{number}", max_tokens=500), 0.0)
-    fake.apply(core.tick(0.0))
-    core.submit(spec("waits"), 0.0)
-    core.tick(0.0)
+    core, _ = full(slots)
     known = core._board.worst
     found = known["w"]
     assert found is not None
