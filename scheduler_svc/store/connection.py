@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 import msgpack
@@ -103,6 +103,40 @@ def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
     return reply
 
 
+async def _in_the_right_place(
+    attempt: Callable[[], Awaitable[Any]],
+    go_there: Callable[[exceptions.ResponseError], Awaitable[None]],
+    refused: exceptions.ResponseError | None = None,
+) -> Any:
+    """Makes a call. Where it is refused as a whole because the pool or the functions are not there, it is
+    made again where they are, which is no repetition. `refused`: so ended a first attempt."""
+    for _ in range(MAX_DETOURS):
+        if refused is None:
+            try:
+                return await attempt()
+            except exceptions.ResponseError as error:
+                if not _was_in_the_wrong_place(error):
+                    raise
+                refused = error
+        await go_there(refused)
+        refused = None
+    return await attempt()
+
+
+def _was_in_the_wrong_place(error: Exception) -> TypeGuard[exceptions.ResponseError]:
+    return isinstance(error, exceptions.MovedError) or (
+        isinstance(error, exceptions.ResponseError) and "Function not found" in str(error)
+    )
+
+
+async def _go_where_it_belongs(redis: Redis, refused: exceptions.ResponseError) -> None:
+    if isinstance(refused, exceptions.MovedError):
+        await follow(redis.connection_pool, refused)
+    else:
+        # The server was replaced or emptied, or is a node that this pool has just come to.
+        await library.load(redis)
+
+
 OnReply = Callable[[Any, StoreError | None], None]
 """Takes what a call returned, or what it raised."""
 
@@ -151,15 +185,13 @@ class Caller:
             StoreUnavailable: no answer; whether the call was carried out is unknown.
             StoreError: refused; the function's code decides the class.
         """
+        return await self._call(None, function, *args)
+
+    async def _call(
+        self, refused: exceptions.ResponseError | None, function: str, *args: str | bytes | int | float
+    ) -> Any:
         try:
-            for _ in range(MAX_DETOURS):
-                try:
-                    return await self._once(function, *args)
-                except exceptions.ResponseError as error:
-                    if not _was_in_the_wrong_place(error):
-                        raise
-                    await self._go_where_it_belongs(error)
-            return await self._once(function, *args)
+            return await _in_the_right_place(partial(self._once, function, *args), self._go_there, refused)
         except (exceptions.RedisError, OSError, TimeoutError) as error:
             raise translated(error, self._url) from error
 
@@ -174,27 +206,17 @@ class Caller:
             if error is None:
                 on_reply(reply, None)
             elif _was_in_the_wrong_place(error):
-                self._unawaited.begin(partial(self._call_elsewhere, error, function, *args), on_reply)
+                self._unawaited.begin(partial(self._call, error, function, *args), on_reply)
             else:
                 self._check(error)
                 on_reply(None, translated(error, self._url))
 
         self._pipeline.ask("FCALL", function, 1, self._key, *args, on_answer=answered)
 
-    async def _call_elsewhere(self, error: Exception, function: str, *args: str | bytes | int | float) -> Any:
-        try:
-            await self._go_where_it_belongs(error)
-        except (exceptions.RedisError, OSError) as failure:
-            raise translated(failure, self._url) from failure
-        return await self.call(function, *args)
-
-    async def _go_where_it_belongs(self, error: Exception) -> None:
-        if isinstance(error, exceptions.MovedError):
-            await follow(self._pool, error)
+    async def _go_there(self, refused: exceptions.ResponseError) -> None:
+        await _go_where_it_belongs(self._redis, refused)
+        if isinstance(refused, exceptions.MovedError):
             self._lose_connection("the pool lies on another node")
-        else:
-            # The server was replaced or emptied, or is a node that this pool has just come to.
-            await library.load(self._redis)
 
     async def _once(self, function: str, *args: str | bytes | int | float) -> Any:
         try:
@@ -229,15 +251,6 @@ class Caller:
         self._lose_connection("the call was given up")
 
 
-def _was_in_the_wrong_place(error: Exception) -> bool:
-    """Refused as a whole: to make the call again, where the pool and the functions are, is no repetition."""
-    return isinstance(error, exceptions.MovedError) or _lacks_functions(error)
-
-
-def _lacks_functions(error: Exception) -> bool:
-    return isinstance(error, exceptions.ResponseError) and "Function not found" in str(error)
-
-
 class Reader:
     """Calls that change nothing, from a pool of connections."""
 
@@ -252,20 +265,9 @@ class Reader:
         Raises:
             StoreUnavailable: no answer.
         """
-        packed = await self.read(self._packed(("FCALL_RO", function, 1, self._key, *args)))
+        attempt = partial(command_reply, self.redis, "FCALL_RO", function, 1, self._key, *args)
+        packed = await self.read(_in_the_right_place(attempt, partial(_go_where_it_belongs, self.redis)))
         return msgpack.unpackb(packed, raw=raw, strict_map_key=False)
-
-    async def _packed(self, command: tuple[str | int, ...]) -> Any:
-        for _ in range(MAX_DETOURS):
-            try:
-                return await command_reply(self.redis, *command)
-            except exceptions.MovedError as moved:
-                await follow(self.redis.connection_pool, moved)
-            except exceptions.ResponseError as error:
-                if not _lacks_functions(error):
-                    raise
-                await library.load(self.redis)
-        return await command_reply(self.redis, *command)
 
     async def read(self, reply: Awaitable[Any]) -> Any:
         """Awaits a reply of redis-py; its errors become ours."""
