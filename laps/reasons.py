@@ -33,10 +33,13 @@ class Reason(enum.Enum):
         "OUT_OF_RANGE",
         "The offset to resume from lies beyond the output; output_tokens says it.",
     )
-    QUEUE_FULL = ("RESOURCE_EXHAUSTED", "The pool has as many live requests as it may; come back later.")
+    QUEUE_FULL = (
+        "RESOURCE_EXHAUSTED",
+        "As many requests wait as the pool allows; come back later.",
+    )
     QUEUE_TOKENS_FULL = (
         "RESOURCE_EXHAUSTED",
-        "The live requests have as many tokens as they may; come back later.",
+        "With this prompt more prompt tokens would wait than the pool allows; come back later.",
     )
     TENANT_QUEUE_FULL = (
         "RESOURCE_EXHAUSTED",

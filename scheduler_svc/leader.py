@@ -264,17 +264,17 @@ class Leader:
         try:
             if error is None:
                 decided.stored = True
-                self._tell()
             elif isinstance(error, StoreUnavailable):
                 decided.error = error
-                self._trouble.set()
             else:
                 raise error
+            self._tell()
         except Exception as failure:
             self._failed.set_exception(failure)
 
     def _tell(self) -> None:
-        """Of everything that is stored, with all that was decided before it."""
+        """Of everything that is stored, with all that was decided before it. What then comes first and has
+        failed is to be repeated, whether it failed just now or before those in front of it were answered."""
         while self._under_way and self._under_way[0].stored:
             decided = self._under_way[0]
             if decided.encoded:
@@ -286,6 +286,8 @@ class Leader:
                     waiter.set_result(None)
             self._under_way.popleft()
             self._room.release()
+        if self._under_way and self._under_way[0].error is not None:
+            self._trouble.set()
 
     async def _repeat_forever(self) -> None:
         while True:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from laps import metrics_server
 from scheduler_svc import compiled
 from scheduler_svc.core.records import Request
 from scheduler_svc.core.scheduler import Scheduler
@@ -161,11 +162,4 @@ def listen(
     """Serves the metrics over HTTP; returns what ends that. Raises OSError when the port is taken."""
     registry = CollectorRegistry()
     registry.register(SchedulerCollector(pool, leader, refusals))
-    server, thread = start_http_server(port, addr=host, registry=registry)
-
-    def close() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    return close
+    return metrics_server.listen(host, port, registry)

@@ -168,7 +168,12 @@ class Board:
         request.leased_s = now_s
         worker.running[slot] = request
         self.leases[request.lease_id] = request
-        self.rank_otherwise(worker.worker_id, now_s)
+        found = self.worst.get(worker.worker_id)
+        if found is not None and (-request.spec.priority, not book.overdue) > found[0][:2]:
+            # Of lower priority than the victim that was found: how long ago does not matter then.
+            self.worst.pop(worker.worker_id)
+        else:
+            self.rank_otherwise(worker.worker_id, now_s)
         grant = Grant(
             worker_id=worker.worker_id,
             lease_id=request.lease_id,

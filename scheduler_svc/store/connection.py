@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import msgpack
 import structlog
@@ -17,11 +18,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from scheduler_svc.store import keys, library
-from scheduler_svc.store.errors import StoreError, StoreUnavailable, from_reply
+from scheduler_svc.store.errors import StoreBehind, StoreError, StoreUnavailable, from_reply
 from scheduler_svc.store.pipeline import Pipeline
 
 CONNECT_TIMEOUT_S = 2.0
 LEAST_VERSION = (7, 0)
+CANNOT_SERVE_NOW = (exceptions.ClusterDownError, exceptions.MasterDownError, exceptions.TryAgainError)
+"""redis-py cuts off the codes by which `from_reply` would know them."""
+NOT_ALL_HERE = "non local key"
+"""In what a node says of a function that wants a key which has moved already."""
 MAX_DETOURS = 3
 """Of one call: to another node of a cluster, to load the functions there."""
 
@@ -44,12 +49,59 @@ class _FreshlyRead(SSLConnection):
         return super()._connection_arguments()
 
 
-def make_pool(url: str, timeout_s: float, **options: Any) -> ConnectionPool:
+class NodePool(ConnectionPool):
+    """Connections to the node that holds the pool, whose keys all lie on one. The first goes where the URL
+    says; a node of a cluster may send us on to another one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._given = self._place()
+        self._outdated: WeakSet[AbstractConnection] = WeakSet()
+
+    def follow(self, moved: exceptions.MovedError) -> None:
+        """From here on at the node that was named."""
+        log.info("the pool lies on another node of the cluster", node=moved.node_addr)
+        where = {"host": moved.host, "port": moved.port}
+        # A node that does not know its own address leaves the host out: it is the one that was asked.
+        self.connection_kwargs |= {name: value for name, value in where.items() if value}
+        self.leave()
+
+    def leave(self) -> None:
+        """Every connection is opened anew before it is used again: it may lead to the wrong server."""
+        self._outdated |= {*self._available_connections, *self._in_use_connections}
+
+    async def connected(self) -> AbstractConnection:
+        """A connection that the pool does not keep."""
+        connection: AbstractConnection = self.make_connection()  # type: ignore[no-untyped-call]
+        await self.ensure_connection(connection)
+        return connection
+
+    async def ensure_connection(self, connection: AbstractConnection) -> None:
+        if connection in self._outdated:
+            self._outdated.discard(connection)
+            await connection.disconnect()
+        if not connection.is_connected:
+            for name, value in self._place().items():
+                setattr(connection, name, value)
+        try:
+            await super().ensure_connection(connection)
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError):
+            # The node that was followed may be gone. Those that the URL names know who has taken its place.
+            self.connection_kwargs |= self._given
+            raise
+
+    def _place(self) -> dict[str, Any]:
+        """Nothing for a socket of this host."""
+        known = self.connection_kwargs
+        return {name: known[name] for name in ("host", "port") if name in known}
+
+
+def make_pool(url: str, timeout_s: float, **options: Any) -> NodePool:
     """Connections for reading. A lost connection is replaced once, which for reading is harmless. What
     writes goes through `Caller`: redis-py by itself would repeat a write ten times, on timeouts too."""
     if urlsplit(url).scheme == "rediss":
         options["connection_class"] = _FreshlyRead
-    return ConnectionPool.from_url(
+    return NodePool.from_url(
         url,
         retry=Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),
         socket_connect_timeout=CONNECT_TIMEOUT_S,
@@ -73,6 +125,10 @@ def translated(error: Exception, url: str) -> StoreError:
         return from_reply(f"OOM {error}")
     if isinstance(error, exceptions.ReadOnlyError):
         return StoreUnavailable(f"Redis at {where} is a read-only replica")
+    if isinstance(error, CANNOT_SERVE_NOW):
+        return StoreUnavailable(f"Redis at {where} cannot serve now: {error}")
+    if NOT_ALL_HERE in str(error):
+        return StoreUnavailable(f"the cluster of {where} is moving the pool's keys one by one")
     if isinstance(error, exceptions.ResponseError):
         return from_reply(str(error))
     if isinstance(error, TimeoutError | exceptions.TimeoutError):
@@ -84,17 +140,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error) or type(error).__name__
-
-
-async def follow(pool: ConnectionPool, moved: exceptions.MovedError) -> None:
-    """From here on at the node of a cluster that holds the pool: its keys all lie on one."""
-    log.info("the pool lies on another node of the cluster", node=moved.node_addr)
-    where = {"host": moved.host, "port": moved.port}
-    # A node that does not know its own address leaves the host out: it is the one that was asked.
-    pool.connection_kwargs |= {name: value for name, value in where.items() if value}
-    await pool.disconnect(inuse_connections=False)
-    # They would connect to the old node again.
-    pool._available_connections.clear()
 
 
 def command_reply(redis: Redis, *command: str | int) -> Awaitable[Any]:
@@ -129,12 +174,12 @@ def _was_in_the_wrong_place(error: Exception) -> TypeGuard[exceptions.ResponseEr
     )
 
 
-async def _go_where_it_belongs(redis: Redis, refused: exceptions.ResponseError) -> None:
+async def _go_where_it_belongs(pool: NodePool, refused: exceptions.ResponseError) -> None:
     if isinstance(refused, exceptions.MovedError):
-        await follow(redis.connection_pool, refused)
+        pool.follow(refused)
     else:
         # The server was replaced or emptied, or is a node that this pool has just come to.
-        await library.load(redis)
+        await library.load(Redis(connection_pool=pool))
 
 
 OnReply = Callable[[Any, StoreError | None], None]
@@ -168,12 +213,11 @@ class Unawaited:
 class Caller:
     """Calls that change something, each made once, by one connection, in the order in which they are made."""
 
-    def __init__(self, pool: ConnectionPool, url: str, pool_name: str, timeout_s: float) -> None:
+    def __init__(self, pool: NodePool, url: str, pool_name: str, timeout_s: float) -> None:
         self._url = url
         self._key = keys.meta(pool_name)
         self._timeout_s = timeout_s
         self._pool = pool
-        self._redis: Redis = Redis(connection_pool=pool)
         self._pipeline: Pipeline | None = None
         self._connecting = asyncio.Lock()
         self._unawaited = Unawaited()
@@ -214,7 +258,7 @@ class Caller:
         self._pipeline.ask("FCALL", function, 1, self._key, *args, on_answer=answered)
 
     async def _go_there(self, refused: exceptions.ResponseError) -> None:
-        await _go_where_it_belongs(self._redis, refused)
+        await _go_where_it_belongs(self._pool, refused)
         if isinstance(refused, exceptions.MovedError):
             self._lose_connection("the pool lies on another node")
 
@@ -230,15 +274,17 @@ class Caller:
     async def _connected(self) -> Pipeline:
         async with self._connecting:
             if self._pipeline is None or self._pipeline.lost:
-                connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-                await connection.connect()  # type: ignore[no-untyped-call]
-                self._pipeline = Pipeline(connection, self._timeout_s)
+                self._pipeline = Pipeline(await self._pool.connected(), self._timeout_s)
             return self._pipeline
 
     def _check(self, error: Exception) -> None:
-        """Refused credentials are those of this connection: the next one may have others."""
+        """Refused credentials are those of this connection: the next one may have others. And a name may lead
+        to another server since this one is a replica, which does not end the connections that it has."""
         if isinstance(error, exceptions.AuthenticationError):
             self._lose_connection("the credentials were refused")
+        elif isinstance(error, exceptions.ReadOnlyError | exceptions.MasterDownError):
+            self._pool.leave()
+            self._lose_connection("the server is a replica now")
 
     def _lose_connection(self, because: str) -> None:
         """The next call opens another one."""
@@ -254,8 +300,9 @@ class Caller:
 class Reader:
     """Calls that change nothing, from a pool of connections."""
 
-    def __init__(self, redis: Redis, url: str, pool_name: str) -> None:
-        self.redis = redis
+    def __init__(self, pool: NodePool, url: str, pool_name: str) -> None:
+        self.redis: Redis = Redis(connection_pool=pool)
+        self._pool = pool
         self._url = url
         self._key = keys.meta(pool_name)
 
@@ -266,7 +313,11 @@ class Reader:
             StoreUnavailable: no answer.
         """
         attempt = partial(command_reply, self.redis, "FCALL_RO", function, 1, self._key, *args)
-        packed = await self.read(_in_the_right_place(attempt, partial(_go_where_it_belongs, self.redis)))
+        try:
+            packed = await self.read(_in_the_right_place(attempt, partial(_go_where_it_belongs, self._pool)))
+        except StoreBehind:
+            self._pool.leave()
+            raise
         return msgpack.unpackb(packed, raw=raw, strict_map_key=False)
 
     async def read(self, reply: Awaitable[Any]) -> Any:

@@ -16,6 +16,13 @@ class StoreUnavailable(StoreError):
     code = "UNAVAILABLE"
 
 
+class StoreBehind(StoreUnavailable):
+    """The server that was read does not know yet what another one has stored: a replica, or what was the
+    primary until now."""
+
+    code = "BEHIND"
+
+
 class StoreFull(StoreUnavailable):
     """The store has reached its memory limit and has refused the write."""
 
@@ -91,12 +98,10 @@ BY_CODE: dict[str, type[StoreError]] = {
     "OOM": StoreFull,
     "LOADING": StoreUnavailable,
     "READONLY": StoreUnavailable,
-    "MASTERDOWN": StoreUnavailable,
-    "CLUSTERDOWN": StoreUnavailable,
     "MISCONF": StoreUnavailable,
     "NOREPLICAS": StoreUnavailable,
     "BUSY": StoreUnavailable,
-    "TRYAGAIN": StoreUnavailable,
+    "BEHIND": StoreBehind,
     "STALE_EPOCH": StaleLeader,
     "HISTORY_WENT_BACK": HistoryWentBack,
     "SEQ_GAP": SequenceGap,

@@ -9,8 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis.asyncio import Redis
-
 from scheduler_svc.core.records import RequestState
 from scheduler_svc.store import codec, connection, layout
 from scheduler_svc.store.packing import pairs
@@ -137,8 +135,8 @@ class Inspector:
     @classmethod
     def open(cls, url: str, pool: str, *, timeout_s: float = 5.0, **connection_options: Any) -> Inspector:
         """With connections of its own, to be closed by `close`."""
-        redis: Redis = Redis(connection_pool=connection.make_pool(url, timeout_s, **connection_options))
-        return cls(connection.Reader(redis, url, pool), pool)
+        connections = connection.make_pool(url, timeout_s, **connection_options)
+        return cls(connection.Reader(connections, url, pool), pool)
 
     async def close(self) -> None:
         await self._reader.redis.aclose()

@@ -185,9 +185,12 @@ META_FIELDS = (
     _text("commit_digest", "its digest"),
     _text("digest_before", "the digest of the commit before it"),
     _int("committed_ms", "its instant on the leader's clock, in ms"),
+    _int("journal_seq", "number of the last commit that wrote to the journal"),
+    _int("journal_from", "number of the first commit whose entry in the journal is still needed"),
+    _int("resumed_seq", "number of the last commit when an operator last accepted the store as it was"),
     _text("policy", "name of the policy in force"),
     _text("level_thresholds_s", "JSON list: attained seconds at which a request leaves level i downwards"),
-    _int("levels", "levels that have ever been used"),
+    _int("levels", "how many levels have ever been used"),
     _int("backlog_us", "sum of perceived_s over all live requests, in microseconds"),
 )
 """`meta`."""

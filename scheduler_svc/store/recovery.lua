@@ -1,6 +1,6 @@
 #!lua name=laps_recovery
 --[[
-What a new leader reads. Nothing here writes. The keys are listed in functions.lua. Answers are packed with cmsgpack.
+What a new leader reads. Nothing here writes, and replicas would answer. The keys are listed in functions.lua. Answers are packed with cmsgpack.
 
 Nobody is served while a long queue is read, so it is read sparingly. Most requests of a long queue have never run, and
 most fields of their records are as in every new one: they are not read. Their prompts and parameters come by one command
@@ -9,11 +9,20 @@ for all of a call, and parameters that requests have in common are sent once.
 
 local BATCH = 1000 -- arguments per call; Lua's stack holds 8000
 
+-- The first argument of each is the epoch of who asks. Replication is in order: a server that has heard of this epoch has all
+-- that was stored before it, and one that has not may lack some of it.
 local function register(name, body)
   redis.register_function {
     function_name = name,
     callback = function(keys, args)
       local prefix = string.sub(keys[1], 1, -5) -- without 'meta'
+      local epoch, stored = tonumber(table.remove(args, 1)), tonumber(redis.call('HGET', prefix .. 'leader', 'epoch') or 0)
+      if stored < epoch then
+        return redis.error_reply('BEHIND epoch ' .. stored .. ' is stored here, the one that leads is ' .. epoch)
+      end
+      if stored > epoch then
+        return redis.error_reply('STALE_EPOCH epoch ' .. stored .. ' leads, not epoch ' .. epoch)
+      end
       return cmsgpack.pack(body(prefix, args))
     end,
     flags = { 'no-writes' },
@@ -90,6 +99,11 @@ register('laps_load_requests', function(prefix, args)
     all[n + 5] = log
   end
   return all
+end)
+
+-- Returns what the policy has learnt: {name, value, ...}.
+register('laps_learnt', function(prefix)
+  return redis.call('HGETALL', prefix .. 'learnt')
 end)
 
 -- args: position of the first one among the finished requests; how many; names of fields.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import Any, Literal, cast
 
 from scheduler_svc.core.records import TOKEN_BYTES, Recovered, Request, RequestState, Retained
-from scheduler_svc.store import codec, keys, packing
+from scheduler_svc.store import codec, packing
 from scheduler_svc.store.connection import Reader
 from scheduler_svc.store.errors import LogConflict
 
@@ -19,28 +20,36 @@ BATCH_REQUESTS = 500
 """Requests per call: some 10 ms in which the store does nothing else."""
 BATCH_LOGS = 100
 """The same of requests that have run: their token logs come along."""
+Ask = Callable[..., Coroutine[Any, Any, Any]]
+"""Calls one of the functions of `recovery.lua`."""
 CALLS_AHEAD = 2
 """Calls that are under way while an answer is decoded: the store need not wait, and memory is bounded."""
 
 
-async def recover(reader: Reader, pool: str) -> AsyncGenerator[Recovered, None]:
-    """All that a new leader must know, in parts: first what was learnt and the finished requests, then the
-    live ones, some hundreds at a time. So one part is taken over while the store reads the next.
+async def recover(reader: Reader, epoch: int) -> AsyncGenerator[Recovered, None]:
+    """All that the leader of this epoch must know, in parts: first what was learnt and the finished requests,
+    then the live ones, some hundreds at a time. So one part is taken over while the store reads the next.
 
     Raises:
+        StoreBehind: the server that was read is not the one that has granted the leadership.
+        StaleLeader: another scheduler leads now.
         LogConflict: token logs, journal and records do not agree.
         RecordDamaged: what is stored is not a request.
     """
-    learnt = await reader.read(reader.redis.hgetall(keys.learnt(pool)))
-    yield Recovered(
-        retained=await read_retained(reader),
-        learnt={name.decode(): value.decode() for name, value in learnt.items()},
-    )
-    journal = await Journal.read(reader)
-    async for requests in _live(reader):
+    ask = partial(_ask, reader, epoch)
+    learnt = await ask("laps_learnt")
+    yield Recovered(retained=await _retained(ask), learnt=dict(_chunks(learnt, 2)))
+    journal = await Journal.read(ask)
+    async for requests in _live(ask):
         for request in requests:
             journal.complete(request)
         yield Recovered(requests=requests)
+
+
+def _ask(
+    reader: Reader, epoch: int, function: str, *args: str | int, raw: bool = False
+) -> Coroutine[Any, Any, Any]:
+    return reader.ask(function, epoch, *args, raw=raw)
 
 
 class Journal:
@@ -53,12 +62,12 @@ class Journal:
         """An operator has accepted what was missing up to this commit."""
 
     @classmethod
-    async def read(cls, reader: Reader) -> Journal:
+    async def read(cls, ask: Ask) -> Journal:
         """Raises LogConflict where it has no readable end."""
         rows: dict[str, list[tuple[int, int, bytes]]] = {}
         after, last_seq = "-", 0
         while True:
-            journal_seq, journal_from, resumed_seq, entries = await reader.ask(
+            journal_seq, journal_from, resumed_seq, entries = await ask(
                 "laps_journal", after, BATCH_JOURNAL_ENTRIES, raw=True
             )
             for seq, packed in packing.pairs(entries):
@@ -99,10 +108,10 @@ def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
     return True
 
 
-async def _live(reader: Reader) -> AsyncIterator[list[Request]]:
+async def _live(ask: Ask) -> AsyncIterator[list[Request]]:
     """All requests that are not finished: those that have never run by arrival, then the others."""
     others: list[str] = []
-    async for rows, other_ids in _waiting(reader):
+    async for rows, other_ids in _waiting(ask):
         others += other_ids
         requests = []
         for row in rows:
@@ -112,16 +121,14 @@ async def _live(reader: Reader) -> AsyncIterator[list[Request]]:
                 # What is wrong with it is told by the reading that looks at everything.
                 others.append(row[0])
         yield requests
-    async for requests in _with_logs(reader, others):
+    async for requests in _with_logs(ask, others):
         yield requests
 
 
-async def _waiting(reader: Reader) -> AsyncIterator[tuple[list[tuple[Any, ...]], list[str]]]:
+async def _waiting(ask: Ask) -> AsyncIterator[tuple[list[tuple[Any, ...]], list[str]]]:
     """Batches of (arguments of `codec.waiting_request`, ids of live requests of another kind)."""
     names = codec.WAITING_NAMES
-    calls = (
-        reader.ask("laps_load_waiting", first, BATCH_REQUESTS, *names) for first in count(step=BATCH_REQUESTS)
-    )
+    calls = (ask("laps_load_waiting", first, BATCH_REQUESTS, *names) for first in count(step=BATCH_REQUESTS))
     async for flat, places, texts, others in _answers(calls, _is_last_batch):
         params = [_params(text) for text in texts]
         rows = [
@@ -145,11 +152,11 @@ def _params(text: str) -> str | Literal[False]:
         return False
 
 
-async def _with_logs(reader: Reader, request_ids: list[str]) -> AsyncIterator[list[Request]]:
+async def _with_logs(ask: Ask, request_ids: list[str]) -> AsyncIterator[list[Request]]:
     """Those that have run, or whose record is odd: of an older version, or damaged."""
     names = codec.REQUEST_NAMES
     calls = (
-        reader.ask("laps_load_requests", len(names), *names, *request_ids[first : first + BATCH_LOGS])
+        ask("laps_load_requests", len(names), *names, *request_ids[first : first + BATCH_LOGS])
         for first in range(0, len(request_ids), BATCH_LOGS)
     )
     async for flat in _answers(calls):
@@ -160,21 +167,21 @@ async def _with_logs(reader: Reader, request_ids: list[str]) -> AsyncIterator[li
         yield requests
 
 
-async def read_retained(reader: Reader) -> list[Retained]:
+async def _retained(ask: Ask) -> list[Retained]:
     """Finished requests that are still kept, by time of finish."""
     retained: list[Retained] = []
     calls = (
-        reader.ask("laps_load_finished", first, BATCH_REQUESTS, "digest", "finished_s")
+        ask("laps_load_finished", first, BATCH_REQUESTS, "digest", "finished_s")
         for first in count(step=BATCH_REQUESTS)
     )
     async for flat in _answers(calls, lambda answer: len(answer) < 2 * BATCH_REQUESTS):
         for request_id, values in _chunks(flat, 2):
             with codec.damage(request_id):
-                retained.append(Retained(request_id, *_retained(*values)))
+                retained.append(Retained(request_id, *_ended(*values)))
     return retained
 
 
-def _retained(digest: str | Literal[False], finished_s: str | Literal[False]) -> tuple[str, float]:
+def _ended(digest: str | Literal[False], finished_s: str | Literal[False]) -> tuple[str, float]:
     if digest is False or finished_s is False:
         raise ValueError("missing")
     return digest, float(finished_s)

@@ -11,7 +11,6 @@ from operator import attrgetter
 from typing import Any
 
 from redis import exceptions
-from redis.asyncio import Redis
 
 from laps.history import HistoryPoint
 from scheduler_svc.core.records import TOKEN_BYTES, Commit, Recovered, Request
@@ -64,8 +63,8 @@ class Store:
         self._url = url
         self._timeout_s = timeout_s
         self._connections = connection.make_pool(url, timeout_s, **connection_options)
-        self._redis: Redis = Redis(connection_pool=self._connections)
-        self.reader = connection.Reader(self._redis, url, pool)
+        self.reader = connection.Reader(self._connections, url, pool)
+        self._redis = self.reader.redis
         # Two connections: a renewal must not wait behind a long commit.
         self._commits = connection.Caller(self._connections, url, pool, timeout_s)
         self._terms = connection.Caller(self._connections, url, pool, timeout_s)
@@ -305,9 +304,11 @@ class Store:
         the live requests, a few hundred at a time. To be called right after `lead`.
 
         Raises:
+            StaleLeader: this process does not lead.
+            StoreUnavailable: the store does not answer, or one did that is behind it.
             LogConflict: a token log does not agree with its request.
         """
-        return recovery.recover(self.reader, self.pool)
+        return recovery.recover(self.reader, self._leading().epoch)
 
     async def recover(self) -> Recovered:
         """`recovering` as a whole, by arrival. Raises as that does."""

@@ -156,7 +156,7 @@ class Chaos:
         world.trace("chaos", "is over")
         world.network.heal()
         server = world.server
-        server.lost_share = server.fails_after_share = server.late_share = 0.0
+        server.lost_share = server.fails_after_share = server.late_share = server.detour_share = 0.0
         server.down_until_s = server.full_until_s = 0.0
         for node in world.nodes:
             if node.process.frozen:

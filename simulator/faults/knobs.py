@@ -38,6 +38,7 @@ class Knobs:
     store_lost_share: float
     store_fails_after_share: float
     store_late_share: float
+    store_detour_share: float
     max_streams: int
     stream_buffer_tokens: int
     pending_bytes: int
@@ -123,6 +124,7 @@ def knobs_of(seed: int) -> Knobs:
         store_lost_share=rng.choice((0.0, 0.01, 0.05)) if rough else 0.0,
         store_fails_after_share=rng.choice((0.0, 0.01, 0.05)) if rough else 0.0,
         store_late_share=rng.choice((0.0, 0.003)) if rough else 0.0,
+        store_detour_share=random.Random(f"{seed} detours").choice((0.0, 0.0, 0.02)) if rough else 0.0,
         max_streams=rng.choice((4, 1000, 1000, 1000)),
         stream_buffer_tokens=rng.choice((20, 4096)),
         pending_bytes=rng.choice((256, 8 << 20)),

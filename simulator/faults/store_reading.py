@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from simulator.faults.store_commit import Refusal
 from simulator.faults.store_model import Entry, Keys
 
 
 def ask(keys: Keys, function: str, *args: str | int) -> Any:
     """A function that only reads."""
+    if function == "laps_read":
+        request_id, offset, limit, whole = args
+        return _read(keys, str(request_id), int(offset), int(limit), bool(whole))
+    _fence(keys, int(args[0]))
+    args = args[1:]
+    if function == "laps_learnt":
+        return [text for item in keys.learnt.items() for text in item]
     if function == "laps_load_waiting":
         return _load_waiting(keys, int(args[0]), int(args[1]), *map(str, args[2:]))
     if function == "laps_load_requests":
@@ -18,10 +26,15 @@ def ask(keys: Keys, function: str, *args: str | int) -> Any:
         return _load_finished(keys, int(args[0]), int(args[1]), *map(str, args[2:]))
     if function == "laps_journal":
         return _journal(keys, str(args[0]), int(args[1]))
-    if function == "laps_read":
-        request_id, offset, limit, whole = args
-        return _read(keys, str(request_id), int(offset), int(limit), bool(whole))
     raise NotImplementedError(function)
+
+
+def _fence(keys: Keys, epoch: int) -> None:
+    stored = int(keys.leader.get("epoch", "0"))
+    if stored < epoch:
+        raise Refusal(f"BEHIND epoch {stored} is stored here, the one that leads is {epoch}")
+    if stored > epoch:
+        raise Refusal(f"STALE_EPOCH epoch {stored} leads, not epoch {epoch}")
 
 
 def _load_waiting(keys: Keys, first: int, count: int, *names: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import random
-from collections.abc import Awaitable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,7 +48,10 @@ class StoreServer:
         """Of the calls, those that are carried out and whose answer is lost."""
         self.late_share = 0.0
         """Of the calls, those that take seconds, sometimes longer than the caller waits."""
+        self.detour_share = 0.0
+        """Of the calls that change something, those that are made again in another place."""
         self.rng = random.Random(f"{seed} store")
+        self.detours = random.Random(f"{seed} detours")
         self._history = history
 
     def now_ms(self) -> int:
@@ -118,13 +121,27 @@ class Caller:
         self._unawaited.cancel()
 
     async def call(self, function: str, *args: Any) -> Any:
+        server = self._server
+        if server.detour_share and server.detours.random() < server.detour_share:
+            await self._detour()
+        return await self._once(lambda: server.execute(function, args))
+
+    async def _detour(self) -> None:
+        """The call is refused as a whole, for the functions or the pool are elsewhere, and made again there.
+        What was sent behind it comes before it then, or is lost with the connection."""
+        await self._once(lambda: None)
+        if self._server.detours.random() < 0.5:
+            self._line.lost = True
+            self._line = _Line()
+        await asyncio.sleep(self._server.detours.expovariate(0.2 / self._server.mean_latency_s))
+
+    async def _once(self, work: Callable[[], Any]) -> Any:
         line = self._line
         over: asyncio.Future[None] = self._server.loop.create_future()
         before, line.last = line.last, over
         reply, refusal = None, None
         try:
             try:
-                work = lambda: self._server.execute(function, args)  # noqa: E731
                 reply = await _through(self._server, self._timeout_s, work, line)
             except StoreError as error:
                 refusal = error
@@ -144,29 +161,16 @@ class Caller:
         return reply
 
 
-class _Redis:
-    def __init__(self, server: StoreServer) -> None:
-        self._server = server
-
-    async def hgetall(self, _: str) -> dict[bytes, bytes]:
-        learnt = self._server.model.keys.learnt
-        return {name.encode(): text.encode() for name, text in learnt.items()}
-
-
 class Reader:
     """Stands in for `connection.Reader`."""
 
     def __init__(self, server: StoreServer, timeout_s: float) -> None:
-        self.redis = _Redis(server)
         self._server = server
         self._timeout_s = timeout_s
 
     async def ask(self, function: str, *args: Any, raw: bool = False) -> Any:
         keys = lambda: store_reading.ask(self._server.model.keys, function, *args)  # noqa: E731
         return await _through(self._server, self._timeout_s, keys, _Line())
-
-    async def read(self, reply: Awaitable[Any]) -> Any:
-        return await reply
 
 
 async def _through(server: StoreServer, timeout_s: float, work: Any, line: _Line) -> Any:
@@ -241,7 +245,7 @@ class SimulatedStore(Store):
         return f"term-{self._server.terms}"
 
     async def connect(self) -> ServerInfo:
-        await self.reader.ask("laps_load_finished", 0, 0)
+        await self.reader.ask("laps_read", "", 0, 0, 0)
         return ServerInfo("simulated", [])
 
     async def load_functions(self) -> None:

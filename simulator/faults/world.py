@@ -64,6 +64,7 @@ class World:
         self.server.lost_share = knobs.store_lost_share
         self.server.fails_after_share = knobs.store_fails_after_share
         self.server.late_share = knobs.store_late_share
+        self.server.detour_share = knobs.store_detour_share
         self.schedulers = [SchedulerNode(self, f"scheduler-{n}") for n in range(knobs.schedulers)]
         self.workers = [WorkerNode(self, n) for n in range(knobs.workers)]
         self.gateways = [GatewayNode(self, f"gateway-{n}") for n in range(knobs.gateways)]

@@ -83,8 +83,8 @@ def join(leader: Leader) -> WorkerSession:
     return session
 
 
-def submit(leader: Leader) -> None:
-    leader.core.submit(RequestSpec("a", TOKEN, 10), leader.now_s())
+def submit(leader: Leader, request_id: str = "a") -> None:
+    leader.core.submit(RequestSpec(request_id, TOKEN, 10), leader.now_s())
 
 
 async def test_a_lease_is_sent_only_after_its_commit() -> None:
@@ -193,6 +193,36 @@ async def test_an_unknown_outcome_is_asked_again_with_the_same_bytes() -> None:
         await asyncio.wait_for(leader.settled(), 60)
         assert len(store.calls) == 3
         assert len(set(store.calls)) == 1
+        assert not leader.store_down
+
+
+class DetouredStore(FakeStore):
+    """The answers to what is sent are given by the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: asyncio.Queue[Callable[[StoreError | None], None]] = asyncio.Queue()
+
+    def send(self, encoded: bytes, on_stored: Callable[[StoreError | None], None]) -> None:
+        self.answers.put_nowait(on_stored)
+
+
+async def test_a_commit_that_fails_before_the_one_before_it_is_stored_is_asked_again() -> None:
+    """That one may have to be made again in another place, which takes longer."""
+    store = DetouredStore()
+    async with running(store) as (leader, _):
+        submit(leader, "a")
+        leader.wake()
+        first = await asyncio.wait_for(store.answers.get(), 60)
+        submit(leader, "b")
+        settled = asyncio.ensure_future(leader.settled())
+        second = await asyncio.wait_for(store.answers.get(), 60)
+        second(StoreUnavailable("sent by a connection that was lost"))
+        for _ in range(5):  # whoever repeats commits looks, and finds that the first one is on its way
+            await asyncio.sleep(0)
+        first(None)
+        await asyncio.wait_for(settled, 60)
+        assert len(store.calls) == 1
         assert not leader.store_down
 
 

@@ -59,3 +59,34 @@ def test_with_many_running_the_victim_is_sought_anew_when_it_leaves_and_not_when
     core.cancel(victim, 0.02)
     assert list(known) == []
     core.check_invariants()
+
+
+@pytest.mark.parametrize("policy", ["laps-sd", "srpt", "las"])
+@pytest.mark.parametrize("priority", [10, 5])
+@pytest.mark.parametrize("slots", [8, MANY_RUNNING + 9])
+def test_whoever_has_come_since_the_victim_was_found_is_preempted_if_its_priority_is_lower(
+    slots: int, priority: int, policy: str
+) -> None:
+    core, fake = scheduler(policy), FakeWorker("w", slots)
+    core.worker_joined(worker(slots=slots), [], 0.0)
+    for number in range(slots):
+        core.submit(spec(f"r{number}", max_tokens=500, priority=5), 0.0)
+    fake.apply(core.tick(0.0))
+    core.submit(spec("waits", max_tokens=500, priority=5), 0.0)
+    core.tick(0.1)  # a victim is sought
+    core.report(fake.step(step_s=0.1), 0.2)
+    core.submit(spec("waits as well", max_tokens=500, priority=5), 0.2)
+    core.tick(0.2)  # and anew, and kept for the next tenth of a second where many run
+    known = core._board.worst["w"]
+    assert known is not None
+    first, second, third = [f"r{number}" for number in range(4) if f"r{number}" != known[1].request_id][:3]
+    for request_id in (first, second):
+        core.cancel(request_id, 0.21)
+    core.tick(0.21)
+    core.cancel(third, 0.22)
+    core.submit(spec("low", max_tokens=500, priority=0), 0.22)
+    core.tick(0.22)
+    assert core.get("low").lease_id
+    core.submit(spec("new", max_tokens=500, priority=priority), 0.23)
+    revoked = [revoke.request_id for revoke in core.tick(0.23).revokes]
+    assert revoked == ["low"]

@@ -9,14 +9,16 @@ from typing import Any
 import hiredis
 import pytest
 
-from scheduler_svc.store.connection import Caller, make_pool
-from scheduler_svc.store.errors import StoreError
+from scheduler_svc.store.connection import Caller, Reader, make_pool
+from scheduler_svc.store.errors import StoreError, StoreUnavailable
 
 
 class Server:
     """Answers each call of a function with the next of `replies`, and everything else with OK."""
 
     def __init__(self) -> None:
+        self.writers: list[asyncio.StreamWriter] = []
+        self.listening: asyncio.Server | None = None
         self.replies: list[bytes] = []
         self.calls: list[bytes] = []
         self.connections = 0
@@ -24,27 +26,37 @@ class Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writers.append(writer)
         commands = hiredis.Reader()
         while data := await reader.read(1 << 16):
             commands.feed(data)
             while command := commands.gets():
-                if command[0] == b"FCALL":
+                if command[0] in (b"FCALL", b"FCALL_RO"):
                     self.calls.append(command[4])
                     writer.write(self.replies.pop(0))
                 else:
                     writer.write(b"+OK\r\n")
         writer.close()
 
+    async def start(self) -> None:
+        self.listening = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.listening.sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        assert self.listening is not None
+        self.listening.close()
+        for writer in self.writers:
+            writer.transport.abort()
+
 
 @pytest.fixture
 async def servers() -> AsyncIterator[tuple[Server, Server]]:
     both = Server(), Server()
-    listening = [await asyncio.start_server(server.serve, "127.0.0.1", 0) for server in both]
-    for server, one in zip(both, listening, strict=True):
-        server.port = one.sockets[0].getsockname()[1]
+    for server in both:
+        await server.start()
     yield both
-    for one in listening:
-        one.close()
+    for server in both:
+        server.stop()
 
 
 @pytest.fixture
@@ -95,5 +107,74 @@ async def test_refused_credentials_cost_the_connection(
     reply, error = await make(caller, "b")
     assert reply is None
     assert "refuses the credentials" in str(error)
+    assert await make(caller, "c") == (1, None)
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize("make", [sent, called])
+async def test_it_goes_back_to_where_the_url_leads_when_the_node_that_it_followed_is_gone(
+    servers: tuple[Server, Server], caller: Caller, make: Callable[[Caller, str], Any]
+) -> None:
+    """The nodes that the URL names know who has taken its place."""
+    given, followed = servers
+    given.replies += [b"-MOVED 7 127.0.0.1:%d\r\n" % followed.port, b":2\r\n"]
+    followed.replies.append(b":1\r\n")
+    assert await make(caller, "a") == (1, None)
+    followed.stop()
+    answers = [await make(caller, "b") for _ in range(3)]
+    assert (2, None) in answers
+    assert all(isinstance(error, StoreUnavailable) for reply, error in answers[: answers.index((2, None))])
+
+
+async def test_a_reader_goes_back_as_well(servers: tuple[Server, Server]) -> None:
+    given, followed = servers
+    url = f"redis://127.0.0.1:{given.port}/0"
+    reader = Reader(make_pool(url, 60.0), url, "p")
+    given.replies += [b"-MOVED 7 127.0.0.1:%d\r\n" % followed.port, b"$1\r\n\x02\r\n"]
+    followed.replies.append(b"$1\r\n\x01\r\n")
+    assert await reader.ask("f", "a") == 1
+    followed.stop()
+    for _ in range(2):  # redis-py connects once more by itself
+        with pytest.raises(StoreUnavailable):
+            await reader.ask("f", "b")
+    assert await reader.ask("f", "c") == 2
+    await reader.redis.connection_pool.aclose()
+
+
+@pytest.mark.parametrize("make", [sent, called])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"-CLUSTERDOWN The cluster is down",
+        b"-TRYAGAIN Multiple keys request during rehashing of slot",
+        b"-ERR Script attempted to access a non local key in a cluster node script: f, on @user_function:1.",
+    ],
+)
+async def test_a_cluster_that_cannot_serve_now_is_asked_again_later(
+    servers: tuple[Server, Server], caller: Caller, make: Callable[[Caller, str], Any], reply: bytes
+) -> None:
+    servers[0].replies += [reply + b"\r\n", b":1\r\n"]
+    _, error = await make(caller, "a")
+    assert isinstance(error, StoreUnavailable)
+    assert await make(caller, "a") == (1, None)
+
+
+@pytest.mark.parametrize("make", [sent, called])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"-READONLY You can't write against a read only replica.",
+        b"-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    ],
+)
+async def test_a_replica_costs_the_connection(
+    servers: tuple[Server, Server], caller: Caller, make: Callable[[Caller, str], Any], reply: bytes
+) -> None:
+    """A name that leads to the primary may lead elsewhere by now. Who was the primary ends no connection."""
+    server, _ = servers
+    server.replies += [b":0\r\n", reply + b"\r\n", b":1\r\n"]
+    assert await make(caller, "a") == (0, None)
+    _, error = await make(caller, "b")
+    assert isinstance(error, StoreUnavailable)
     assert await make(caller, "c") == (1, None)
     assert server.connections == 2

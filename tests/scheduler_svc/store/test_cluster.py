@@ -15,10 +15,13 @@ from laps import channels, runtime
 from laps.settings import Settings
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 from scheduler_svc import main
-from scheduler_svc.core.records import Request
+from scheduler_svc.core.records import Commit, Request, StepCosts, Worker, emitted_of
 from scheduler_svc.store import keys
+from scheduler_svc.store.errors import StoreUnavailable
 from scheduler_svc.store.server import LocalServer, valkey_binary
 from scheduler_svc.store.store import Store
+
+from .conftest import dump_pool
 
 SLOTS = 16384
 NODES = 3
@@ -161,3 +164,41 @@ async def test_two_pools_on_two_schedulers_lead_fail_and_are_succeeded_each_by_i
         assert other.terms.leader is not None
         assert other.terms.leader.epoch == epochs[1]
         assert set(other.terms.leader.core.requests) == {"there-1"}
+
+
+async def test_while_its_keys_are_moved_one_by_one_nothing_is_half_written(
+    cluster: list[LocalServer], make_request: Callable[..., Request]
+) -> None:
+    pool = pool_on(cluster, 0, "moving")
+    store = Store(cluster[0].url, pool)
+    text: dict[str, Any] = {"decode_responses": True, "encoding_errors": "surrogateescape", "protocol": 2}
+    with (
+        redis.Redis(port=cluster[0].port, **text) as here,
+        redis.Redis(port=cluster[1].port, **text) as there,
+    ):
+        slot = here.cluster("KEYSLOT", keys.meta(pool))
+        ids = [client.execute_command("CLUSTER", "MYID") for client in (here, there)]
+        try:
+            await store.connect()
+            assert await store.lead("a", "127.0.0.1:1", 60.0) is not None
+            output = [emitted_of([("req-1", 0, bytes(4))])]
+            first = Commit(submitted=[make_request()], tick=1, logged_tick=0, emitted=output)
+            assert await store.commit(store.encode(first, 1.0))
+            there.execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[0])
+            here.execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[1])
+            before = dump_pool(here, pool)
+            # The journal is here, and is written to before the workers, which are not.
+            output = [emitted_of([("req-1", 1, bytes(4))])]
+            joined = [(Worker("w", 1, StepCosts(0.001, 0.01)), 9.0)]
+            second = store.encode(Commit(tick=2, logged_tick=0, emitted=output, workers=joined), 2.0)
+            for _ in range(2):
+                with pytest.raises(StoreUnavailable, match="moving"):
+                    await store.commit(second)
+            assert dump_pool(here, pool) == before
+        finally:
+            for client in (here, there):
+                client.execute_command("CLUSTER", "SETSLOT", slot, "STABLE")
+        assert await store.commit(second)
+        [found] = (await store.recover()).requests
+        assert found.output_tokens == 2
+        await store.close()

@@ -229,6 +229,7 @@ async def test_a_journal_that_lost_an_entry_is_an_alarm_until_an_operator_accept
         await leading.recover()
     await leading.stop_pool("a", "the journal lost something", leading.seen)
     assert await leading.resume_pool("operator") == 2
+    assert await leading.lead("a", "127.0.0.1:1", 60.0)
     [found] = (await leading.recover()).requests
     assert found.output == tokens(*range(lost)), "what follows a hole is lost with it"
 

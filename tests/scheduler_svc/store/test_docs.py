@@ -75,6 +75,13 @@ def test_every_field_is_told(heading, fields):
     assert told == [(field.name, field.meaning) for field in fields]
 
 
+@pytest.mark.parametrize(("key", "fields"), [("meta", layout.META_FIELDS), ("leader", layout.LEADER_FIELDS)])
+def test_the_functions_tell_the_same_fields(key, fields):
+    head = library.source("functions.lua").split("--[[", 1)[1].split("]]", 1)[0]
+    (told,) = re.findall(rf"^  {key} +hash +(.+)$", head, re.MULTILINE)
+    assert told.split(", ") == [field.name for field in fields]
+
+
 def test_every_code_of_a_refusal_has_an_exception_and_is_told():
     codes = set(re.findall(r"refuse\('([A-Z_]+)'", library.source("functions.lua")))
     assert codes <= set(errors.BY_CODE)
