@@ -15,7 +15,10 @@ from tokenizers import Tokenizer as BackendTokenizer
 REPLACEMENT = "\ufffd"
 
 _WINDOW_TOKENS = 6
-"""Tokens before the unread ones that are decoded with them: many tokenizers space words by what precedes."""
+"""At least so many tokens before the unread ones are decoded with them: many tokenizers space words by what
+precedes."""
+_LONGEST_WINDOW_TOKENS = 12
+"""With more the oldest go. Not with each token: what is left has to be decoded anew."""
 _MAX_PENDING_TOKENS = 16
 """Longer than any character's bytes: what is incomplete after so many tokens will stay so."""
 
@@ -105,7 +108,11 @@ _BYTE_OF_CHAR = _byte_alphabet()
 
 
 class WindowDecoder:
-    """For any other tokenizer: decodes each token together with a few before it and takes what is new."""
+    """For any other tokenizer: decodes each token together with a few before it and takes what is new.
+
+    Those before begin with a whole character: where bytes are tokens, a broken character may make all bytes
+    that follow it unreadable.
+    """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -113,6 +120,8 @@ class WindowDecoder:
         self._known_tokens = 0
         """Of `_ids`, those whose text has been given out."""
         self._known = ""
+        self._chunks: list[int] = []
+        """How many of the known tokens each advance took; a cut between two of them breaks no character."""
 
     @property
     def pending(self) -> bool:
@@ -134,7 +143,11 @@ class WindowDecoder:
 
     def _advance(self, text: str) -> str:
         new = text[len(self._known) :]
-        self._ids = self._ids[-_WINDOW_TOKENS:]
+        self._known = text
+        self._chunks.append(len(self._ids) - self._known_tokens)
+        if len(self._ids) > _LONGEST_WINDOW_TOKENS:
+            while len(self._ids) - self._chunks[0] >= _WINDOW_TOKENS:
+                del self._ids[: self._chunks.pop(0)]
+            self._known = self._decode(self._ids)
         self._known_tokens = len(self._ids)
-        self._known = self._decode(self._ids)
         return new

@@ -719,7 +719,7 @@ class StepTimings(_message.Message):
     verify_s: _builtins.float
     step_s: _builtins.float
     switched_rows: _builtins.int
-    """Rows that came (back) into a slot in this step, and the seconds it took."""
+    """Rows that came back into a slot in this step, with output or KV from before, and the seconds it took."""
     switch_s: _builtins.float
     @_builtins.property
     def costs(self) -> Global___StepCosts: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_model import stop_end
 
+from gateway.chat import ChatTemplate
 from gateway.detokenizer import Detokenizer
 from gateway.text_decoding import WindowDecoder
-from gateway.tokenizer import Tokenizer
+from gateway.tokenizer import ModelLimits, Tokenizer
+from tests.byte_fallback import byte_fallback_backend
 
 shared = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -133,6 +136,59 @@ def test_window_decoder_joins_to_the_whole(tokenizer: Tokenizer, data: st.DataOb
     decoder = WindowDecoder(tokenizer.decode)
     tokens = tokenizer._backend.encode(text).ids
     assert "".join(decoder.push(token) for token in tokens) + decoder.flush() == text
+
+
+BYTE_TEXT = "ab \n\u00fc\u65e5\u672c\U0001f99c\U0001f642"
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    template = ChatTemplate.load(tmp_path_factory.mktemp("empty"))
+    return Tokenizer(byte_fallback_backend("END"), template, ModelLimits())
+
+
+@shared
+@given(data=st.data(), text=st.text(BYTE_TEXT, max_size=30))
+def test_bytes_as_tokens_join_to_the_whole(byte_tokenizer: Tokenizer, data: st.DataObject, text: str) -> None:
+    tokens = byte_tokenizer._backend.encode(text).ids
+    whole = byte_tokenizer.decode(tokens)
+    decoder = byte_tokenizer.decoder()
+    assert isinstance(decoder, WindowDecoder)
+    assert "".join(map(decoder.push, tokens)) + decoder.flush() == whole
+    sent = deliver(byte_tokenizer, pieces_of(data, tokens), [], "")
+    assert "".join(piece for _, piece in sent) == whole
+    assert sum(count for count, _ in sent) == len(tokens)
+
+
+@shared
+@given(
+    data=st.data(),
+    text=st.text(BYTE_TEXT, max_size=30),
+    stops=st.lists(st.text(BYTE_TEXT, min_size=1, max_size=3), min_size=1, max_size=3, unique=True),
+)
+def test_bytes_as_tokens_end_before_the_stop(
+    byte_tokenizer: Tokenizer, data: st.DataObject, text: str, stops: list[str]
+) -> None:
+    raw = byte_tokenizer._backend.encode(text).ids
+    tokens, expected, matched = planned(byte_tokenizer, raw, stops)
+    sent = deliver(byte_tokenizer, pieces_of(data, tokens), stops, matched)
+    assert "".join(piece for _, piece in sent) == expected
+    assert sum(count for count, _ in sent) == len(tokens)
+
+
+@pytest.mark.parametrize("byte", ["<0xFF>", "<0x80>", "<0x0A>"])
+def test_a_run_of_bytes_is_decoded_in_bounded_pieces(byte: str) -> None:
+    backend = byte_fallback_backend("END")
+    decoded: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return str(backend.decode(list(ids)))
+
+    decoder = WindowDecoder(decode)
+    for _ in range(300):
+        decoder.push(backend.token_to_id(byte))
+    assert max(decoded) < 40
 
 
 def test_text_waits_while_it_may_be_a_stop(tokenizer: Tokenizer) -> None:

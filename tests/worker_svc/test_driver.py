@@ -31,6 +31,8 @@ class FakeEngine:
     held: dict[str, list[int]] = field(default_factory=dict)
     most: dict[str, int] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
+    switches: list[tuple[int, float]] = field(default_factory=list)
+    """`switched` and `switch_s` of the next steps."""
     refuse: set[str] = field(default_factory=set)
     config: EngineConfig = field(default_factory=EngineConfig)
     context_tokens: int = 64
@@ -73,7 +75,10 @@ class FakeEngine:
         for name, reason in zip(names, finish, strict=True):
             if reason is not None:
                 self.running.remove(name)  # as with `hold_finished`
+        switched, switch_s = self.switches.pop(0) if self.switches else (0, 0.0)
         return StepResult(
+            switched=switched,
+            switch_s=switch_s,
             request_ids=names,
             offsets=offsets,
             emitted_counts=(1,) * len(names),
@@ -358,3 +363,11 @@ def test_the_order_of_running_reaches_the_engine_and_cached_tokens_the_scheduler
         report = house.next()
     assert dict(report.cached_tokens) == {}
     assert house.engine.orders["b"] > house.engine.orders["a"]
+
+
+def test_what_a_return_costs_is_the_mean_of_returns(house: House) -> None:
+    house.engine.switches = [(0, 0.0), (1, 0.008), (0, 0.5), (2, 0.008)]
+    house.open()
+    house.update(credit=4, grants=[full(7, "a", [], 50)])
+    told = [house.next().timings.costs.switch_s for _ in range(4)]
+    assert told == pytest.approx([0.0, 0.008, 0.008, 0.006])

@@ -54,6 +54,11 @@ def output_limit_tokens(request: EngineRequest, context_tokens: int) -> int:
     return context_tokens - len(request.prompt_token_ids)
 
 
+def draft_limit_tokens(request: EngineRequest, config: EngineConfig) -> int:
+    """The draft model's tokens in a step at most."""
+    return config.draft_tokens if request.draft_tokens is None else request.draft_tokens
+
+
 def new_row(
     request: EngineRequest,
     tokens: list[int],
@@ -78,13 +83,12 @@ def new_row(
         seen[tokens] = True
     # While min_tokens holds, an end-of-sequence id is blocked even where it would not end the request.
     blocked = stopper.end_token_ids | set(pair.eos_token_ids)
-    wanted = config.draft_tokens if request.draft_tokens is None else request.draft_tokens
     return Row(
         request=request,
         tokens=tokens,
         stopper=stopper,
         sampling=SamplingRow(request.sampling, request.stopping.min_tokens, tuple(sorted(blocked)), seen),
-        draft_limit_tokens=wanted,
+        draft_limit_tokens=draft_limit_tokens(request, config),
         acceptance=AcceptanceEstimate(acceptance),
         lookup=PromptLookup(lookup_priors) if config.prompt_lookup else None,
     )

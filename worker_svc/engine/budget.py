@@ -59,17 +59,25 @@ class KvBudget:
 
 
 def fitting_context(
-    config: EngineConfig, model_tokens: int, bytes_per_token: int, lazy: bool, device: torch.device
+    config: EngineConfig,
+    model_tokens: int,
+    bytes_per_token: int,
+    lazy: bool,
+    device: torch.device,
+    model_reason: str = "",
 ) -> tuple[int, int]:
     """The context to be served, and the budget in bytes.
 
     A context that is asked for must fit; the models' own is cut to what does. One request of it must fit
     where memory follows what is written, all slots at once where it follows the longest. Raises ModelError
-    with the numbers.
+    with the numbers, and with `model_reason`, why the models take no more.
     """
     wanted = config.context_tokens or model_tokens
     if wanted > model_tokens:
-        raise ModelError(f"a context of {wanted} tokens is asked for, but the models take {model_tokens}")
+        reason = f": {model_reason}" if model_reason else ""
+        raise ModelError(
+            f"a context of {wanted} tokens is asked for, but the models take {model_tokens}{reason}"
+        )
     if wanted < _LEAST_CONTEXT_TOKENS:
         raise ModelError(
             f"a context of {wanted} tokens is too short; at least {_LEAST_CONTEXT_TOKENS} are needed"

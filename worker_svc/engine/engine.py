@@ -19,7 +19,7 @@ import torch
 
 from .acceptance import AcceptanceEstimate
 from .adaptive import Drafter, RowPlan
-from .admission import checked_tokens, new_row
+from .admission import checked_tokens, draft_limit_tokens, new_row
 from .budget import MARGIN_TOKENS, KvBudget, fitting_context
 from .cache import LayerShape, SlotCache, lazy_memory
 from .calibration import calibrate
@@ -64,7 +64,12 @@ class Engine:
         elements = sum(shape.elements for layers in shapes for shape in layers)
         lazy = all(lazy_memory(layers, pair.device) for layers in shapes)
         self.context_tokens, limit_bytes = fitting_context(
-            self.config, pair.context_tokens, elements * pair.dtype.itemsize, lazy, pair.device
+            self.config,
+            pair.context_tokens,
+            elements * pair.dtype.itemsize,
+            lazy,
+            pair.device,
+            pair.context_reason,
         )
         if pair.group is not None:
             # The others know nothing of the draft, which may bear less.
@@ -117,10 +122,12 @@ class Engine:
     def add(self, request: EngineRequest) -> None:
         """Starts a request, or resumes it after the output that it already has.
 
-        KV that is still held for this id is reused for the longest common prefix; the rest is prefilled.
+        KV that is still held for this id is reused for the longest common prefix; the rest is prefilled. Who
+        goes on just where it was costs no more than its KV does to move.
         Raises InvalidRequestError (a ValueError) naming the field, NoFreeSlotError, or EngineError if it
         already runs.
         """
+        began = time.perf_counter()
         if request.request_id in self._running:
             raise EngineError(f"request {request.request_id!r} is already running")
         tokens = checked_tokens(request, self.pair, self.context_tokens)
@@ -128,32 +135,18 @@ class Engine:
             raise NoFreeSlotError(
                 f"all {self.config.slots} slots are running; preempt or drop a request first"
             )
-        row = new_row(
-            request,
-            tokens,
-            self.pair,
-            self.config,
-            self.context_tokens,
-            self._acceptance,
-            self._lookup_priors,
-        )
-        held = self._rows.get(request.request_id)
-        if held is not None:
-            common = common_prefix(held.tokens, tokens)
-            if common < len(held.tokens):
-                # The index knows tokens that are no longer the request's.
-                held.lookup = row.lookup
-            held.request, held.tokens, held.stopper = request, tokens, row.stopper
-            held.sampling, held.draft_limit_tokens = row.sampling, row.draft_limit_tokens
-            held.finished = False
-            held.kv_tokens = [min(count, common, len(tokens) - 1) for count in held.kv_tokens]
-            row = held
-        row.run_order = request.run_order
-        began = time.perf_counter()
+        row = self._rows.get(request.request_id)
+        returned = len(request.output_token_ids) > 0 or self.holds(request.request_id) > 0
+        if row is None or not row.goes_on(request, tokens):
+            row = self._renewed(row, request, tokens)
+        row.request, row.finished, row.run_order = request, False, request.run_order
+        row.draft_limit_tokens = draft_limit_tokens(request, self.config)
+        row.kv_tokens = [min(count, len(tokens) - 1) for count in row.kv_tokens]
         self._residency.seat(row)
         self._forget_dropped()
-        self._switch_s += time.perf_counter() - began
-        row.entered = True
+        if returned:
+            self._switch_s += time.perf_counter() - began
+        row.entered, row.returned = True, returned
         self._rows[request.request_id] = row
         self._running[request.request_id] = row
 
@@ -196,8 +189,9 @@ class Engine:
         ready.
         """
         began, busy_began = time.perf_counter(), self._clock.now_s()
-        switched = sum(row.entered for row in self._running.values())
-        for row in self._running.values():
+        entered = [row for row in self._running.values() if row.entered]
+        switched = sum(row.returned for row in entered)
+        for row in entered:
             row.entered = False
         admitted = self.kv_budget.admit(list(self._running.values()), self._residency)
         self._forget_dropped()
@@ -217,9 +211,10 @@ class Engine:
             )
         arranging, busy_arranging = time.perf_counter(), self._clock.now_s()
         batch, moved = self._residency.arrange(ready)
-        arranged_s = time.perf_counter() - arranging if moved or switched else 0.0
-        busy_arranged_s = self._clock.now_s() - busy_arranging if moved or switched else 0.0
-        switch_s += arranged_s
+        arranged_s = time.perf_counter() - arranging if moved or entered else 0.0
+        busy_arranged_s = self._clock.now_s() - busy_arranging if moved or entered else 0.0
+        if switched:
+            switch_s += arranged_s
         plans, caught_up = self._planner.plan(batch, limit_s - prefill.busy_s)
         expected_s = prefill.seconds + caught_up.seconds + arranged_s
         drafted = max(plan.length for plan in plans)
@@ -333,6 +328,27 @@ class Engine:
                 else:
                     self.drop(row.request_id)
         return columns
+
+    def _renewed(self, held: Row | None, request: EngineRequest, tokens: list[int]) -> Row:
+        """A new row, or the one that is held with what it still knows of these tokens."""
+        row = new_row(
+            request,
+            tokens,
+            self.pair,
+            self.config,
+            self.context_tokens,
+            self._acceptance,
+            self._lookup_priors,
+        )
+        if held is None:
+            return row
+        common = common_prefix(held.tokens, tokens)
+        if common < len(held.tokens):
+            # The index knows tokens that are no longer the request's.
+            held.lookup = row.lookup
+        held.tokens, held.stopper, held.sampling = tokens, row.stopper, row.sampling
+        held.kv_tokens = [min(count, common) for count in held.kv_tokens]
+        return held
 
     def _share(self, row: Row) -> int:
         """Prefix sharing for a row in prefill; what a new prompt gains counts as cached."""

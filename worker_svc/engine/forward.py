@@ -8,7 +8,8 @@ guessed from its name: `check_runner` compares it with the model's plain forward
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,12 @@ def attention_kinds(config: Any) -> tuple[str, ...]:
             f"{config.model_type} has {', '.join(unsupported)} layers, which cannot be cut back to a length; "
             "only full and sliding attention can be served"
         )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        # GPT-Neo. The check of the runner would see it only with rows that differ by more than the window.
+        raise ModelError(
+            f"{config.model_type} masks its local layers itself, as if all rows were as long as the longest; "
+            "it cannot be served"
+        )
     return kinds
 
 
@@ -76,7 +83,7 @@ class GeneralRunner:
         config = model.config.get_text_config(decoder=True)
         self._kinds = attention_kinds(model.config)
         self._sliding_tokens = getattr(config, "sliding_window", None)
-        self._last_position = _position_limit(config) - 1
+        self._last_position = (position_limit(config) or 1 << 30) - 1
         # Eager attention adds its mask to the scores; every other implementation takes booleans.
         self._additive = config._attn_implementation == "eager"
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -92,7 +99,8 @@ class GeneralRunner:
         output = self._model(
             input_ids=tokens,
             attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            # Only padding lies behind the last position; learned position tables have no entry there.
+            # Only padding lies behind the last position; learned position tables have no entry there, and
+            # longrope would take other factors for the whole pass.
             position_ids=window.positions.clamp(max=self._last_position),
             past_key_values=self._view,
             use_cache=True,
@@ -121,20 +129,61 @@ def tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE.get(dtype, _TOLERANCE_HALF)
 
 
-def _position_limit(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+def position_limit(config: Any) -> int | None:
+    """Positions that a model can be given; None where its configuration names no limit."""
+    config = config.get_text_config(decoder=True)
+    named = getattr(config, "max_position_embeddings", None)
+    limits = [int(limit) for limit in (named, longrope_limit(config)) if limit]
+    return min(limits, default=None)
+
+
+def longrope_limit(config: Any) -> int | None:
+    """Positions up to which longrope has one set of factors; None for a model without longrope.
+
+    A pass whose highest position is beyond takes the other set for all its rows and tokens, while keys in the
+    cache keep theirs. Chunks of a prompt, neighbours in a batch and padding would then change the output.
+    """
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer = [kind for kind in rope.values() if isinstance(kind, dict)]
+    named = getattr(config, "original_max_position_embeddings", None)
+    limits = [
+        int(kind.get("original_max_position_embeddings") or named or 0)
+        for kind in (rope, *by_layer)
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min(filter(None, limits), default=None)
+
+
+@contextmanager
+def refusing(model: Any) -> Iterator[None]:
+    """Makes of whatever the model's own code raises a ModelError of one line."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{model.config.model_type} cannot be run with a cache by slots: {reason}"
+        ) from error
 
 
 @torch.inference_mode()
 def layer_shapes(model: Any) -> list[LayerShape]:
     """KV shape of each layer, learned from a forward pass over one token."""
     attention_kinds(model.config)
-    cache = DynamicCache(config=model.config)
-    model(
-        input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with refusing(model):
+        cache = DynamicCache(config=model.config)
+        model(
+            input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return _layer_shapes(model, cache)
+
+
+def _layer_shapes(model: Any, cache: DynamicCache) -> list[LayerShape]:
     shapes = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from .errors import ModelError
-from .forward import attention_kinds
+from .forward import attention_kinds, longrope_limit, position_limit
 from .parallel import Group
 from .weights import DEVICE_MAPS, Checkpoint, Placement, check_room, read_model
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLE_BYTES = 1 << 16
@@ -28,7 +32,8 @@ class ModelPair:
 
     context_tokens: positions that both can take. fingerprint: sha256 in hex over configurations and weights;
     equal folders have equal fingerprints on every machine (large files are sampled, not read whole). group:
-    the processes that share the target, if there are several.
+    the processes that share the target, if there are several. context_reason: why context_tokens is less than
+    a configuration names; empty if it is not.
     """
 
     target: Any = field(repr=False)
@@ -41,6 +46,7 @@ class ModelPair:
     dtype: torch.dtype
     device: torch.device
     group: Group | None = field(default=None, repr=False)
+    context_reason: str = ""
 
 
 def load_pair(
@@ -73,12 +79,13 @@ def load_pair(
     tokenizer = _tokenizer(target_folder)
     target_config = _config("target", target_folder)
     vocabulary_size = _vocabulary_size("target", target_folder, target_config)
-    context_tokens = _context_tokens(target_config)
     draft_config = None
     if draft_folder is not None:
         draft_config = _config("draft", draft_folder)
         _check_vocabulary(target_folder, draft_folder, vocabulary_size, draft_config, tokenizer)
-        context_tokens = min(context_tokens, _context_tokens(draft_config))
+    context_tokens, context_reason = _context([target_config, *([draft_config] if draft_config else [])])
+    if context_reason:
+        log.warning("the context is limited to %d tokens: %s", context_tokens, context_reason)
     number_type = _DTYPES[dtype]
     checkpoints = [Checkpoint("target", target_folder, target_config)]
     if draft_folder is not None:
@@ -103,6 +110,7 @@ def load_pair(
         dtype=number_type,
         device=where,
         group=group,
+        context_reason=context_reason,
     )
 
 
@@ -183,9 +191,18 @@ def _check_vocabulary(
         )
 
 
-def _context_tokens(config: Any) -> int:
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else 2048
+def _context(configs: Sequence[Any]) -> tuple[int, str]:
+    """Positions that all the models take, and why that is less than one names, or nothing."""
+    tokens, config = min(
+        ((position_limit(config) or 2048, config) for config in configs), key=lambda limited: limited[0]
+    )
+    named = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longrope_limit(config) != tokens or named == tokens:
+        return tokens, ""
+    return tokens, (
+        f"{config.model_type} has longrope positions, of which a pass beyond {tokens} tokens takes others "
+        "for all its tokens"
+    )
 
 
 def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:

@@ -57,9 +57,10 @@ class StepResult:
     ended a request with STOP.
     `cached_tokens[i]` is given where request i emits its first tokens, and took the KV of so many tokens of
     its prompt from others. `logprobs[i]` has one entry per emitted token where the request asked for it.
-    Times are seconds; `switch_s` is the time spent on bringing `switched` requests into the batch and on
-    moving KV, without their prefill. `expected_s` is what `step_s` should have been by the costs measured
-    before; None where no request was ready to decode.
+    Times are seconds; `switch_s` is the time spent on bringing `switched` requests back into the batch and on
+    moving KV for them, without their prefill; requests that had neither output nor KV before do not count.
+    `expected_s` is what `step_s` should have been by the costs measured before; None where no request was
+    ready to decode.
     """
 
     request_ids: tuple[str, ...] = ()

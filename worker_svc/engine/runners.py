@@ -9,7 +9,7 @@ import torch
 from . import llama
 from .cache import SlotCache
 from .errors import ModelError
-from .forward import GeneralRunner, WindowRunner, check_runner
+from .forward import GeneralRunner, WindowRunner, check_runner, refusing
 from .narrow import narrow_runner
 
 
@@ -23,16 +23,9 @@ def make_runner(model: Any, cache: SlotCache, vocabulary_size: int, fast_path: b
             if narrow is not None and _gives_the_same(model, narrow, vocabulary_size):
                 return narrow
             return lean
-    try:
+    with refusing(model):
         runner = GeneralRunner(model, cache)
         check_runner(model, runner, vocabulary_size)
-    except ModelError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"{model.config.model_type} cannot be run with a cache by slots: {reason}"
-        ) from error
     return runner
 
 

@@ -225,7 +225,10 @@ class Residency:
             if row is None and slot not in self._kept:
                 return slot
         if self._kept:
-            return self._kept.popitem(last=False)[0]
+            slot, _ = self._kept.popitem(last=False)
+            # Else its pages stay, and the budget counts the row that comes by its own length.
+            self._release(slot)
+            return slot
         victim = self._last_to_run()
         slot = victim.slot
         self.park(victim)

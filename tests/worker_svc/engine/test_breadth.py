@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from worker_svc.engine import EngineRequest, ModelPair, StoppingConfig, load_pair
+from worker_svc.engine import EngineRequest, ModelError, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine.llama import LlamaRunner
 
 from .conftest import SHAPE
@@ -127,6 +127,44 @@ def test_the_window_is_really_exceeded(tools: Any, make_folders: Any) -> None:
     wide = load_pair(folders.target, None)
     wide.target.config.sliding_window = None
     assert _reference(tools, wide) != expected
+
+
+def test_longrope_is_served_as_far_as_it_has_one_set_of_factors(tools: Any, save_pair: Any) -> None:
+    """Chunks, neighbours and the padding of drafts change nothing up to there; more is refused."""
+    original = 48
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 3.0, 5.0, 7.0],
+    }
+    config = Phi3Config(
+        **_SHAPE, original_max_position_embeddings=original, rope_parameters=rope, sliding_window=None
+    )
+    pair = _endless(save_pair(config))
+    assert pair.context_tokens == original
+    outputs = tools.drain(
+        tools.engine(pair, draft_tokens=4, prefill_tokens=8),
+        [
+            EngineRequest(str(n), prompt, stopping=StoppingConfig(max_tokens=original - len(prompt)))
+            for n, prompt in enumerate(PROMPTS[:4])
+        ],
+    )
+    for n, prompt in enumerate(PROMPTS[:4]):
+        assert outputs[str(n)].tokens == tools.greedy_reference(pair, prompt, original - len(prompt))
+    reason = "the models take 48: phi3 has longrope positions, of which .* beyond 48 tokens"
+    with pytest.raises(ModelError, match=reason) as caught:
+        tools.engine(pair, context_tokens=original + 1)
+    assert "\n" not in str(caught.value)
+
+
+def test_longrope_that_never_changes_limits_nothing(save_pair: Any) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        **_SHAPE, original_max_position_embeddings=160, rope_parameters=rope, sliding_window=None
+    )
+    pair = load_pair(save_pair(config).target, None)
+    assert (pair.context_tokens, pair.context_reason) == (160, "")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mixtral"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import MambaConfig, Qwen3NextConfig
+from transformers import BartConfig, GPTNeoConfig, MambaConfig, Qwen3NextConfig
 
 from worker_svc.engine import Engine, EngineConfig, ModelError, load_pair
 
@@ -105,3 +105,29 @@ def test_recurrent_models_are_refused(tools: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     tools.make_model(hybrid, 0).save_pretrained(tmp_path / "hybrid")
     _refused("linear_attention layers", tmp_path / "hybrid")
+
+
+def test_models_that_mask_by_the_longest_row_are_refused(tools: Any, tmp_path: Path) -> None:
+    """GPT-Neo's local layers; without them it is served."""
+    small = {
+        "vocab_size": 64, "hidden_size": 32, "num_heads": 4, "num_layers": 2, "intermediate_size": 32,
+        "max_position_embeddings": 160, "eos_token_id": 1, "bos_token_id": 0,
+    }  # fmt: skip
+    local = GPTNeoConfig(attention_types=[[["global", "local"], 1]], window_size=16, **small)
+    tools.make_model(local, 0).save_pretrained(tmp_path / "local")
+    _refused("gpt_neo masks its local layers itself", tmp_path / "local")
+    whole = GPTNeoConfig(attention_types=[[["global"], 2]], **small)
+    tools.make_model(whole, 0).save_pretrained(tmp_path / "global")
+    tools.engine(load_pair(tmp_path / "global", None))
+
+
+def test_what_the_model_itself_raises_becomes_one_line(tools: Any, tmp_path: Path) -> None:
+    """A cache for Bart has the encoder's layers: the first pass fails where the decoder has more."""
+    config = BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=32, max_position_embeddings=160, eos_token_id=1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    tools.make_model(config, 0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="bart cannot be run with a cache by slots: list index") as caught:
+        Engine(load_pair(tmp_path, None), EngineConfig(slots=2))
+    assert "\n" not in str(caught.value)

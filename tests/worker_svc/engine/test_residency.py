@@ -220,8 +220,7 @@ def test_usage_counts_what_is_held(tools: Any, pair: ModelPair) -> None:
     engine.add(_request("a"))
     result = engine.step()
     tools.collect(outputs, result)
-    assert result.switched == 1
-    assert result.switch_s >= 0
+    assert (result.switched, result.switch_s) == (0, 0.0)
     assert result.kv.tokens == engine.holds("a") == 20 + len(outputs["a"].tokens) - 1
     # Two layers, two KV heads of 8 values, keys and values, four bytes; the draft has the same shape.
     per_token = 2 * 2 * 8 * 2 * 4
@@ -318,6 +317,28 @@ def test_requests_that_outgrow_the_budget_wait_and_change_nothing(
         name: output.tokens for name, output in free.items()
     }
     assert engine.resident() == {}
+
+
+def test_a_slot_that_a_finished_request_left_is_emptied_for_the_next(tools: Any, pair: ModelPair) -> None:
+    """Short rows in slots of long ones would hold more than the budget knows of, beside long rows."""
+    limit = 3 * (120 + 4 + 17) * 512
+    engine = tools.engine(pair, slots=6, spare_slots=0, kv_limit_bytes=limit)
+    prompts = [random.Random(i).choices(range(2, 64), k=120) for i in range(6)]
+
+    def most_bytes(requests: list[EngineRequest]) -> int:
+        for request in requests:
+            engine.add(request)
+        most = 0
+        while engine.running:
+            most = max(most, engine.step().kv.allocated_bytes)
+        return most
+
+    few = StoppingConfig(max_tokens=4, ignore_eos=True)
+    assert most_bytes([EngineRequest(f"a{i}", prompts[i], stopping=few) for i in range(3)]) <= limit
+    # Slots 3 to 5 go to the long ones, those of the finished to the short ones.
+    long = [EngineRequest(f"b{i}", prompts[3 + i][:100], stopping=few) for i in range(3)]
+    short = [EngineRequest(f"c{i}", [5 + i], stopping=few) for i in range(3)]
+    assert most_bytes(long + short) <= limit
 
 
 def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig, load_pair
 from worker_svc.engine.config import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 from worker_svc.engine.noise import gumbel
+from worker_svc.engine.sampling import BatchSampler, SamplingRow
 
 VOCABULARY = 12
 TOKENS = 3
@@ -156,6 +157,67 @@ def test_the_chi_square_sees_a_wrong_distribution(small_pair: ModelPair) -> None
     generator = random.Random(0)
     samples = generator.choices(list(wrong), list(wrong.values()), k=SAMPLES)
     assert _chi_square_excess(samples, right) > 5.0
+
+
+def _scores(configs: Sequence[SamplingConfig], logits: torch.Tensor) -> torch.Tensor:
+    """What a batch's rows may choose of: processed scores of one step without drafts."""
+    sampler = BatchSampler(
+        [SamplingRow(config, 0, (), None) for config in configs], logits.shape[-1], torch.device("cpu")
+    )
+    sampler.begin([0] * len(configs), logits.shape[1])
+    return sampler._scores(logits, 0, torch.zeros((len(configs), logits.shape[1] - 1), dtype=torch.long))
+
+
+@torch.inference_mode()
+def test_filters_equal_those_of_transformers_in_any_batch() -> None:
+    """Rows with and without top-p together, and beside other filters; each as if it were alone."""
+    configs = [
+        SamplingConfig(temperature=0.7, seed=1, top_p=0.3),
+        SamplingConfig(temperature=1.0),
+        SamplingConfig(temperature=1.5, top_p=0.95, top_k=7),
+        SamplingConfig(),
+        SamplingConfig(temperature=1.0, top_p=1e-6),
+        SamplingConfig(temperature=1.0, seed=2, top_p=0.999, min_p=0.05),
+        SamplingConfig(temperature=1.2, top_k=5),
+    ]
+    logits = 3 * torch.randn((len(configs), 4, 300), generator=torch.Generator().manual_seed(0))
+    together = _scores(configs, logits)
+    for row, config in enumerate(configs):
+        assert torch.equal(_scores([config], logits[row : row + 1])[0], together[row])
+        if not config.greedy:
+            expected = _processors(config)(torch.zeros((4, 1), dtype=torch.long), logits[row])
+            assert torch.equal(together[row], expected)
+
+
+@torch.inference_mode()
+def test_drafted_tokens_are_penalised_at_the_positions_behind_them() -> None:
+    """All positions of a verification at once, and those of drafting one by one, as if each came alone."""
+    config = SamplingConfig(repetition_penalty=1.5)
+    logits = torch.randn((1, 4, 30), generator=torch.Generator().manual_seed(0))
+    drafts = torch.tensor([[7, 9, 7]])
+    prompt = [3, 9, 20]
+    seen = torch.zeros(30, dtype=torch.bool)
+    seen[prompt] = True
+    sampler = BatchSampler([SamplingRow(config, 0, (), seen)], 30, torch.device("cpu"))
+    sampler.begin([0], 4)
+    together = sampler._scores(logits, 0, drafts)
+    for position in range(4):
+        known = torch.tensor([prompt + drafts[0, :position].tolist()])
+        expected = RepetitionPenaltyLogitsProcessor(1.5)(known, logits[:, position].clone())
+        assert torch.equal(together[:, position], expected)
+        alone = sampler._scores(logits[:, position : position + 1], position, drafts[:, :position])
+        assert torch.equal(alone[:, 0], expected)
+    assert seen.sum() == len(prompt)
+
+
+@torch.inference_mode()
+def test_top_p_keeps_all_that_score_as_the_last_one_kept() -> None:
+    """Which of equal tokens stay does not depend on how they were sorted."""
+    logits = torch.full((1, 1, 64), -20.0)
+    logits[0, 0, 5::7] = 2.0
+    logits[0, 0, 3] = 3.0
+    kept = _scores([SamplingConfig(temperature=1.0, top_p=0.5)], logits)[0, 0].isfinite().nonzero()[:, 0]
+    assert kept.tolist() == [3, *range(5, 64, 7)]
 
 
 def _seeded_requests() -> list[EngineRequest]:

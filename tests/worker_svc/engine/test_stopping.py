@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from worker_svc.engine import (
     ModelPair,
     SamplingConfig,
     StoppingConfig,
+    admission,
 )
 from worker_svc.engine.stopping import StopChecker
 
@@ -261,3 +263,51 @@ def test_tokens_without_text_do_not_make_each_other_dearer(text_pair: ModelPair,
     for _ in range(500):
         assert checker.push(eos) == (None, None)
     assert max(decoded) < 40
+
+
+def test_who_goes_on_where_it_was_is_not_judged_anew(
+    tools: Any, text_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Coming back to a slot must not read the output again; with other rules or other tokens it is read."""
+    stopping = StoppingConfig(max_tokens=LONG, stop=("never\x00seen",), ignore_eos=True)
+    engine = tools.engine(text_pair)
+    request = EngineRequest("a", PROMPT, stopping=stopping)
+    engine.add(request)
+    output = engine.step().tokens_of(0)
+    made: list[int] = []
+
+    class Counted(StopChecker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self.count)
+
+    monkeypatch.setattr(admission, "StopChecker", Counted)
+    engine.preempt("a")
+    engine.add(replace(request, output_token_ids=output, draft_tokens=0))
+    assert made == []
+    result = engine.step()
+    assert (result.offsets, result.drafted_counts) == ((len(output),), (0,))
+    output += result.tokens_of(0)
+    engine.preempt("a")
+    shorter = replace(stopping, max_tokens=len(output) + 1)
+    engine.add(replace(request, output_token_ids=output, stopping=shorter))
+    assert made == [len(output)]
+    assert engine.step().finish == (FinishReason.LENGTH,)
+
+
+def test_one_that_has_finished_goes_on_with_the_same_tokens(tools: Any, text_pair: ModelPair) -> None:
+    """Its end is taken back where nobody has stored it; other rules may then let it run on."""
+    engine = tools.engine(text_pair, hold_finished=True)
+    free = EngineRequest("free", PROMPT, stopping=StoppingConfig(max_tokens=20, ignore_eos=True))
+    expected = tools.drain(engine, [free])["free"].tokens
+    engine.drop("free")
+    stop_id = expected[7]
+    request = replace(
+        free, request_id="a", stopping=StoppingConfig(20, stop_token_ids=(stop_id,), ignore_eos=True)
+    )
+    ended = tools.drain(engine, [request])["a"].tokens
+    assert ended == expected[: expected.index(stop_id) + 1]
+    engine.add(replace(request, output_token_ids=ended))
+    more = engine.step().tokens_of(0)
+    assert more
+    assert more == expected[len(ended) : len(ended) + len(more)]
