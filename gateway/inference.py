@@ -192,11 +192,12 @@ class InferenceService:
     async def _stream(
         self, call: Call, request_id: str, stops: Stops, offset: int, response: Response, linger_s: float
     ) -> None:
-        await call.accepted(call.caller.shown_id(request_id))
+        # First of all: the scheduler must hear of a client that leaves, also of one that was never reached.
         reader = self._link.attach(request_id)
         self._readers[reader] = None
         done = False
         try:
+            await call.accepted(call.caller.shown_id(request_id))
             await self._pump(call, reader, self._detokenizer(stops), offset, response)
             done = True
         except asyncio.CancelledError:

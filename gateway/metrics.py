@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Generic, TypeVar, cast
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from laps import metrics_server
 from laps.v1 import scheduler_pb2
 
 M = TypeVar("M", bound=Counter | Histogram)
@@ -121,11 +122,4 @@ class Metrics:
 
     def listen(self, host: str, port: int) -> Callable[[], None]:
         """Serves them over HTTP; returns what ends that. Raises OSError when the port is taken."""
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
-
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return close
+        return metrics_server.listen(host, port, self.registry)

@@ -20,9 +20,6 @@ MESSAGE_BYTES = 1 << 20
 """At most in a message of many. One request may be larger."""
 MESSAGE_REQUESTS = 100
 
-_UNKNOWN = frozenset({grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL})
-"""How a stream ends that the scheduler does not know: INTERNAL if a message was being written just then."""
-
 
 class _ByCalls(Exception):
     """The scheduler has no such stream."""
@@ -97,7 +94,10 @@ class Submissions:
         except grpc.aio.AioRpcError as caught:
             # A status of the transport may be any, INTERNAL if a message was being written.
             from_transport = from_rpc_error(caught).from_transport
-            self._by_calls = from_transport and not self._has_answered and caught.code() in _UNKNOWN
+            # The scheduler itself may say that it does not know the stream, or gRPC for it.
+            unknown = caught.code() is grpc.StatusCode.UNIMPLEMENTED
+            unknown |= from_transport and caught.code() is grpc.StatusCode.INTERNAL
+            self._by_calls = unknown and not self._has_answered
             error = _error(grpc.StatusCode.UNAVAILABLE, caught.details() or "") if from_transport else caught
         except (grpc.aio.UsageError, asyncio.CancelledError):
             if (task := asyncio.current_task()) is not None and task.cancelling():

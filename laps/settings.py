@@ -129,7 +129,9 @@ class Settings(BaseSettings):
         0, "The worker's gRPC port, which has its health and nothing else; 0: any free one", _W
     )
     metrics_port: int = port_setting(
-        0, "Prometheus port, 0: none; 'laps up' counts on from it for each process", SERVICES
+        0,
+        "Prometheus port, 0: none; under 'laps up' the scheduler's is 1 above it, further gateways' from 501",
+        _GS,
     )
     max_message_bytes: int = setting(4 << 20, "Size of one gRPC message at most", SERVICES, ge=1 << 16)
 

@@ -36,8 +36,11 @@ _POLL_S = 0.05
 _PATIENCE_S = 10.0
 """After this long, and again where there is a new reason, it says what it waits for."""
 _LEAST_KILL_GRACE_S = 0.5
+_SCHEDULER_METRICS = 1
+"""The scheduler's metrics port is so far above the first gateway's."""
 _GATEWAY_METRICS = 500
 """Further gateways take their metrics port from so far above the first one's."""
+_LAST_PORT = 65_535
 _CHILD_DRAIN_SHARE = 0.4
 """Of the time to stop: gateways drain, then workers, then the rest goes."""
 
@@ -67,6 +70,11 @@ Command = Callable[[str], list[str]]
 """The command line of a role: "scheduler", "gateway" or "worker"."""
 ReadyCheck = Callable[[str], Awaitable[bool]]
 """Whether the server at an address is ready."""
+
+
+def _gateway_metrics(number: int) -> int:
+    """How far above the first one's a gateway's metrics port is."""
+    return _GATEWAY_METRICS + number if number else 0
 
 
 def service_command(role: str) -> list[str]:
@@ -155,13 +163,13 @@ class Stack:
             self.children["store"] = store
             await store.start()
             self.redis_url = store.url
-        await self._add("scheduler", "scheduler", 1, self.scheduler_port)
+        await self._add("scheduler", "scheduler", self.scheduler_port, metrics_offset=_SCHEDULER_METRICS)
         for number, health_port in enumerate(health_ports):
             name = f"gateway-{number}" if number else "gateway"
-            metrics_offset = _GATEWAY_METRICS + number if number else 0
-            await self._add(name, "gateway", metrics_offset, self.port, health_port)
+            await self._add(name, "gateway", self.port, health_port, _gateway_metrics(number))
         for number, worker_port in enumerate(own_ports):
-            await self._add(f"worker-{number}", "worker", 2 + number, worker_port)
+            # It serves no metrics: the scheduler tells of it.
+            await self._add(f"worker-{number}", "worker", worker_port)
         self._keeping.append(asyncio.create_task(self._bound_logs(), name="log files"))
 
     async def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -242,8 +250,13 @@ class Stack:
                     get_logger().warning("log cannot be bounded", log=str(path), error=str(error))
             await asyncio.sleep(log_files.INTERVAL_S)
 
-    async def _add(self, name: str, role: str, metrics_offset: int, port: int, health_port: int = 0) -> None:
+    async def _add(
+        self, name: str, role: str, port: int, health_port: int = 0, metrics_offset: int | None = None
+    ) -> None:
         settings = self.settings
+        metrics_port = 0
+        if settings.metrics_port and metrics_offset is not None:
+            metrics_port = settings.metrics_port + metrics_offset
         port_setting = {"gateway": "port", "scheduler": "scheduler_port", "worker": "worker_port"}[role]
         env = settings.to_env(
             **{port_setting: port, f"{role}_id": name},
@@ -252,7 +265,7 @@ class Stack:
             health_port=health_port,
             share_port=settings.share_port or settings.gateways > 1,
             scheduler_address=self.scheduler_address,
-            metrics_port=settings.metrics_port + metrics_offset if settings.metrics_port else 0,
+            metrics_port=metrics_port,
             drain_s=settings.drain_s * _CHILD_DRAIN_SHARE,
             # Files are read by people and machines alike; the console form is for terminals.
             log_format="json",
@@ -293,7 +306,7 @@ class Stack:
                     f"port {wanted} is in use; choose another with --{setting.replace('_', '-')}"
                 )
             setattr(self, setting, wanted)
-        taken = (self.port, self.scheduler_port, self.http_port)
+        taken = (self.port, self.scheduler_port, self.http_port, *self._metrics_ports())
         of_gateways = settings.gateways if settings.gateways > 1 else 0
         free = free_ports(4 + settings.workers + of_gateways, settings.host, avoid=taken)
         self.port = self.port or free[0]
@@ -305,6 +318,25 @@ class Stack:
             is_usual = usual and is_free(USUAL_HTTP_PORT, settings.host)
             self.http_port = USUAL_HTTP_PORT if is_usual else free[2]
         return free[3:]
+
+    def _metrics_ports(self) -> list[int]:
+        """Where scheduler and gateways will serve metrics. Raises StackError when one of them is taken."""
+        first = self.settings.metrics_port
+        if not first:
+            return []
+        gateways = map(_gateway_metrics, range(self.settings.gateways))
+        metrics_ports = [first + offset for offset in sorted((*gateways, _SCHEDULER_METRICS))]
+        own = (self.port, self.scheduler_port, self.http_port)
+        for port in metrics_ports:
+            if port > _LAST_PORT:
+                raise StackError(
+                    f"metrics_port: counting on from {first} leads beyond {_LAST_PORT}; "
+                    "choose a lower one with --metrics-port"
+                )
+            if port in own or not is_free(port, self.settings.host):
+                counted = "" if port == first else f", which counts on from {first}"
+                raise StackError(f"port {port} is in use; choose another with --metrics-port{counted}")
+        return metrics_ports
 
     def _take_data_dir(self) -> None:
         """Two stacks on one folder would write one append-only file."""

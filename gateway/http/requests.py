@@ -116,6 +116,8 @@ def _read_prompt(fields: Fields, request: inference_pb2.GenerateRequest) -> None
         request.token_ids.SetInParent()
     elif prompt is not None:
         request.text = as_text("prompt", prompt)
+    else:
+        raise Refusal("prompt", "must be given: a string or a list of token ids", "prompt_empty")
 
 
 def _read_sampling(fields: Fields, sampling: generation_pb2.SamplingParams, *, chat: bool) -> None:

@@ -10,7 +10,6 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 from google.protobuf.message import Message
 
 from gateway.calls import Call, accounted, as_laps_error
@@ -24,6 +23,7 @@ from gateway.http.answers import (
     error_response,
     json_response,
 )
+from gateway.http.connections import SERVER, Connection, FullConnection, ServerLog
 from gateway.http.console.routes import Console
 from gateway.http.errors import Refusal
 from gateway.http.parameters import Endpoint
@@ -63,18 +63,6 @@ _OFF_LOOP_BYTES = 1 << 16
 """Longer bodies are read on a thread: from here on it takes longer than a millisecond."""
 
 log = get_logger()
-
-
-class _ServerLog(logging.LoggerAdapter[logging.Logger]):
-    """The library's log, without what it would write for bytes that are no request: a traceback for each, and
-    the bytes themselves, in which there may be keys."""
-
-    def exception(self, msg: object, *args: object, exc_info: Any = True, **kwargs: Any) -> None:
-        if isinstance(exc_info, HttpProcessingError):
-            log.warning("call refused", because="it is no HTTP request", peer=next(iter(args), None))
-        else:
-            super().exception(msg, *args, exc_info=exc_info, **kwargs)
-
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -133,6 +121,8 @@ class HttpServer:
             self._edge.keys is None and is_loopback(settings.host) and not settings.allow_unauthenticated
         )
         self._runner: web.AppRunner
+        self._options: dict[str, Any]
+        """Of each connection."""
         self._listening: asyncio.Server
 
     async def start(self) -> None:
@@ -149,17 +139,15 @@ class HttpServer:
         if self._console is not None:
             self._console.add_to(app.router)
         app.on_response_prepare.append(_sign)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_ServerLog(logging.getLogger("aiohttp.server")),
-            handler_cancellation=True,
-            keepalive_timeout=IDLE_S,
-            lingering_time=LINGER_S,
+        self._options = {
+            "access_log": None,
+            "logger": ServerLog(logging.getLogger("aiohttp.server")),
+            "keepalive_timeout": IDLE_S,
+            "lingering_time": LINGER_S,
             # A small body could become a large one only after its size has been looked at.
-            auto_decompress=False,
-            shutdown_timeout=CLOSE_S,
-        )
+            "auto_decompress": False,
+        }
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=CLOSE_S)
         await self._runner.setup()
         host, edge = self._settings.host, self._edge
         tls = http_context(edge.tls, ask_clients=edge.asks_for_certificates) if edge.tls else None
@@ -190,8 +178,8 @@ class HttpServer:
         server = self._runner.server
         assert server is not None
         if len(server.connections) >= self._most_connections:
-            return _Full(self._most_connections)
-        return server()
+            return FullConnection(self._most_connections)
+        return Connection(server, loop=asyncio.get_running_loop(), **self._options)
 
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -304,29 +292,6 @@ class HttpServer:
         return json_response({"status": "ready"})
 
 
-class _Full(asyncio.Protocol):
-    """A connection too many: it is told so, and closed."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        error = ResourceExhausted(
-            f"the gateway has {self._most} connections, as many as it may; come back later",
-            reason=Reason.STREAMS_FULL,
-            retry_after_s=RETRY_AFTER_S,
-            quota_subject="connections",
-        )
-        response = error_response(error)
-        data = cast(bytes, response.body)
-        lines = [f"HTTP/1.1 {response.status} {response.reason}", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        lines += [f"Content-Length: {len(data)}", "", ""]
-        sink = cast(asyncio.Transport, transport)
-        sink.write("\r\n".join(lines).encode() + data)
-        sink.close()
-
-
 @web.middleware
 async def _in_openais_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
@@ -342,8 +307,7 @@ async def _in_openais_shape(request: web.Request, handler: Handler) -> web.Strea
 
 
 async def _sign(request: web.Request, response: web.StreamResponse) -> None:
-    # The library would tell everyone its version and Python's.
-    response.headers["Server"] = "laps"
+    response.headers["Server"] = SERVER
 
 
 def _host_name(http: web.Request) -> str:

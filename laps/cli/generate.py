@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from laps.cli.options import client_options, print_json
+from laps.errors import LocalError
 
 if TYPE_CHECKING:
     from laps.client import Client, Completion
@@ -43,7 +45,7 @@ def generate(
 
     The text goes to standard output as it comes, a summary line to standard error.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if stop:
         given["stop"] = list(stop)
@@ -62,6 +64,16 @@ def generate(
             _print_logprobs(completion)
     click.echo(summary(completion, time.monotonic() - began_s), err=True)
     return 1 if completion.finish_reason == "error" else 0
+
+
+def _standard_input() -> str:
+    # As bytes: read as text, what is no UTF-8 may become surrogates, which cannot be sent.
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise LocalError(f"standard input is not valid UTF-8 at byte {error.start}") from None
+    # Lines end as they do in text.
+    return io.StringIO(text, newline=None).read()
 
 
 def summary(completion: Completion, took_s: float) -> str:

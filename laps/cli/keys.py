@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from laps.errors import LocalError
+
 
 @click.group()
 def keys() -> None:
@@ -33,10 +35,14 @@ def new(tenant: str, role: str, file: Path | None) -> None:
     check_text(text, str(file))
     # Gateways may read it at any moment, so it changes in one step.
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.touch(mode=0o600)
     try:
-        fresh.write_text(text)
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
+        fresh.touch(mode=0o600)
+        try:
+            fresh.write_text(text)
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        # By itself it would name the other file, which nobody knows of.
+        raise LocalError(f"{file}: cannot be written: {error.strerror}") from None
     click.echo(made.key)

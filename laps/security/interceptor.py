@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from laps.errors import LapsError, abort
+from laps.errors import LapsError, Unimplemented, abort
 from laps.logs import get_logger
 from laps.security.access import Role
 from laps.security.keys import KeyFile
@@ -28,6 +28,7 @@ Authenticate = Callable[[Context], Principal]
 """Who calls. Raises Unauthenticated for credentials that are no good."""
 
 _SERVICE_ROLES = frozenset({Role.GATEWAY, Role.WORKER, Role.OPERATOR})
+_MAX_NAME_CHARS = 128
 
 log = get_logger()
 
@@ -82,8 +83,8 @@ class AccessInterceptor(Interceptor):
         handler: Handler | None = await continuation(handler_call_details)
         method: str = handler_call_details.method
         if handler is None:
-            # gRPC says UNIMPLEMENTED. Not kept: who calls chooses the name.
-            return handler  # type: ignore[return-value]
+            # Not kept: who calls chooses the name.
+            return _unknown(method)
         known = self._guarded.get(method)
         if known is None or known[0] is not handler:
             known = self._guarded[method] = (handler, self._guard(method, handler))
@@ -131,3 +132,12 @@ class AccessInterceptor(Interceptor):
             log.warning("call refused", method=method, because=refusal.reason.name, peer=context.peer())
             await abort(context, refusal)
         set_caller(principal)
+
+
+def _unknown(method: str) -> Handler:
+    """Says what gRPC would, with details. Takes calls of every kind, and reads nothing of them."""
+
+    async def refuse(requests: Any, context: Context) -> None:
+        await abort(context, Unimplemented(f"there is no method {method[:_MAX_NAME_CHARS]}"))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -9,9 +9,11 @@ import grpc.aio
 import pytest
 from fake_scheduler import packed
 from gateway_calls import collect, eventually, generate_request, read_tokens, read_until_error
+from google.protobuf.message import Message
 
+from gateway.calls import Call
 from gateway.streams import Feed, Reader
-from laps.errors import Reason, ResourceExhausted
+from laps.errors import Cancelled, Reason, ResourceExhausted
 from laps.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 SMALL_WINDOW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
@@ -59,6 +61,36 @@ async def test_a_client_leaves_before_its_request_is_stored(harness: Any) -> Non
     await scheduler.until(lambda: scheduler.unfollows)
     (stored,) = scheduler.requests.values()
     assert stored.disconnects == 1
+
+
+class Gone(Call):
+    """Of a client that leaves just as its request is stored."""
+
+    def __init__(self, how: BaseException) -> None:
+        super().__init__("Generate")
+        self._how = how
+
+    async def accepted(self, request_id: str) -> None:
+        raise self._how
+
+    async def write(self, message: Message) -> None:
+        raise AssertionError("there is nobody")
+
+    def time_left_s(self) -> float | None:
+        return None
+
+
+@pytest.mark.parametrize("how", [Cancelled("the connection is closed"), asyncio.CancelledError()])
+async def test_a_client_leaves_as_its_request_is_stored(harness: Any, how: BaseException) -> None:
+    scheduler = harness.scheduler
+    with pytest.raises(type(how)):
+        await harness.gateway.inference.generate(generate_request(), Gone(how))
+    ((request_id, stored),) = scheduler.requests.items()
+    async with asyncio.timeout(10):
+        await scheduler.until(lambda: scheduler.unfollows)
+    assert scheduler.unfollows == [(request_id, False)]
+    await eventually(lambda: stored.finished)
+    assert harness.gateway.link.live_requests == 0
 
 
 async def test_one_of_two_streams_leaves(harness: Any) -> None:

@@ -32,6 +32,15 @@ class Calls(scheduler_pb2_grpc.SchedulerServiceServicer):
         return scheduler_pb2.SubmitResponse(epoch=7)
 
 
+class CallsWithDetails(Calls):
+    """It says itself what it does not know."""
+
+    async def SubmitMany(self, request_iterator: Any, context: Any) -> None:
+        # Nothing is being written any more: the client sees this status and no other.
+        await anext(request_iterator)
+        await errors.abort(context, errors.Unimplemented("there is no such method"))
+
+
 class Streams(Calls):
     def __init__(self, answer: Answer) -> None:
         super().__init__()
@@ -114,6 +123,13 @@ async def test_long_prompts_do_not_share_a_message(monkeypatch: pytest.MonkeyPat
         await asyncio.gather(*(client.submit(each, 30.0) for each in requests))
     # Not even one that is longer than a message of many.
     assert service.messages == [2, 1, 2]
+
+
+async def test_a_scheduler_that_says_itself_that_it_has_no_stream_gets_calls() -> None:
+    service = CallsWithDetails()
+    async with client_of(service) as client:
+        assert (await client.submit(request(1), 30.0)).epoch == 7
+    assert service.calls == 1
 
 
 async def test_a_scheduler_of_the_version_before_gets_calls() -> None:

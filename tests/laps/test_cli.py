@@ -115,6 +115,29 @@ def test_generate_json(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None
     assert answer["speculation"]["acceptance_histogram"] == [0, 0, 2]
 
 
+def give(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    """On standard input, as it is where the locale says little."""
+    stdin = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+def test_generate_takes_the_prompt_from_standard_input(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, "häßlich\r\nlong".encode())
+    with gateway() as served:
+        assert main(["generate", "-", "--server", served.address]) == 0
+    assert served.calls[0][1].text == "häßlich\nlong"
+
+
+def test_standard_input_that_is_no_text_is_refused(
+    gateway: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    give(monkeypatch, b"abc\xff\xfe\n")
+    with gateway() as served:
+        assert main(["generate", "-", "--server", served.address]) == 1
+    assert capsys.readouterr().err == "laps: standard input is not valid UTF-8 at byte 3\n"
+    assert not served.calls
+
+
 def test_generate_chat_sends_messages(gateway: Any) -> None:
     with gateway() as served:
         assert main(["generate", "hi", "--chat", "--temperature", "0", "--server", served.address]) == 0

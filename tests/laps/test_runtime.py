@@ -4,12 +4,15 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
 
+from gateway.metrics import Metrics as GatewayMetrics
 from laps import channels, runtime
+from scheduler_svc import metrics as scheduler_metrics
 
 
 def service(
@@ -147,6 +150,18 @@ async def test_a_taken_port_is_one_clear_error() -> None:
     with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is in use"):
         channels.bind(second, "127.0.0.1", port)
     await first.stop(0)
+
+
+def test_a_taken_metrics_port_is_one_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        where = rf"metrics_port: cannot listen on 127\.0\.0\.1:{port}: the port is in use"
+        with pytest.raises(OSError, match=where):
+            GatewayMetrics().listen("127.0.0.1", port)
+        with pytest.raises(OSError, match=where):
+            scheduler_metrics.listen(
+                "127.0.0.1", port, "default", lambda: None, scheduler_metrics.Refusals("default")
+            )
 
 
 class Knot:

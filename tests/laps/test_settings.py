@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from laps.setting import SettingsError, mask_url
+from laps.setting import SettingsError, mask_url, used_by
 from laps.settings import (
     BUILT_IN_DRAFT,
     BUILT_IN_TARGET,
@@ -12,6 +13,8 @@ from laps.settings import (
     load_settings,
     unknown_variables,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
@@ -199,8 +202,18 @@ def test_instance_ids_are_fit_for_keys() -> None:
     assert Settings(worker_id=Settings().instance_id("worker")).instance_id("worker")
 
 
+def test_services_read_the_settings_that_they_take() -> None:
+    folders = {"gateway": "gateway", "scheduler": "scheduler_svc", "worker": "worker_svc"}
+    by_all = "".join(path.read_text() for path in (ROOT / "laps").rglob("*.py") if path.name != "stack.py")
+    for service, folder in folders.items():
+        code = by_all + "".join(path.read_text() for path in (ROOT / folder).rglob("*.py"))
+        taken = {name for name, field in Settings.model_fields.items() if service in used_by(field)}
+        unread = {name for name in taken if not re.search(rf"\.{name}\b", code)}
+        assert unread <= {f"{service}_id"}, f"{service} does not read {unread}"
+
+
 def test_every_setting_says_what_it_is_and_who_reads_it() -> None:
-    from laps.setting import type_name, used_by
+    from laps.setting import type_name
 
     for name, field in Settings.model_fields.items():
         assert field.description, name

@@ -152,13 +152,16 @@ async def test_an_ipv6_address_stands_in_brackets(settings: Settings, host: str)
 
 
 async def test_children_get_their_settings(settings: Settings) -> None:
-    async with running(settings) as stack:
+    async with running(settings.model_copy(update={"metrics_port": 9000, "gateways": 2})) as stack:
         worker = stack.children["worker-1"]
         assert isinstance(worker, Child)
         env = psutil.Process(worker.pid).environ()
         assert env["LAPS_SCHEDULER_ADDRESS"] == stack.scheduler_address
         assert env["LAPS_WORKER_ID"] == "worker-1"
         assert env["LAPS_REDIS_URL"] == "redis://elsewhere"
+        names = ("gateway", "scheduler", "gateway-1", "worker-1")
+        envs = (psutil.Process(stack.children[name].pid).environ() for name in names)
+        assert [each.get("LAPS_METRICS_PORT", "0") for each in envs] == ["9000", "9001", "9501", "0"]
 
 
 async def test_a_child_that_does_not_stop_is_killed(tmp_path: Path) -> None:
@@ -363,6 +366,28 @@ async def test_a_taken_port_is_named(settings: Settings) -> None:
         with pytest.raises(StackError, match=f"port {port} is in use; choose another with --port"):
             await stack.start()
         await stack.stop()
+
+
+@pytest.mark.parametrize(
+    ("taken", "changes", "problem"),
+    [
+        (7000, {}, "port 7000 is in use; choose another with --metrics-port"),
+        (7001, {}, "port 7001 is in use; choose another with --metrics-port, which counts on from 7000"),
+        (7501, {}, "port 7501 is in use; choose another with --metrics-port, which counts on from 7000"),
+        (0, {"port": 7000}, "port 7000 is in use; choose another with --metrics-port"),
+        (0, {"metrics_port": 65_100}, "metrics_port: counting on from 65100 leads beyond 65535; choose a "),
+    ],
+)
+async def test_a_taken_metrics_port_is_named(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, taken: int, changes: dict[str, int], problem: str
+) -> None:
+    """The first gateway's, the scheduler's, a further gateway's, one that another setting has."""
+    monkeypatch.setattr(stack_module, "is_free", lambda port, host: port == 0 or port != taken)
+    given = {"gateways": 2, "port": 0, "scheduler_port": 0, "metrics_port": 7000} | changes
+    stack = Stack(settings.model_copy(update=given), command=idle)
+    with pytest.raises(StackError, match=f"^{problem}"):
+        await stack.start()
+    await stack.stop()
 
 
 async def test_a_host_of_another_machine_is_named(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from gateway.http.requests import Asked, read_request
 from gateway.validation import Bounds, check_before_tokenizing
 from laps.errors import LapsError
 
-from .conftest import read_head
+from .conftest import read_head, read_response
 
 TEXT: dict[str, Any] = {"model": "tiny", "prompt": "the end"}
 BOUNDS = Bounds(model_name="tiny", vocabulary_size=360, context_tokens=1000, default_max_tokens=40)
@@ -55,6 +55,17 @@ async def test_malformed(http: Any, data: bytes, param: str | None, code: str) -
     assert not http.scheduler.requests
 
 
+@pytest.mark.parametrize("given", [{}, {"prompt": None}])
+async def test_a_prompt_that_is_missing_is_asked_for_in_openais_terms(http: Any, given: Any) -> None:
+    answered = await http.post("/v1/completions", {"max_tokens": 5} | given)
+    assert (answered.status, answered.error["param"], answered.error["code"]) == (
+        400,
+        "prompt",
+        "prompt_empty",
+    )
+    assert answered.error["message"] == "prompt: must be given: a string or a list of token ids"
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -74,6 +85,61 @@ async def test_of_what_is_no_request_nothing_is_logged(
     assert [(line["event"], line["because"]) for line in lines] == [("call refused", "it is no HTTP request")]
     assert "laps_secret" not in caplog.text + str(lines)
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "problem"),
+    [
+        (b"laps_secret\r\n\r\n", 400, "what came is no valid HTTP request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00laps_secret\r\n\r\n", 400, "what came is no valid HTTP request"),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: laps_secret\r\nContent-Length: 2\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n{}",
+            400,
+            "what came is no valid HTTP request",
+        ),
+        (
+            b"GET /v1/models HTTP/1.1\r\nX: " + b"laps_secret" * 1000 + b"\r\n\r\n",
+            400,
+            "a line of the request's head is too long",
+        ),
+        (
+            b"GET /" + b"laps_secret" * 1000 + b" HTTP/1.1\r\n\r\n",
+            400,
+            "a line of the request's head is too long",
+        ),
+        (
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nExpect: laps_secret\r\n"
+            b"Content-Length: 0\r\nConnection: close\r\n\r\n",
+            417,
+            "Expect may only be 100-continue",
+        ),
+        (
+            b"GET /nothing HTTP/1.1\r\nHost: localhost\r\nExpect: laps_secret\r\nConnection: close\r\n\r\n",
+            417,
+            "Expect may only be 100-continue",
+        ),
+    ],
+)
+async def test_what_is_no_request_gets_the_usual_error(
+    http: Any, data: bytes, status: int, problem: str
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", http.port)
+    writer.write(data)
+    answered = await read_response(reader)
+    writer.close()
+    assert (answered.status, answered.error["message"]) == (status, problem)
+    assert answered.error["type"] == "invalid_request_error"
+    assert answered.headers["server"] == "laps"
+    assert answered.headers["content-type"] == "application/json"
+    assert b"laps_secret" not in answered.body
+
+
+async def test_a_defect_is_told_in_the_usual_form(http: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http.gateway._http, "_is_ready", lambda: 1 // 0)
+    answered = await http.raw("GET", "/ready")
+    assert (answered.status, answered.error["code"]) == (500, "internal")
+    assert answered.headers["server"] == "laps"
 
 
 async def test_a_long_body_is_read_aside(http: Any) -> None:

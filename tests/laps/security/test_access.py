@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import laps.v1
 from laps import channels
-from laps.errors import from_rpc_error
+from laps.errors import Reason, from_rpc_error
 from laps.security import access
 from laps.security.access import METHODS, Role
 from laps.security.interceptor import AccessInterceptor
@@ -170,3 +170,24 @@ async def test_a_method_that_the_table_does_not_have_is_refused_to_all(role: Rol
 
 def test_routes_of_the_http_port_stand_in_the_table_too() -> None:
     assert access.roles_of("/v1/nothing") == frozenset()
+
+
+@pytest.mark.parametrize("method", ["/laps.v1.InferenceService/Nothing", "/nowhere.Service/" + "x" * 1000])
+async def test_a_method_that_is_not_there_is_told_with_details(method: str) -> None:
+    served = Server(NOBODY)
+    server = await served.start()
+    async with channels.open_channel(f"127.0.0.1:{served.port}") as channel:
+        calls: list[Any] = [
+            channel.unary_unary(method)(b"x"),
+            channel.unary_stream(method)(b"x").read(),
+            channel.stream_unary(method)(iter([b"x"])),
+            channel.stream_stream(method)(iter([b"x"])).read(),
+        ]
+        for call in calls:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            error = from_rpc_error(caught.value)
+            assert (error.status, error.reason) == ("UNIMPLEMENTED", Reason.UNIMPLEMENTED)
+            assert error.message == f"there is no method {method[:128]}"
+            assert not error.from_transport
+    await server.stop(None)

@@ -124,6 +124,17 @@ def test_laps_keys_new(path: Path) -> None:
     assert isinstance(CliRunner().invoke(cli, ["keys", "new"]).exception, SettingsError)
 
 
+@pytest.mark.parametrize("name", ["absent/keys.toml", "folder"])
+def test_laps_keys_new_names_the_file_that_it_cannot_write(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    file = tmp_path / name
+    made = CliRunner().invoke(cli, ["keys", "new", "--tenant", "acme", "--append", str(file)])
+    assert str(file) in str(made.exception)
+    assert f".{file.name}" not in str(made.exception)
+    assert "laps_" not in made.output
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_a_clients_own_key_is_not_shown() -> None:
     environment = os.environ | {"LAPS_API_KEY": "laps_do_not_show"}
     command = [sys.executable, "-m", "laps.cli", "config", "--json"]
