@@ -54,7 +54,8 @@ def errors_page() -> str:
         "Errors",
         "Every error of every service is a gRPC status whose details hold a `google.rpc.ErrorInfo` with\n"
         "domain `laps` and one of these reasons; `BadRequest` names the field, `RetryInfo` says when to\n"
-        "come back.",
+        "come back. What gRPC itself refuses comes without details: a message of more than\n"
+        "`max_message_bytes`, a health check of a service that is not served, a connection that breaks.",
         "| reason | status | what it means |\n| --- | --- | --- |",
         rows,
     )

@@ -9,6 +9,9 @@ worker that goes finishes what it holds. A worker costs from when it is asked fo
 
 The trace has bursts of short requests and bursts of long ones. That is where the two part: ten short requests
 are less work than one long one, and a queue's length does not know it.
+
+FILE gets the figures of all traces and of each, with a hash of the code that decides them. The tests say when
+those of bench/results/autoscale.json, which docs/kubernetes.md shows, are of other code.
 """
 
 from __future__ import annotations
@@ -21,15 +24,18 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.records import FinishReason, RequestSpec, RowFinish, StepCosts, StepReport, Worker
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
+from simulator.code_hash import CORE, ROOT, code_hash, policy_files
 from simulator.mixes import WIDE_MIX, make_mix
 from simulator.result import percentile
 from simulator.workload import Job, Workload
 
+POLICY = "laps-sd"
 STEP_S = 0.2
 DRAFT_TOKENS = 4
 SLOTS = 8
@@ -65,15 +71,24 @@ def by_requests(threshold: float) -> Metric:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one run came to; latencies are of all its requests."""
+class Figures:
+    """Latencies are of all requests."""
 
-    scaler: str
     mean_latency_s: float
     p99_latency_s: float
     worker_s: float
     """Seconds of workers that were paid for."""
     most_workers: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one scaler came to."""
+
+    scaler: str
+    together: Figures
+    traces: list[Figures]
+    """By seed."""
 
 
 @dataclass
@@ -118,7 +133,7 @@ class Fleet:
             max_retained=0,
             record_interval_s=_FOREVER_S,
         )
-        self.core = Scheduler("fleet", make_policy("laps-sd"), settings)
+        self.core = Scheduler("fleet", make_policy(POLICY), settings)
         self.machines: dict[str, _Machine] = {}
         self.paid_s = 0.0
         self.most = 0
@@ -247,21 +262,64 @@ SCALERS: dict[str, Metric] = {
 }
 
 
+SHORT_JOBS, SHORT_SCALER = 120, "backlog 120 s"
+"""A run short enough to be repeated by a test: it tells what changed in code that is not in the hash."""
+
+
+def code() -> str:
+    """A hash of the code that decides the figures. Drivers and records of the core are not in it: they change
+    often without another outcome, and the short run tells when there is one."""
+    ours = (ROOT / "simulator" / f"{name}.py" for name in ("autoscale", "mixes", "workload", "result"))
+    return code_hash([*policy_files(POLICY), *ours, CORE / "placement.py"])
+
+
 def compare(jobs: int, seeds: int, scalers: dict[str, Metric] = SCALERS) -> list[Outcome]:
-    """Each scaler on the same traces, all seeds together."""
+    """Each scaler on the same traces."""
     outcomes = []
     for name, metric in scalers.items():
         latencies_s: list[float] = []
-        paid_s, most = 0.0, 0
+        traces = []
         for seed in range(seeds):
             fleet = Fleet(bursty(jobs, seed), metric)
-            latencies_s += fleet.run()
-            paid_s += fleet.paid_s
-            most = max(most, fleet.most)
-        latencies_s.sort()
-        mean_s = sum(latencies_s) / len(latencies_s)
-        outcomes.append(Outcome(name, mean_s, percentile(latencies_s, 0.99), paid_s, most))
+            of_trace_s = fleet.run()
+            traces.append(_figures(of_trace_s, fleet.paid_s, fleet.most))
+            latencies_s += of_trace_s
+        paid_s, most = sum(each.worker_s for each in traces), max(each.most_workers for each in traces)
+        outcomes.append(Outcome(name, _figures(latencies_s, paid_s, most), traces))
     return outcomes
+
+
+def short_run() -> Figures:
+    return compare(SHORT_JOBS, 1, {SHORT_SCALER: SCALERS[SHORT_SCALER]})[0].together
+
+
+def _figures(latencies_s: list[float], paid_s: float, most: int) -> Figures:
+    ordered = sorted(latencies_s)
+    mean_s = sum(ordered) / len(ordered)
+    return Figures(round(mean_s, 4), round(percentile(ordered, 0.99), 4), round(paid_s, 1), most)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Markdown, as in docs/kubernetes.md."""
+    lines = [
+        "| scales by, for each worker | mean latency s | p99 s | worker-hours | most workers |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for each in outcomes:
+        its = each.together
+        figures = f"{its.mean_latency_s:.1f} | {its.p99_latency_s:.1f} | {its.worker_s / 3600:.2f}"
+        lines.append(f"| {each.scaler} | {figures} | {its.most_workers} |")
+    return "\n".join(lines)
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[Outcome]]:
+    """What main() wrote: the entries about the run, and the outcomes."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    outcomes = [
+        Outcome(each["scaler"], Figures(**each["together"]), [Figures(**trace) for trace in each["traces"]])
+        for each in about.pop("scalers")
+    ]
+    return about, outcomes
 
 
 def main() -> None:
@@ -270,14 +328,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    # Of the code that runs: the files may be edited meanwhile.
+    about = {"jobs": given.jobs, "seeds": given.seeds, "code": code()}
     outcomes = compare(given.jobs, given.seeds)
-    print("| scales by, for each worker | mean latency s | p99 s | worker-hours | most workers |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for each in outcomes:
-        figures = f"{each.mean_latency_s:.1f} | {each.p99_latency_s:.1f} | {each.worker_s / 3600:.2f}"
-        print(f"| {each.scaler} | {figures} | {each.most_workers} |")
+    print(table(outcomes))
     if given.json:
-        given.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
+        written = {
+            **about,
+            "short_run": asdict(short_run()),
+            "scalers": [asdict(each) for each in outcomes],
+        }
+        given.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

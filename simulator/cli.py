@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scheduler_svc.core.policies import policies
+from simulator.files import read_workload_file
 from simulator.replay import simulate as replay
 from simulator.result import Result
-from simulator.workload import Workload, read_workload
+from simulator.workload import Workload
 
 
 def _policy_names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -122,7 +123,7 @@ def simulate(
     if plot_path is not None:
         _require_matplotlib()
     try:
-        jobs = read_workload(workload)
+        jobs = read_workload_file(workload)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
@@ -167,6 +168,9 @@ def simulate(
                     ]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    except OverflowError as error:
+        # A whole number of a line may have any length.
+        raise click.ClickException(f"{workload}: a number in it is too large: {error}") from error
     console = Console()
     # A file or a pipe has no width of its own; names must not be cut there.
     (console if console.is_terminal else Console(width=120)).print(_table(results, jobs))

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator
-from datetime import datetime
-from pathlib import Path
-from typing import TextIO
+from datetime import UTC, datetime
 
 from simulator.workload import Job, Workload, WorkloadError, order
 
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-
-def open_text(path: Path) -> TextIO:
-    """A text file, unpacked where its name ends in .gz."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
 
 
 def from_azure(
@@ -43,18 +33,9 @@ def from_azure(
     dice = random.Random(seed)
     donors = [job for job in acceptance or () if job.output_tokens]
     kept = 0.0 if donors else _acceptance_for(tokens_per_step, draft_tokens)
-    reader = csv.DictReader(lines)
-    if any(column not in (reader.fieldnames or ()) for column in _AZURE_COLUMNS):
-        raise WorkloadError(f"the first line must name the columns {', '.join(_AZURE_COLUMNS)}")
     jobs: list[Job] = []
     begin: datetime | None = None
-    for number, row in enumerate(itertools.islice(reader, limit), 2):
-        try:
-            # datetime knows microseconds; the trace has a digit more.
-            arrival = datetime.fromisoformat(row["TIMESTAMP"][:26])
-            prompt_tokens, output_tokens = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-        except (TypeError, ValueError) as error:
-            raise WorkloadError(f"line {number}: {error}") from error
+    for arrival, prompt_tokens, output_tokens in itertools.islice(_azure_rows(lines), limit):
         if output_tokens < 1:
             continue
         begin = begin or arrival
@@ -75,6 +56,31 @@ def from_azure(
     return order(Job(job.arrival_s - first_s, job.emitted_per_step, job.prompt_tokens) for job in jobs)
 
 
+def _azure_rows(lines: Iterable[str]) -> Iterator[tuple[datetime, int, int]]:
+    """Arrival, tokens of the prompt and of the output."""
+    reader = csv.DictReader(lines)
+    try:
+        if any(column not in (reader.fieldnames or ()) for column in _AZURE_COLUMNS):
+            raise WorkloadError(f"the first line must name the columns {', '.join(_AZURE_COLUMNS)}")
+        for row in reader:
+            yield _instant(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"])
+    except (UnicodeDecodeError, WorkloadError):
+        raise
+    except (TypeError, ValueError, csv.Error) as error:
+        # The inner reader's: DictReader counts a line only once it has been read well.
+        raise WorkloadError(f"line {reader.reader.line_num}: {error}") from error
+
+
+def _instant(text: str | None) -> datetime:
+    """With or without fractions of a second (beyond microseconds they are cut) and a zone; without one, UTC.
+    The published traces differ in both, also from line to line."""
+    try:
+        instant = datetime.fromisoformat((text or "").strip())
+        return instant.replace(tzinfo=UTC) if instant.tzinfo is None else instant.astimezone(UTC)
+    except (OverflowError, ValueError):
+        raise ValueError(f"TIMESTAMP must be a date and a time, not {(text or '')[:40]!r}") from None
+
+
 def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: int = 0) -> Workload:
     """Requests of a Spec-Bench answer file, a question a line, its `choices` with `accept_lengths`: tokens
     emitted by each target pass. `accepted_only`: they count accepted tokens, without the one that the
@@ -91,11 +97,14 @@ def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: 
             entry = json.loads(line)
             task = str(entry.get("category", ""))
             for choice in entry["choices"]:
-                lengths = [int(length) + accepted_only for length in choice["accept_lengths"]]
+                lengths = [int(length) for length in choice["accept_lengths"]]
+                if min(lengths, default=0) < 0:
+                    raise ValueError("accept_lengths must be at least 0")
+                lengths = [length + accepted_only for length in lengths]
                 for emitted in _turns(lengths, choice.get("decoding_steps")):
                     if sum(emitted) > 0:
                         found.append((task, tuple(emitted)))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise WorkloadError(f"line {number}: {type(error).__name__}: {error}") from error
     if not found:
         raise WorkloadError("no requests in it")

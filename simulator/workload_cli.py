@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from simulator import convert
-from simulator.workload import Workload, read_workload, write_workload
+from simulator.files import open_text, read_workload_file
+from simulator.workload import Workload, write_workload
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OUT = click.Path(dir_okay=False, path_type=Path)
@@ -40,12 +41,13 @@ def azure(
     """Arrivals and lengths of TRACE, a CSV file of Azure's public LLM inference traces."""
 
     def make() -> Workload:
-        with convert.open_text(trace) as lines:
+        donors = None if acceptance_path is None else read_workload_file(acceptance_path)
+        with open_text(trace) as lines:
             return convert.from_azure(
                 lines,
                 tokens_per_step=tokens_per_step,
                 draft_tokens=draft_tokens,
-                acceptance=None if acceptance_path is None else read_workload(acceptance_path),
+                acceptance=donors,
                 limit=limit,
                 seed=seed,
             )
@@ -62,7 +64,7 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
     """Acceptance of ANSWERS, a file of model answers as Spec-Bench writes them (with `accept_lengths`)."""
 
     def make() -> Workload:
-        with convert.open_text(answers) as lines:
+        with open_text(answers) as lines:
             return convert.from_spec_bench(lines, accepted_only=accepted_only, seed=seed)
 
     _write(out, make)

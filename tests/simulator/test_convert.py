@@ -45,6 +45,36 @@ def test_the_azure_trace_takes_the_acceptance_that_is_asked_for() -> None:
         from_azure(trace, tokens_per_step=6.0)
 
 
+def test_timestamps_with_and_without_fractions_and_zones() -> None:
+    """Azure's traces of 2023 have seven decimals and no zone, those of 2024 six or none, and a zone."""
+    stamps = [
+        "2024-05-10 00:00:00.009930+00:00",
+        "2024-05-10 00:00:01+00:00",
+        "2024-05-10 00:00:02.0",
+        "2024-05-10 00:00:03",
+        "2024-05-10T00:00:04.25Z",
+        "2024-05-10 02:00:05.5000000+02:00",
+        "2024-05-09 19:30:06.123456789-0430",
+        " 2024-05-10 00:00:07.0099300",
+    ]
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens", *(f"{stamp},10,5" for stamp in stamps)]
+    arrivals_s = [job.arrival_s for job in from_azure(lines)]
+    assert arrivals_s == pytest.approx([0.0, 0.99007, 1.99007, 2.99007, 4.24007, 5.49007, 6.113526, 7.0])
+
+
+@pytest.mark.parametrize(
+    "stamp", ["yesterday", "", "1715299200", "2024-05-10 25:00:00", "0001-01-01 00:00:00+01:00", "x" * 1000]
+)
+def test_another_timestamp_is_named_with_its_line(stamp: str) -> None:
+    lines = [
+        "TIMESTAMP,ContextTokens,GeneratedTokens",
+        "2024-05-10 00:00:01+00:00,10,5",
+        f"{stamp},10,5",
+    ]
+    with pytest.raises(WorkloadError, match=r"^line 3: TIMESTAMP must be a date and a time, not .{2,42}$"):
+        from_azure(lines)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -67,20 +67,31 @@ class Both:
         assert _of_model(self.model) == _of_server(self.client, self.pool)
 
     def compare_readings(self, request_ids: list[str]) -> None:
+        epoch = int(self.model.keys.leader.get("epoch", "0"))
         for after in ("-", "(3-0"):
-            self._compare_reading("laps_journal", after, 4)
-        self._compare_reading("laps_load_waiting", 0, 500, *FIELDS)
-        self._compare_reading("laps_load_finished", 0, 500, *FIELDS)
+            self._compare_reading("laps_journal", epoch, after, 4)
+        self._compare_reading("laps_learnt", epoch)
+        self._compare_reading("laps_load_waiting", epoch, 0, 500, *FIELDS)
+        self._compare_reading("laps_load_finished", epoch, 0, 500, *FIELDS)
         live = [name for name in request_ids if name in self.model.keys.live]
-        self._compare_reading("laps_load_requests", len(FIELDS), *FIELDS, *live)
+        self._compare_reading("laps_load_requests", epoch, len(FIELDS), *FIELDS, *live)
+        for other in (epoch - 1, epoch + 1):
+            self._compare_reading("laps_learnt", other)
         for request_id in request_ids:
             for offset in (0, 1, 3, 7):
                 self._compare_reading("laps_read", request_id, offset, 5000, 1)
 
     def _compare_reading(self, function: str, *args: Any) -> None:
-        packed = self.client.execute_command("FCALL_RO", function, 1, keys.meta(self.pool), *args)
-        real = _plain(msgpack.unpackb(packed, raw=True))
-        modelled = _plain(store_reading.ask(self.model.keys, function, *args))
+        real: Any
+        try:
+            packed = self.client.execute_command("FCALL_RO", function, 1, keys.meta(self.pool), *args)
+            real = _plain(msgpack.unpackb(packed, raw=True))
+        except redis.ResponseError as error:
+            real = str(error)
+        try:
+            modelled = _plain(store_reading.ask(self.model.keys, function, *args))
+        except Refusal as refusal:
+            modelled = str(refusal)
         if function == "laps_read":
             real[0], modelled[0] = _pairs(real[0]), _pairs(modelled[0])
         if not real:
