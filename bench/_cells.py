@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from simulator.code_hash import CORE, ROOT, code_hash, policy_files
 from simulator.mixes import CHAT_MIX, WIDE_MIX, make_mix, with_coarse_predictions
 from simulator.workload import Workload, read_workload
 
@@ -63,35 +62,10 @@ def cells(quick: bool = False) -> Iterator[Cell]:
 
 @cache
 def code_of(policy: str) -> str:
-    """A hash of the code that decides what a replay under the policy gives; comments, docstrings and hints to
-    mypyc aside. Drivers and records of the core are not in it: they keep the replay model, which the tests
-    check."""
-    root = Path(__file__).parents[1]
-    core = root / "scheduler_svc" / "core"
-    paths = [
-        *(core / "policies" / f"{name}.py" for name in ("base", policy.replace("-", "_"))),
-        *([core / "learning.py", core / "class_records.py"] if policy == "laps-sd" else []),
-        *(root / "simulator" / f"{name}.py" for name in ("replay", "prefill", "workload", "mixes")),
-        core / "placement.py",
-    ]
-    digest = hashlib.sha256()
-    for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                # Strings that stand alone are docstrings.
-                node.body = [
-                    entry
-                    for entry in node.body
-                    if not (isinstance(entry, ast.Expr) and isinstance(entry.value, ast.Constant))
-                    and not (isinstance(entry, ast.ImportFrom) and entry.module == "mypy_extensions")
-                ]
-            if isinstance(node, ast.ClassDef):
-                node.decorator_list = [
-                    hint for hint in node.decorator_list if "mypyc_attr" not in ast.unparse(hint)
-                ]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
+    """A hash of the code that decides what a replay under the policy gives. Drivers and records of the
+    core are not in it: they keep the replay model, which the tests check."""
+    replay = (ROOT / "simulator" / f"{name}.py" for name in ("replay", "prefill", "workload", "mixes"))
+    return code_hash([*policy_files(policy), *replay, CORE / "placement.py"])
 
 
 Results = dict[str, dict[str, Any]]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from laps.settings import BUILT_IN_TARGET
 from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, RequestState
+from scheduler_svc.store import keys
 from scheduler_svc.store.store import Store
 
 
@@ -132,7 +133,7 @@ async def until_all_have_ended(store: Store, timeout_s: float) -> int:
     """Waits until no request is live; returns how many are all the same."""
     give_up_s = time.monotonic() + timeout_s
     while True:
-        live = len((await store.recover()).requests)
+        live: int = await store.reader.read(store.reader.redis.zcard(keys.live(store.pool)))
         if live == 0 or time.monotonic() > give_up_s:
             return live
         await asyncio.sleep(0.2)

@@ -1,4 +1,4 @@
-"""CPU of one worker-step in the scheduler's own code: no gRPC, no Redis, no clock. Seconds, not minutes.
+"""CPU of one worker-step in the scheduler's own code: no gRPC, no Redis, no clock. About 40 seconds.
 
     python bench/core.py [--policy laps-sd] [--workers 20] [--reports-per-tick 3] [--steps 2000] [--json OUT]
 

@@ -53,6 +53,7 @@ class Load:
     """What came of the requests of one phase. Seconds."""
 
     offered: int = 0
+    offered_for_s: float = 0.0
     total_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
     refused: int = 0
@@ -85,6 +86,7 @@ class Load:
     def figures(self) -> dict[str, Any]:
         return {
             "offered": self.offered,
+            "offered_requests_per_s": round(self.offered / self.offered_for_s, 2),
             "admitted": len(self.total_s),
             "refused": self.refused,
             "latency": spread(self.total_s),
@@ -107,12 +109,16 @@ async def measure_capacity(client: AsyncClient, seconds: float) -> float:
 
 
 async def offer(client: AsyncClient, per_s: float, seconds: float, rng: random.Random) -> Load:
-    """Requests at random instants, whatever becomes of those before."""
-    load, until_s = Load(), time.monotonic() + seconds
+    """Requests at random instants, whatever becomes of those before. The instants are absolute: what sleeping
+    and sending take beyond their time delays a request, and not all those after it."""
+    load = Load()
+    began_s = next_s = time.monotonic()
+    until_s = began_s + seconds
     tasks = []
-    while time.monotonic() < until_s:
-        await asyncio.sleep(rng.expovariate(per_s))
+    while (next_s := next_s + rng.expovariate(per_s)) < until_s and time.monotonic() < until_s:
+        await asyncio.sleep(next_s - time.monotonic())
         tasks.append(asyncio.create_task(load.one(client)))
+    load.offered_for_s = max(seconds, time.monotonic() - began_s)
     await asyncio.gather(*tasks)
     return load
 

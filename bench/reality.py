@@ -181,7 +181,7 @@ def table(load: str, report: dict[str, Any]) -> list[str]:
     lines += ["", "Order, best first: real {}; foretold {}.".format(*orders)]
     for row in report["ratios"]:
         real, foretold = (
-            f"{row[name]['mean']:.2f} (times or over {row[name]['within_factor']:.2f})"
+            f"{row[name]['mean']:.2f} (within a factor of {row[name]['within_factor']:.2f})"
             for name in ("real", "foretold")
         )
         lines.append(f"{row['of']} / {row['to']}: real {real}, foretold {foretold}.")

@@ -1,13 +1,15 @@
 """Tokens per second in one run: transformers, the engine alone, and the whole stack.
 
-    python bench/stack.py [--tokens 128] [--requests 32] [--rounds 3] [--json OUT]
+    python bench/stack.py [--tokens 128] [--requests 32] [--rounds 9] [--json OUT]
 
-The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly
-`--tokens` long. At 1 and at 8 requests at a time: engine and stack get `--requests` of them, and the next one
-whenever one has ended; transformers, which cannot take one into a running batch, gets 8. Machines
-differ and drift: read the ratios. Beside them
-stands what tells where the difference comes from: what the stack's parts used of the CPU, how long the
-worker's engine waited for a core and for work, and how many tokens a request gained in a step.
+The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly `--tokens`
+long.
+At 1 and at 8 requests at a time: engine and stack get `--requests` of them, and the next one whenever one has
+ended; transformers, which cannot take one into a running batch, gets 8. Machines differ and drift, within
+seconds too: read the ratios, and of stack and engine the median of those of each round, in which one follows
+the other. Beside them stands what tells where the difference comes from: what the stack's parts used of the
+CPU, how long the worker's engine waited for a core and for work, and how many tokens a request gained in a
+step.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from worker_svc.main import make_engine
 
 KINDS = ("code", "topic", "licence")
 CONCURRENCIES = (1, 8)
+REFERENCE_ROUNDS = 3
+"""Measured rounds of what only the speed is compared with: transformers is slow, and its ratio large."""
 Prompts = Sequence[list[int]]
 
 
@@ -183,6 +187,7 @@ def cpu_by_part(
 
 
 Medians = dict[str, dict[int, float]]
+Shares = dict[int, list[float]]
 
 
 class Figures:
@@ -203,9 +208,16 @@ class Figures:
             for name, by_concurrency in self._seen.items()
         }
 
+    def shares(self, name: str, of: str) -> Shares:
+        """By concurrency: one over the other in each round."""
+        return {
+            concurrency: [mine / other for mine, other in zip(each, self._seen[of][concurrency], strict=True)]
+            for concurrency, each in self._seen[name].items()
+        }
 
-async def measure(tokens: int, requests: int, rounds: int) -> dict[str, Medians]:
-    """Medians by name and concurrency; the engines take turns in every round."""
+
+async def measure(tokens: int, requests: int, rounds: int) -> tuple[dict[str, Medians], Shares]:
+    """Medians by name and concurrency, and of each round what the stack did over the engine alone."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     prompts = load_prompts(requests)
@@ -228,6 +240,8 @@ async def measure(tokens: int, requests: int, rounds: int) -> dict[str, Medians]
                     figures.warm_up = round_number == 0
                 for concurrency in CONCURRENCIES:
                     for name, run in runners.items():
+                        if name != "engine" and round_number > REFERENCE_ROUNDS:
+                            continue
                         began_s, engine.row_steps = time.thread_time(), 0
                         speed = run(prompts, concurrency, tokens)
                         if name == "engine":
@@ -244,12 +258,13 @@ async def measure(tokens: int, requests: int, rounds: int) -> dict[str, Medians]
                     waits_s.add(concurrency, {why: wait_s / thousands for why, wait_s in waited_s.items()})
                     gains.add(concurrency, {"whole stack": thousands * 1000 / steps})
                     tell(speeds, "whole stack", concurrency, speed)
-    return {
+    medians = {
         "tokens_per_s": speeds.medians(),
         "cpu_s_per_1000_tokens": cpu_s.medians(),
         "engine_thread_s_per_1000_tokens": waits_s.medians(),
         "tokens_per_step": gains.medians(),
     }
+    return medians, speeds.shares("whole stack", of="engine")
 
 
 def tell(speeds: Figures, name: str, concurrency: int, speed: float) -> None:
@@ -258,7 +273,7 @@ def tell(speeds: Figures, name: str, concurrency: int, speed: float) -> None:
     speeds.add(concurrency, {name: speed})
 
 
-def show(measured: dict[str, Medians]) -> None:
+def show(measured: dict[str, Medians], shares: Shares) -> None:
     speeds = measured["tokens_per_s"]
     base = speeds["engine, target only"]
     heads = "".join(f"{concurrency:>9} at a time" for concurrency in CONCURRENCIES)
@@ -267,8 +282,9 @@ def show(measured: dict[str, Medians]) -> None:
         cells = (f"{by_concurrency[c]:>11.0f} ({by_concurrency[c] / base[c]:.2f}x)" for c in CONCURRENCIES)
         print(f"{name:<46}{''.join(cells)}")
     for c in CONCURRENCIES:
-        share = speeds["whole stack"][c] / speeds["engine"][c]
-        print(f"whole stack / engine alone, {c} at a time: {share:.2f}")
+        rounds = ", ".join(f"{share:.2f}" for share in sorted(shares[c]))
+        share = statistics.median(shares[c])
+        print(f"whole stack / engine alone, {c} at a time: {share:.2f} (median of {rounds})")
         for title, key in (
             ("CPU seconds per 1,000 tokens", "cpu_s_per_1000_tokens"),
             ("the worker's engine, seconds per 1,000 tokens", "engine_thread_s_per_1000_tokens"),
@@ -284,14 +300,15 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
     parser.add_argument("--requests", type=int, default=32, help="of engine and stack, at least 8")
-    parser.add_argument("--rounds", type=int, default=3, help="measured rounds, after one that warms up")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one that warms up")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
-    measured = asyncio.run(measure(arguments.tokens, arguments.requests, arguments.rounds))
-    show(measured)
+    measured, shares = asyncio.run(measure(arguments.tokens, arguments.requests, arguments.rounds))
+    show(measured, shares)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(measured, indent=1) + "\n")
+        written = measured | {"stack_over_engine": shares}
+        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_the_tables_say_by_how_much_it_was_wrong() -> None:
     made = text(report())
     assert "| srpt | 1.000 | 0.950 | -5.0% | 1.300 | +30.0% | 1.100 |" in made
     assert "Order, best first: real laps-sd, srpt, fcfs; foretold laps-sd, srpt, fcfs." in made
-    assert "laps-sd / srpt: real 0.80 (times or over 1.10)" in made
+    assert "laps-sd / srpt: real 0.80 (within a factor of 1.10)" in made
 
 
 def test_the_page_has_a_place_for_them(tmp_path: Path) -> None:
