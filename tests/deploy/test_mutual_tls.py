@@ -81,6 +81,15 @@ def test_no_probe_is_the_kubelets_own_which_speaks_no_tls(objects: list[Object])
             assert asked == ("laps.ready" if kind == "readinessProbe" else "laps.alive")
 
 
+def test_a_worker_has_as_long_to_load_its_models_as_without(objects: list[Object]) -> None:
+    def patience_s(objects: list[Object]) -> int:
+        (worker,) = (w for w in of_kind(objects, "Deployment") if rendered.role(w) == "worker")
+        probe = container(worker)["startupProbe"]
+        return probe["periodSeconds"] * probe["failureThreshold"]
+
+    assert patience_s(objects) == patience_s(rendered.render("gpu")) >= 1800
+
+
 async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
     import asyncio
 

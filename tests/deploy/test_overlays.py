@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import rendered
+import yaml
 from rendered import K8S, OVERLAYS, Object, container, name, of_kind, pod_labels, pod_spec, selects
 
 MINORS = ("1.35", "1.36", "1.37")
@@ -43,6 +44,28 @@ def test_valid_for_kubernetes(minor: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         # What operators' own resources are nobody here knows.
         if each["apiVersion"].split("/")[0] not in OPERATORS:
             schemas.validate(each, minor, strict=True)
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(p.parent for p in (K8S / "overlays").rglob("kustomization.yaml")), ids=str
+)
+def test_no_component_overrules_what_an_overlay_sets(folder: Path) -> None:
+    said = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    if said["kind"] == "Component":
+        return
+    objects = rendered.objects(rendered.build(folder))
+    for config in said.get("configMapGenerator", []):
+        (made,) = (m for m in of_kind(objects, "ConfigMap") if name(m).startswith(f"{config['name']}-"))
+        assert dict(literal.split("=", 1) for literal in config["literals"]).items() <= made["data"].items()
+
+
+def test_each_pool_has_models_of_its_own() -> None:
+    objects = rendered.render("ha")
+    for workload in of_kind(objects, "Deployment"):
+        if rendered.role(workload) == "worker":
+            values = rendered.environment(objects, workload)
+            folder = f"/models/{values['LAPS_POOL']}"
+            assert (values["LAPS_TARGET"], values["LAPS_DRAFT"]) == (f"{folder}/target", f"{folder}/draft")
 
 
 def test_names_are_unique(objects: list[Object]) -> None:
