@@ -24,6 +24,7 @@ from scheduler_svc.store.server import LocalServer
 STORE = "store"
 SCHEDULERS = ("scheduler-0", "scheduler-1")
 GATEWAYS = ("gateway-0", "gateway-1")
+LOG_END_LINES = 40
 
 
 class Process:
@@ -71,6 +72,9 @@ class Process:
         assert self._process is not None
         self._process.terminate()
         return self._process.wait(timeout_s)
+
+    def end_of_log(self) -> str:
+        return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-LOG_END_LINES:])
 
     def logged(self, event: str) -> list[dict[str, Any]]:
         """Its log lines about an event."""

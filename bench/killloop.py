@@ -226,7 +226,10 @@ class Run:
         for process in self.fleet.processes.values():
             # A fault of the loop must not hide one of ours.
             if process.crashes:
-                raise SystemExit(f"{process.name} ended by itself with {process.crashes}; see its log")
+                raise SystemExit(
+                    f"{process.name} ended by itself with {process.crashes}. The end of its log:\n"
+                    + process.end_of_log()
+                )
         show.cancel()
         for task in pending:
             task.cancel()

@@ -6,13 +6,15 @@ pytest 9.2, which makes node ids from something else than xdist 3.8 adds the gro
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import structlog
+import uvloop
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("LAPS_COMPILED", "0")
@@ -36,6 +38,17 @@ def _logs_as_before() -> Iterator[None]:
     structlog.configure(**structured)
     root.handlers[:] = handlers
     root.setLevel(level)
+
+
+ON_BOTH_LOOPS = ("tests/scheduler_svc/store/test_caller.py", "tests/scheduler_svc/store/test_pipeline.py")
+"""What works on transports themselves. The services have uvloop wherever there is one."""
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    loops: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"uvloop": uvloop.new_event_loop}
+    if item.nodeid.startswith(ON_BOTH_LOOPS):
+        loops["asyncio"] = asyncio.new_event_loop
+    return loops
 
 
 TOGETHER = (

@@ -13,7 +13,12 @@ import msgpack
 import structlog
 from redis import exceptions
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection, SSLConnection
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -41,7 +46,26 @@ def place(url: str) -> str:
     return f"{parts.hostname}:{parts.port or 6379}"
 
 
-class _FreshlyRead(SSLConnection):
+class _ToldOfItsEnd(AbstractConnection):
+    """uvloop refuses to write where the peer has just broken off, as when a proxy finds no server behind it,
+    by an error that redis-py does not take for that."""
+
+    async def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            await super().send_packed_command(*args, **kwargs)
+        except RuntimeError as error:
+            raise exceptions.ConnectionError(str(error)) from error
+
+
+class _Tcp(_ToldOfItsEnd, Connection):
+    pass
+
+
+class _Socket(_ToldOfItsEnd, UnixDomainSocketConnection):
+    pass
+
+
+class _Tls(_ToldOfItsEnd, SSLConnection):
     """Reads the certificate's files for each connection: redis-py would keep the first ones for ever."""
 
     def _connection_arguments(self) -> Mapping[str, Any]:
@@ -49,12 +73,16 @@ class _FreshlyRead(SSLConnection):
         return super()._connection_arguments()
 
 
+OURS = {Connection: _Tcp, SSLConnection: _Tls, UnixDomainSocketConnection: _Socket}
+
+
 class NodePool(ConnectionPool):
     """Connections to the node that holds the pool, whose keys all lie on one. The first goes where the URL
     says; a node of a cluster may send us on to another one."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, connection_class: type[AbstractConnection] = Connection, **options: Any) -> None:
+        # Not earlier: what the URL says goes before what `from_url` is given.
+        super().__init__(connection_class=OURS[connection_class], **options)
         self._given = self._place()
         self._outdated: WeakSet[AbstractConnection] = WeakSet()
 
@@ -99,8 +127,6 @@ class NodePool(ConnectionPool):
 def make_pool(url: str, timeout_s: float, **options: Any) -> NodePool:
     """Connections for reading. A lost connection is replaced once, which for reading is harmless. What
     writes goes through `Caller`: redis-py by itself would repeat a write ten times, on timeouts too."""
-    if urlsplit(url).scheme == "rediss":
-        options["connection_class"] = _FreshlyRead
     return NodePool.from_url(
         url,
         retry=Retry(NoBackoff(), 1, (exceptions.ConnectionError,)),

@@ -26,7 +26,7 @@ class Pipeline(asyncio.Protocol):
 
     def __init__(self, connection: AbstractConnection, timeout_s: float) -> None:
         """Takes over a connection that redis-py has opened: how to reach the server, TLS and the credentials
-        are its business."""
+        are its business. Raises redis.exceptions.ConnectionError: it has ended already."""
         self._connection = connection
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
@@ -36,6 +36,9 @@ class Pipeline(asyncio.Protocol):
         # Until the handshake's last answer redis-py reads, and nothing comes unasked.
         assert connection._writer is not None
         self._transport = connection._writer.transport
+        if self._transport.is_closing():
+            # Nobody would tell the new protocol.
+            raise exceptions.ConnectionError("Connection closed by server.")
         self._transport.set_protocol(self)
         self._replies = hiredis.Reader(
             protocolError=exceptions.InvalidResponse, replyError=connection._parser.parse_error

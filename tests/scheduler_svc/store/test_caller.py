@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
+import struct
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import hiredis
 import pytest
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection
 
-from scheduler_svc.store.connection import Caller, Reader, make_pool
+from scheduler_svc.store.connection import Caller, NodePool, Reader, make_pool
 from scheduler_svc.store.errors import StoreError, StoreUnavailable
+from tests.certificates import Authority
 
 
 class Server:
@@ -18,6 +26,8 @@ class Server:
 
     def __init__(self) -> None:
         self.writers: list[asyncio.StreamWriter] = []
+        self.certificates: list[Any] = []
+        """Shown by each connection; None: it had no TLS."""
         self.listening: asyncio.Server | None = None
         self.replies: list[bytes] = []
         self.calls: list[bytes] = []
@@ -27,6 +37,7 @@ class Server:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.writers.append(writer)
+        self.certificates.append(writer.get_extra_info("peercert"))
         commands = hiredis.Reader()
         while data := await reader.read(1 << 16):
             commands.feed(data)
@@ -38,9 +49,17 @@ class Server:
                     writer.write(b"+OK\r\n")
         writer.close()
 
-    async def start(self) -> None:
-        self.listening = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+    async def start(self, tls: ssl.SSLContext | None = None) -> None:
+        self.listening = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=tls)
         self.port = self.listening.sockets[0].getsockname()[1]
+
+    def reset(self) -> None:
+        """Every connection, as a proxy does that finds no server behind it."""
+        for writer in self.writers:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+        self.writers.clear()
 
     def stop(self) -> None:
         assert self.listening is not None
@@ -178,3 +197,76 @@ async def test_a_replica_costs_the_connection(
     assert isinstance(error, StoreUnavailable)
     assert await make(caller, "c") == (1, None)
     assert server.connections == 2
+
+
+async def until_ended(connection: AbstractConnection) -> None:
+    assert connection._reader is not None
+    with suppress(ConnectionResetError):
+        await asyncio.wait_for(connection._reader.read(), 60)
+
+
+@pytest.fixture
+async def pool(servers: tuple[Server, Server]) -> AsyncIterator[NodePool]:
+    pool = make_pool(f"redis://127.0.0.1:{servers[0].port}/0", 60.0)
+    yield pool
+    await pool.aclose()
+
+
+async def test_a_reader_connects_anew_where_it_was_broken_off(
+    servers: tuple[Server, Server], pool: NodePool
+) -> None:
+    server, _ = servers
+    reader = Reader(pool, "redis://there/0", "p")
+    server.replies += [b"$1\r\n\x01\r\n", b"$1\r\n\x02\r\n"]
+    assert await reader.ask("f", "a") == 1
+    (connection,) = pool._available_connections
+    server.reset()
+    await until_ended(connection)
+    assert await reader.ask("f", "b") == 2
+    assert server.connections == 2
+
+
+async def test_broken_off_in_the_midst_of_a_handshake_is_not_reached(
+    servers: tuple[Server, Server], pool: NodePool
+) -> None:
+    connection = await pool.connected()
+    servers[0].reset()
+    await until_ended(connection)
+
+    async def next_step() -> None:
+        # asyncio's own transports take what cannot be sent.
+        await connection.send_command("CLIENT", "SETINFO")  # type: ignore[no-untyped-call]
+        await connection.read_response()  # type: ignore[no-untyped-call]
+
+    with pytest.raises(exceptions.ConnectionError):
+        await next_step()
+
+
+async def test_a_new_certificate_is_shown_to_the_store(tmp_path: Path) -> None:
+    """Also by a connection that is kept and opened anew."""
+    authority, server = Authority(), Server()
+    own = authority.write(tmp_path / "store", "localhost")
+    accepts = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=own.authorities)
+    accepts.load_cert_chain(own.certificate, own.key)
+    accepts.verify_mode = ssl.CERT_REQUIRED
+    await server.start(accepts)
+    shown = authority.write(tmp_path / "scheduler", "scheduler")
+    pool = make_pool(
+        f"rediss://localhost:{server.port}/0",
+        60.0,
+        ssl_ca_certs=shown.authorities,
+        ssl_certfile=shown.certificate,
+        ssl_keyfile=shown.key,
+    )
+    reader = Reader(pool, "rediss://localhost/0", "p")
+    for _ in range(2):
+        server.replies.append(b"$1\r\n\x01\r\n")
+        await reader.ask("f", "a")
+        (connection,) = pool._available_connections
+        server.reset()
+        await until_ended(connection)
+        authority.write(tmp_path / "scheduler", "scheduler")
+    first, second = (certificate["serialNumber"] for certificate in server.certificates)
+    assert first != second
+    await pool.aclose()
+    server.stop()

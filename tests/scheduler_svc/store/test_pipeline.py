@@ -153,3 +153,14 @@ async def test_a_server_that_keeps_silent_loses_the_connection(server: tuple[Ser
     with pytest.raises(exceptions.TimeoutError):
         await asyncio.wait_for(later, 60)
     assert pipeline.lost
+
+
+async def test_a_connection_that_has_ended_already_is_not_taken_over(server: tuple[Server, int]) -> None:
+    """Who asked on it would never hear of its end."""
+    _, port = server
+    connection = Connection(host="127.0.0.1", port=port, protocol=2, driver_info=None)
+    await connection.connect()  # type: ignore[no-untyped-call]
+    assert connection._writer is not None
+    connection._writer.transport.abort()
+    with pytest.raises(exceptions.ConnectionError):
+        Pipeline(connection, 60.0)
