@@ -10,12 +10,13 @@ CHUNK_BYTES = 1 << 16
 
 class Link:
     """Listens on `port` and passes everything on to `target_port`, while it is not cut. `ends` are the names
-    of the processes at its two ends."""
+    of the processes at its two ends. With another `target_port` new connections lead there, and the old ones
+    stay where they are."""
 
     def __init__(self, port: int, target_port: int, ends: tuple[str, str]) -> None:
         self.port = port
         self.ends = ends
-        self._target_port = target_port
+        self.target_port = target_port
         self._open = asyncio.Event()
         self._open.set()
         self._server: asyncio.Server | None = None
@@ -44,7 +45,7 @@ class Link:
         self._writers.add(writer)
         try:
             await self._open.wait()
-            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+            there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
         except OSError:
             writer.transport.abort()
             self._writers.discard(writer)

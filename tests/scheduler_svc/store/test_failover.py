@@ -5,48 +5,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import suppress
 
 import pytest
 import redis
 
+from bench._proxy import Link
+from laps.ports import free_ports
 from scheduler_svc.core.records import Commit, Request
 from scheduler_svc.store import keys
 from scheduler_svc.store.errors import StaleLeader, StoreBehind, StoreUnavailable
 from scheduler_svc.store.server import LocalServer
 from scheduler_svc.store.store import Store
-
-
-class Name:
-    """New connections lead to `target`, those that are there stay where they are."""
-
-    def __init__(self, target: int) -> None:
-        self.target = target
-        self._pumps: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/0"
-
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        for source, sink in ((reader, far_writer), (far_reader, writer)):
-            task = asyncio.create_task(self._pump(source, sink))
-            self._pumps.add(task)
-            task.add_done_callback(self._pumps.discard)
-
-    @staticmethod
-    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-        writer.close()
-
-    async def close(self) -> None:
-        self._server.close()
-        for task in self._pumps:
-            task.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
 
 
 @pytest.fixture
@@ -59,8 +28,9 @@ def servers(binary: str) -> Iterator[tuple[LocalServer, LocalServer]]:
 
 
 @pytest.fixture
-async def name(servers: tuple[LocalServer, LocalServer]) -> AsyncIterator[Name]:
-    name = Name(servers[0].port)
+async def name(servers: tuple[LocalServer, LocalServer]) -> AsyncIterator[Link]:
+    (port,) = free_ports(1)
+    name = Link(port, servers[0].port, ("stores", "primary"))
     await name.start()
     yield name
     await name.close()
@@ -74,9 +44,10 @@ async def role(client: redis.Redis, wanted: list[bytes]) -> None:
 
 
 async def test_a_leader_and_its_successor_go_on_with_the_new_primary(
-    servers: tuple[LocalServer, LocalServer], name: Name, make_request: Callable[..., Request]
+    servers: tuple[LocalServer, LocalServer], name: Link, make_request: Callable[..., Request]
 ) -> None:
-    store, standby = Store(name.url, "p"), Store(name.url, "p")
+    url = f"redis://127.0.0.1:{name.port}/0"
+    store, standby = Store(url, "p"), Store(url, "p")
     with (
         redis.Redis(port=servers[0].port, protocol=2) as first,
         redis.Redis(port=servers[1].port, protocol=2) as second,
@@ -93,7 +64,7 @@ async def test_a_leader_and_its_successor_go_on_with_the_new_primary(
         await role(second, [b"master"])
         # What was the primary hears no more of what is stored.
         first.execute_command("REPLICAOF", "127.0.0.1", 1)
-        name.target = servers[1].port
+        name.target_port = servers[1].port
         for number in (2, 3):
             encoded = store.encode(Commit(submitted=[make_request(number)]), 2.0)
             if number == 2:

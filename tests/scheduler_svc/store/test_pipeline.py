@@ -48,10 +48,14 @@ async def server() -> AsyncIterator[tuple[Server, int]]:
     listening.close()
 
 
-async def opened(port: int, timeout_s: float = 60.0) -> Pipeline:
+async def connected(port: int) -> Connection:
     connection = Connection(host="127.0.0.1", port=port, protocol=2, driver_info=None)
     await connection.connect()  # type: ignore[no-untyped-call]
-    return Pipeline(connection, timeout_s)
+    return connection
+
+
+async def opened(port: int, timeout_s: float = 60.0) -> Pipeline:
+    return Pipeline(await connected(port), timeout_s)
 
 
 async def test_each_call_gets_its_answer_however_the_bytes_come(server: tuple[Server, int]) -> None:
@@ -158,8 +162,7 @@ async def test_a_server_that_keeps_silent_loses_the_connection(server: tuple[Ser
 async def test_a_connection_that_has_ended_already_is_not_taken_over(server: tuple[Server, int]) -> None:
     """Who asked on it would never hear of its end."""
     _, port = server
-    connection = Connection(host="127.0.0.1", port=port, protocol=2, driver_info=None)
-    await connection.connect()  # type: ignore[no-untyped-call]
+    connection = await connected(port)
     assert connection._writer is not None
     connection._writer.transport.abort()
     with pytest.raises(exceptions.ConnectionError):
