@@ -6,6 +6,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from laps.v1 import generation_pb2, worker_pb2
 from worker_svc.engine import (
@@ -72,8 +73,8 @@ def run_order(order: worker_pb2.RunOrder) -> tuple[float, ...]:
 
 
 def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.StepReport:
-    """A step as the wire has it; `lease_ids[i]` is the lease of row i. Epoch and step number
-    are the caller's to fill in."""
+    """A step as the wire has it; `lease_ids[i]` is the lease of row i. What else a report has is the
+    caller's to fill in."""
     report = worker_pb2.StepReport(
         lease_ids=lease_ids,
         offsets=result.offsets,
@@ -101,16 +102,22 @@ def step_report(result: StepResult, lease_ids: Sequence[int]) -> worker_pb2.Step
     return report
 
 
-def step_costs(costs: StepCosts, draft_tokens: int, switch_s: float) -> worker_pb2.StepCosts:
-    """The engine's measured times for a scheduler that takes every step to draft `draft_tokens`; `switch_s`
-    is one request's return to a slot.
+class Costs(NamedTuple):
+    """The engine's measured times for a scheduler that takes every step to draft the same number of tokens;
+    `switch_s` is one request's return to a slot.
     """
-    return worker_pb2.StepCosts(
-        draft_token_s=costs.draft_s(draft_tokens),
-        verify_s=costs.verify_s,
-        prefill_token_s=costs.prefill_s_per_token,
-        switch_s=switch_s,
-    )
+
+    draft_token_s: float
+    verify_s: float
+    prefill_token_s: float
+    switch_s: float
+
+    @classmethod
+    def measured(cls, costs: StepCosts, draft_tokens: int, switch_s: float) -> Costs:
+        return cls(costs.draft_s(draft_tokens), costs.verify_s, costs.prefill_s_per_token, switch_s)
+
+    def to_proto(self) -> worker_pb2.StepCosts:
+        return worker_pb2.StepCosts(**self._asdict())
 
 
 def _row_finish(row: int, reason: FinishReason, matched: str | int | None) -> worker_pb2.RowFinish:

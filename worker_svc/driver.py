@@ -21,7 +21,7 @@ from laps import telemetry
 from laps.v1 import worker_pb2
 from worker_svc import convert
 from worker_svc.engine import Engine, EngineRequest, StepResult
-from worker_svc.reports import Reports, Send
+from worker_svc.reports import Report, Reports, Send
 from worker_svc.tracing import LeaseTrace
 
 log = structlog.get_logger()
@@ -176,7 +176,7 @@ class EngineDriver:
     def _tell_news(self) -> None:
         """Without a step."""
         if self._released or self._missing or self._errors:
-            self._report(worker_pb2.StepReport())
+            self._report(self._next_report())
         if self._reports is not None:
             self._reports.flush()
 
@@ -284,15 +284,15 @@ class EngineDriver:
                 yield request_id, (len(known.output), zlib.crc32(known.output.tobytes()))
 
     def _do_step(self) -> None:
-        result = self.engine.step()
+        assert self._reports is not None
+        result = self.engine.step(self._reports.send_due)
         if not result.request_ids and not self._has_news():
             return  # a chunk of prefill: nothing to tell yet
         leases = [self._leases[request_id].lease_id for request_id in result.request_ids]
-        report = convert.step_report(result, leases)
-        position = 0
+        tokens, begin = result.token_ids.tolist(), 0
         for request_id, count in zip(result.request_ids, result.emitted_counts, strict=True):
-            self._known[request_id].output.extend(result.token_ids[position : position + count].tolist())
-            position += count
+            self._known[request_id].output.extend(tokens[begin : begin + count])
+            begin += count
         if telemetry.tracing() is not None:
             self._trace(result)
         for request_id, finish in zip(result.request_ids, result.finish, strict=True):
@@ -306,8 +306,10 @@ class EngineDriver:
             self._switches += 1
             weight = max(SWITCH_SMOOTHING, 1.0 / self._switches)
             self._switch_s += weight * (measured_s - self._switch_s)
-        report.timings.costs.CopyFrom(
-            convert.step_costs(self.engine.costs, self.engine.config.draft_tokens, self._switch_s)
+        report = self._next_report()
+        report.result, report.lease_ids = result, leases
+        report.costs = convert.Costs.measured(
+            self.engine.costs, self.engine.config.draft_tokens, self._switch_s
         )
         report.kv_capacity_tokens = self.engine.kv_capacity_tokens
         self._report(report)
@@ -317,17 +319,22 @@ class EngineDriver:
         for request_id, (emitted, drafted, accepted) in zip(result.request_ids, counts, strict=True):
             self._leases[request_id].trace.step(int(emitted), int(drafted), int(accepted))
 
-    def _report(self, report: worker_pb2.StepReport) -> None:
-        assert self._reports is not None
+    def _next_report(self) -> Report:
+        """With the news that there are beside a step's."""
         self._step += 1
-        report.epoch = self._epoch
-        report.step = self._step
-        report.released_lease_ids.extend(self._released)
-        report.missing_lease_ids.extend(self._missing)
-        for lease_id, message in self._errors:
-            report.errors.add(lease_id=lease_id, message=message)
-        report.evicted_request_ids.extend(self._take_evicted())
+        report = Report(
+            self._epoch,
+            self._step,
+            released_lease_ids=self._released,
+            missing_lease_ids=self._missing,
+            errors=self._errors,
+            evicted_request_ids=self._take_evicted(),
+        )
         self._released, self._missing, self._errors = [], [], []
+        return report
+
+    def _report(self, report: Report) -> None:
+        assert self._reports is not None
         self._reports.add(report)
 
     def _take_evicted(self) -> list[str]:

@@ -136,7 +136,7 @@ def hello(settings: Settings, engine: Engine, worker_id: str) -> worker_pb2.Work
         model_fingerprint=pair.fingerprint,
         vocabulary_size=pair.vocabulary_size,
         context_tokens=engine.context_tokens,
-        costs=convert.step_costs(engine.costs, settings.draft_tokens, switch_s=0.0),
+        costs=convert.Costs.measured(engine.costs, settings.draft_tokens, switch_s=0.0).to_proto(),
     )
 
 

@@ -17,6 +17,7 @@ from laps.history import HistoryPoint
 from laps.security.tls import TlsFiles
 from laps.v1 import worker_pb2, worker_pb2_grpc
 from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
+from worker_svc.reports import Report
 
 log = structlog.get_logger()
 
@@ -134,14 +135,17 @@ class WorkerLink:
     def _open(self, outbox: Outbox, welcome: worker_pb2.SessionWelcome) -> None:
         loop = asyncio.get_running_loop()
 
-        def send(reports: Sequence[worker_pb2.StepReport]) -> None:
-            message = (
-                worker_pb2.SessionRequest(report=reports[0])
-                if len(reports) == 1
-                else worker_pb2.SessionRequest(reports=worker_pb2.StepReports(reports=reports))
-            )
+        def put(reports: Sequence[Report]) -> None:
+            try:
+                outbox.put_nowait(_message(reports))
+            except Exception as error:
+                # The engine would wait for the answer for ever.
+                log.exception("report cannot be sent")
+                self.driver.on_failure(error)
+
+        def send(reports: Sequence[Report]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-                loop.call_soon_threadsafe(outbox.put_nowait, message)
+                loop.call_soon_threadsafe(put, reports)
 
         # A scheduler that does not know of several reports in a message gets each by itself.
         interval_s = self.report_interval_s if welcome.takes_several_reports else 0.0
@@ -163,3 +167,10 @@ class WorkerLink:
         while True:
             await asyncio.sleep(welcome.heartbeat_interval_s)
             outbox.put_nowait(worker_pb2.SessionRequest(heartbeat=worker_pb2.Heartbeat()))
+
+
+def _message(reports: Sequence[Report]) -> worker_pb2.SessionRequest:
+    steps = [report.to_proto() for report in reports]
+    if len(steps) == 1:
+        return worker_pb2.SessionRequest(report=steps[0])
+    return worker_pb2.SessionRequest(reports=worker_pb2.StepReports(reports=steps))

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import random
 from array import array
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from laps.v1 import generation_pb2, worker_pb2
 from simulator.faults.model import VOCABULARY
+from worker_svc.reports import Report
 
 if TYPE_CHECKING:
     from simulator.faults.world import World
@@ -34,14 +36,25 @@ REFUSED = LIES[:5]
 """Lies about a lease that it holds: what the scheduler answers by taking the request away."""
 
 
+@dataclass(slots=True)
+class FalseReport(Report):
+    """Goes out as `message` says, when the honest one of `result` would."""
+
+    message: worker_pb2.StepReport = field(default_factory=worker_pb2.StepReport)
+
+    def to_proto(self) -> worker_pb2.StepReport:
+        return self.message
+
+
 class Liar:
     def __init__(self, world: World, name: str) -> None:
         self._world = world
         self._name = name
         self._rng = random.Random(f"{world.knobs.seed} {name} lies")
 
-    def lie(self, honest: worker_pb2.StepReport) -> worker_pb2.StepReport | None:
+    def lie(self, report: Report) -> FalseReport | None:
         """What follows an honest report; None: nothing. It has the step of the honest one once more."""
+        honest = report.to_proto()
         world, rng = self._world, self._rng
         if world.loop.now_s > world.knobs.faults_s or rng.random() >= LIE_SHARE:
             return None
@@ -69,7 +82,7 @@ class Liar:
                         world.history.lied_about[request.request_id] += 1
         world.trace(self._name, f"LIES: {kind}")
         world.history.counts.lie(kind)
-        return false
+        return FalseReport(report.epoch, report.step, report.result, message=false)
 
     def _about(self, false: worker_pb2.StepReport, kind: str, lease_id: int, next_offset: int) -> None:
         """A row of a lease that it holds."""

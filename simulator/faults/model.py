@@ -11,7 +11,7 @@ import random
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -117,7 +117,9 @@ class FakeEngine:
     def next_step_s(self) -> float:
         return (VERIFY_S + 4 * DRAFT_TOKEN_S) * self._rng.uniform(0.8, 1.3)
 
-    def step(self) -> StepResult:
+    def step(self, meanwhile: Callable[[], object]) -> StepResult:
+        # Its driver has done that, before it let the step's time pass.
+        meanwhile()
         rows: list[tuple[str, int, int, int, int, FinishReason | None, int | None]] = []
         emitted: list[int] = []
         logprobs: list[tuple[TokenLogprob, ...] | None] = []

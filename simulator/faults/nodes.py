@@ -28,6 +28,7 @@ from simulator.faults.handlers import Serve, streaming, unary, writing
 from simulator.faults.liar import Liar
 from simulator.faults.model import CONTEXT_TOKENS, END_TOKEN, VOCABULARY, FakeEngine
 from worker_svc.driver import Command, EngineDriver, SessionLost
+from worker_svc.reports import Report
 from worker_svc.session import RefusedByScheduler, WorkerLink
 
 if TYPE_CHECKING:
@@ -160,6 +161,8 @@ class TurnedDriver(EngineDriver):
             while not self._leases and self._emptying:
                 self._emptying.pop().set_result(True)
             if self._leases and self._may_step():
+                assert self._reports is not None
+                self._reports.send_due()
                 await asyncio.sleep(self.engine.next_step_s())  # type: ignore[attr-defined]
                 self._do_step()
             elif self._has_news():
@@ -172,7 +175,7 @@ class TurnedDriver(EngineDriver):
                 except TimeoutError:
                     pass
 
-    def _report(self, report: worker_pb2.StepReport) -> None:
+    def _report(self, report: Report) -> None:
         super()._report(report)
         if self.liar is not None and self._reports is not None:
             false = self.liar.lie(report)

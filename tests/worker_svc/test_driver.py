@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from laps.v1 import worker_pb2
 from worker_svc.driver import EngineDriver, SessionLost, SessionOpened
 from worker_svc.engine import EngineConfig, EngineRequest, FinishReason, StepResult
+from worker_svc.reports import Report
 
 TIMEOUT_S = 60.0
 
@@ -38,6 +39,8 @@ class FakeEngine:
     context_tokens: int = 64
     kv_capacity_tokens: int = 1024
     orders: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    """What the thread did, in its order."""
     costs: Any = field(
         default_factory=lambda: SimpleNamespace(
             draft_s=lambda draft_tokens: 0.0, verify_s=0.0, prefill_s_per_token=0.0
@@ -64,7 +67,10 @@ class FakeEngine:
     def holds(self, request_id: str) -> int:
         return len(self.held.get(request_id, [])) + 1 if request_id in self.held else 0
 
-    def step(self) -> StepResult:
+    def step(self, meanwhile: Callable[[], object]) -> StepResult:
+        self.events.append("step")
+        meanwhile()
+        self.events.append("computed")
         names = tuple(self.running)
         offsets = tuple(len(self.held[name]) for name in names)
         for name, offset in zip(names, offsets, strict=True):
@@ -99,16 +105,18 @@ class House:
     engine: FakeEngine
     driver: EngineDriver
     reports: queue.SimpleQueue[worker_pb2.StepReport]
+    events: list[str]
     messages: list[int] = field(default_factory=list)
     """How many reports each message held."""
 
     def open(self, epoch: int = 1, report_interval_s: float = 0.0) -> None:
         self.driver.post(SessionOpened(epoch, self._sent, report_interval_s))
 
-    def _sent(self, reports: Sequence[worker_pb2.StepReport]) -> None:
+    def _sent(self, reports: Sequence[Report]) -> None:
         self.messages.append(len(reports))
+        self.events.append("sent")
         for report in reports:
-            self.reports.put(report)
+            self.reports.put(report.to_proto())
 
     def update(self, epoch: int = 1, acknowledged: int = 0, credit: int = 1000, **fields: Any) -> None:
         self.driver.post(
@@ -131,7 +139,7 @@ def house() -> Iterator[House]:
     failures: list[BaseException] = []
     driver = EngineDriver(engine, failures.append)  # type: ignore[arg-type]
     driver.start()
-    yield House(engine, driver, queue.SimpleQueue())
+    yield House(engine, driver, queue.SimpleQueue(), engine.events)
     driver.stop(TIMEOUT_S)
     assert failures == []
 
@@ -199,6 +207,16 @@ def test_a_session_that_is_lost_takes_what_waits_along(house: House) -> None:
     report = house.next()
     assert (report.epoch, report.step, list(report.lease_ids), list(report.offsets)) == (2, 1, [8], [1])
     assert house.messages == [1, 1]
+
+
+def test_what_only_tells_of_tokens_goes_while_the_next_step_computes(house: House) -> None:
+    """Not between two steps, in which the engine's device has nothing to do."""
+    house.open(report_interval_s=1e-9)
+    house.update(credit=4, grants=[full(7, "a", [], 50)])
+    assert [house.next().step for _ in range(4)] == [1, 2, 3, 4]
+    told, untold = ["step", "sent", "computed"], ["step", "computed"]
+    # A request's first token is waited for, and after the last step of its credit no other follows.
+    assert house.events == [*untold, "sent", *untold, *told, *told, "sent"]
 
 
 def test_it_runs_no_further_than_its_credit(house: House) -> None:

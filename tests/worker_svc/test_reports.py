@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laps.v1 import worker_pb2
 from worker_svc import reports
-from worker_svc.reports import Reports
+from worker_svc.engine import FinishReason, StepResult
+from worker_svc.reports import Report, Reports
 
 INTERVAL_S = 0.03
 
@@ -34,15 +34,16 @@ class Sent:
         self.reports = Reports(self._send, interval_s)
         self._step = 0
 
-    def _send(self, sent: Sequence[worker_pb2.StepReport]) -> None:
+    def _send(self, sent: Sequence[Report]) -> None:
         self.messages.append((self.time.now_s, [report.step for report in sent]))
 
     def step(self, step_s: float, **fields: Any) -> None:
+        self.reports.send_due()
         self.time.now_s += step_s
         self._step += 1
-        timings = worker_pb2.StepTimings(step_s=step_s, prefill_s=fields.pop("prefill_s", 0.0))
-        columns = {"lease_ids": [7], "offsets": [5]} | fields
-        self.reports.add(worker_pb2.StepReport(step=self._step, timings=timings, **columns))
+        of_result = {name: fields.pop(name) for name in ("offsets", "finish", "prefill_s") if name in fields}
+        result = StepResult(**{"step_s": step_s, "offsets": (5,), "finish": (None,)} | of_result)
+        self.reports.add(Report(1, self._step, result, [7], **fields))
 
     @property
     def steps(self) -> list[list[int]]:
@@ -53,21 +54,24 @@ def test_short_steps_go_together_and_long_ones_alone(monkeypatch: pytest.MonkeyP
     short = Sent(monkeypatch)
     for _ in range(11):
         short.step(0.006)
+    assert len(short.reports) == 5, "what is due goes out while the next step computes"
+    short.reports.send_due()
     assert short.steps == [[1], [2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
     long = Sent(monkeypatch)
     for _ in range(4):
         long.step(0.021)
+    long.reports.send_due()
     assert long.steps == [[1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize(
     "news",
     [
-        {"offsets": [0]},
-        {"finishes": [worker_pb2.RowFinish(row=0, reason=1)]},
+        {"offsets": (0,)},
+        {"finish": (FinishReason.STOP,)},
         {"released_lease_ids": [3]},
         {"missing_lease_ids": [3]},
-        {"errors": [worker_pb2.RowError(lease_id=3, message="no")]},
+        {"errors": [(3, "no")]},
         {"evicted_request_ids": ["a"]},
         {"prefill_s": 0.001},
     ],

@@ -8,7 +8,7 @@ the KV of t[L-1], d[1 .. a] is held by right, and the rest is rubbish behind the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +63,14 @@ class Decoder:
         self._sampler: BatchSampler | None = None
         self._sampler_rows: list[Row] = []
 
-    def decode(self, rows: Sequence[Row], plans: Sequence[RowPlan]) -> Decoded:
-        """rows: in slot order from slot 0. plans: how to draft for each. Updates kv_tokens; not the
-        tokens.
+    def decode(
+        self,
+        rows: Sequence[Row],
+        plans: Sequence[RowPlan],
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Decoded:
+        """rows: in slot order from slot 0. plans: how to draft for each. meanwhile: see `Engine.step`.
+        Updates kv_tokens; not the tokens.
         """
         lengths = [plan.length for plan in plans]
         drafted = max(lengths)
@@ -76,12 +81,17 @@ class Decoder:
         proposed = self._clock.mark()
         last = upload([[row.tokens[-1]] for row in rows], self._device)
         starts = [len(row.tokens) - 1 for row in rows]
+        if meanwhile is not None and not self._clock.waits:
+            # A CPU computes during the call.
+            meanwhile()
         logits = self._target.forward(
             torch.cat([last, drafts], 1) if drafted else last, 0, starts, drafted + 1
         )
         limit = upload(lengths, self._device)
         verdict = sampler.verify(logits, drafts, limit, probabilities, self._generator)
         asked = self._asked_logprobs(rows, sampler, logits, verdict.tokens)
+        if meanwhile is not None and self._clock.waits:
+            meanwhile()
         # The one place where the host waits for the device.
         packed, *values = fetch(torch.cat([verdict.tokens, verdict.accepted[:, None]], 1), *asked)
         logprobs: list[list[TokenLogprob] | None] = [None] * len(rows)

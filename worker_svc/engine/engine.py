@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -184,9 +184,12 @@ class Engine:
         return {request_id: (row.output_tokens, row.place.value) for request_id, row in self._rows.items()}
 
     @torch.inference_mode()
-    def step(self) -> StepResult:
+    def step(self, meanwhile: Callable[[], object] | None = None) -> StepResult:
         """One iteration: prefill what is new, up to `prefill_tokens`, then draft and verify for all that are
         ready.
+
+        meanwhile: called once where this thread is about to leave the interpreter to others for longest, to
+        wake those that need it; not in a step in which no request is ready.
         """
         began, busy_began = time.perf_counter(), self._clock.now_s()
         entered = [row for row in self._running.values() if row.entered]
@@ -221,7 +224,7 @@ class Engine:
         modelled = max(plan.length if plan.drafter is Drafter.DRAFT else 0 for plan in plans)
         reach_tokens = max(len(row.tokens) for row in batch)
         expected_s += self.costs.stretch * self.costs.step_s(len(batch), drafted, modelled, reach_tokens)
-        decoded = self._decoder.decode(batch, plans)
+        decoded = self._decoder.decode(batch, plans, meanwhile)
         prefill.settle()
         caught_up.settle()
         prefill_s = prefill.seconds + caught_up.seconds

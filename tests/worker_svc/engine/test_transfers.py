@@ -18,6 +18,7 @@ from worker_svc.engine import (
     sampling,
 )
 from worker_svc.engine import engine as engine_module
+from worker_svc.engine.clock import PhaseClock
 from worker_svc.engine.transfers import upload
 
 
@@ -82,3 +83,37 @@ def test_one_wait_a_step_for_any_batch(
         assert transfers.reads == 0
         # What goes up goes from pinned memory.
         assert transfers.made == len(uploads) > 0
+
+
+@pytest.mark.parametrize("device_is_asynchronous", [False, True])
+def test_others_are_woken_once_a_step_before_the_longest_wait(
+    tools: Any, pair: Any, monkeypatch: pytest.MonkeyPatch, device_is_asynchronous: bool
+) -> None:
+    monkeypatch.setattr(PhaseClock, "waits", device_is_asynchronous)
+    engine = tools.engine(pair, slots=2, draft_tokens=3, prefill_tokens=8)
+    seen: list[str] = []
+
+    def noting(name: str, function: Any) -> Any:
+        def noted(*given: Any) -> Any:
+            seen.append(name)
+            return function(*given)
+
+        return noted
+
+    for name, runner in zip(("target", "draft"), engine._runners, strict=True):
+        monkeypatch.setattr(runner, "forward", noting(name, runner.forward))
+    monkeypatch.setattr(decoding, "fetch", noting("wait", decoding.fetch))
+
+    def step() -> Any:
+        seen.clear()
+        return engine.step(lambda: seen.append("others"))
+
+    engine.add(EngineRequest("long", list(range(1, 20)), stopping=StoppingConfig(max_tokens=20)))
+    for _ in range(2):
+        assert not step().request_ids
+        assert seen == ["target"], "prefill alone: nobody gains a token"
+    while not sum(step().drafted_counts):
+        assert seen.count("others") == 1
+    last = ["target", "others", "wait"] if device_is_asynchronous else ["others", "target", "wait"]
+    assert seen[-3:] == last
+    assert seen.count("others") == 1
