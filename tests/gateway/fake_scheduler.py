@@ -238,6 +238,8 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
 
     async def SubmitMany(self, request_iterator: Any, context: Any) -> None:
         answering: set[asyncio.Task[None]] = set()
+        # gRPC refuses a message while another is being written.
+        writing = asyncio.Lock()
 
         async def answer(each: scheduler_pb2.Submission) -> None:
             response = scheduler_pb2.SubmitManyResponse()
@@ -245,7 +247,8 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                 response.answers.add(number=each.number, stored=await self.Submit(each.request, _Answer()))
             except _Refused as refused:
                 response.answers.add(number=each.number, refused=refused.status)
-            await context.write(response)
+            async with writing:
+                await context.write(response)
 
         async for message in request_iterator:
             for each in message.submissions:
