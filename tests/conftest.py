@@ -18,6 +18,8 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("LAPS_COMPILED", "0")
+# As `laps` does, and why is said there: tests, too, start processes from uvloop beside gRPC.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # An example that waits for a busy core is no failure. In CI the examples are the same every time.
 settings.register_profile(

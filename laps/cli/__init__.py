@@ -77,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 0, 1 for an error, 2 for wrong usage."""
     # gRPC's own lines on stderr repeat what our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # uvloop starts a process by a fork, and in that gRPC runs handlers for programs that go on in the child.
+    # Ours becomes another program at once, and up to 5 of 100 were crashed by these handlers before it did.
+    # gRPC reads this when it is imported, and not later.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         # Not standalone: click would end the process, and print errors in another form than ours.
         code = cli.main(args=None if argv is None else list(argv), prog_name="laps", standalone_mode=False)
