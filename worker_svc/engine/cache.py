@@ -98,10 +98,10 @@ class SlotCache:
         blocks = -(-wanted // self.block_tokens)
         self._allocate(min(blocks * self.block_tokens, self.limit_tokens))
 
-    def claim(self, first: int, starts: Sequence[int], queries: int) -> None:
-        """Reserves and accounts what a pass writes: `queries` tokens from starts[i] on in slot first + i."""
+    def claim(self, slots: Sequence[int], starts: Sequence[int], queries: int) -> None:
+        """Reserves and accounts what a pass writes: `queries` tokens from starts[i] on in slot slots[i]."""
         self.reserve(max(starts) + queries)
-        for slot, start in enumerate(starts, start=first):
+        for slot, start in zip(slots, starts, strict=True):
             if start + queries > self.written[slot]:
                 self.written[slot] = start + queries
 
@@ -185,41 +185,53 @@ class SlotCache:
 class SlotWindow:
     """The part of a SlotCache that one forward pass writes and reads.
 
-    Rows are the slots first .. first + rows - 1; row i writes `queries` tokens from position starts[i] on and
-    reads positions 0 .. reach - 1, where reach is the end of the longest row.
+    Row i lies in slot slots[i]. It writes `queries` tokens from position starts[i] on and reads positions
+    0 .. reach - 1, where reach is the end of the longest row. Rows that lie side by side, as those of a step
+    do, are read where they are; of others a copy is read.
     """
 
-    def __init__(self, cache: SlotCache, first: int, starts: Sequence[int], queries: int) -> None:
-        self.first = first
+    def __init__(self, cache: SlotCache, slots: Sequence[int], starts: Sequence[int], queries: int) -> None:
+        self.first = slots[0]
         self.rows = len(starts)
         self.queries = queries
         self.starts = starts
         self.reach = max(starts) + queries
-        cache.claim(first, starts, queries)
+        cache.claim(slots, starts, queries)
         device = cache.device
-        # Layers may lie on several devices, each of which needs the index.
-        self._index_on: dict[torch.device, Tensor] = {}
+        # Layers may lie on several devices, each of which needs the numbers.
+        self._on: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
+        self._scattered: Tensor | None = None
         if self.rows == 1:
             self.positions = torch.arange(starts[0], starts[0] + queries, device=device)[None]
             self.index: Tensor | None = None
+            return
+        begin = upload(starts, device)
+        self.positions = begin[:, None] + torch.arange(queries, device=device)
+        if all(slot == place for place, slot in enumerate(slots, start=self.first)):
+            lie = torch.arange(self.first, self.first + self.rows, device=device)
         else:
-            begin = upload(starts, device)
-            self.positions = begin[:, None] + torch.arange(queries, device=device)
-            slots = torch.arange(first, first + self.rows, device=device)
-            self.index = (slots[:, None] * cache.capacity_tokens + self.positions).view(-1)
+            self._scattered = lie = upload(slots, device)
+        self.index = (lie[:, None] * cache.capacity_tokens + self.positions).view(-1)
 
     def write(self, store: Tensor, states: Tensor) -> Tensor:
         """Writes states [rows, queries, heads, width] into a layer's store; returns what the rows hold now,
-        a view [rows, reach, heads, width].
+        [rows, reach, heads, width].
         """
         if self.index is None:
             start = self.starts[0]
             store[self.first, start : start + self.queries] = states[0]
-        else:
-            index = self._index_on.get(store.device)
-            if index is None:
-                index = self._index_on[store.device] = self.index.to(store.device)
-            store.flatten(0, 1).index_copy_(0, index, states.flatten(0, 1))
+            return store[self.first : self.first + 1, : self.reach]
+        numbers = self._on.get(store.device)
+        if numbers is None:
+            scattered = self._scattered
+            numbers = self._on[store.device] = (
+                self.index.to(store.device),
+                scattered.to(store.device) if scattered is not None else None,
+            )
+        index, slots = numbers
+        store.flatten(0, 1).index_copy_(0, index, states.flatten(0, 1))
+        if slots is not None:
+            return store[:, : self.reach].index_select(0, slots)
         return store[self.first : self.first + self.rows, : self.reach]
 
     def attends(self, sliding_tokens: int | None) -> Tensor:
@@ -251,7 +263,8 @@ class StaticWindow(SlotWindow):
         # Not known here; nothing that runs may ask for them.
         self.starts = [0] * self.rows
         self.reach = reach
-        self._index_on = {}
+        self._on = {}
+        self._scattered = None
         self.positions = begins[:, None] + torch.arange(queries, device=begins.device)
         slots = torch.arange(self.rows, device=begins.device)
         self.index = (slots[:, None] * cache.capacity_tokens + self.positions).view(-1)

@@ -40,7 +40,7 @@ class _Probe:
         for width in self.widths:
             tokens = torch.zeros((self.rows, width), dtype=torch.long, device=self.runner.cache.device)
             held = [self.held] * self.rows
-            chosen = self.runner.forward(tokens, 0, held, self.logits or width).argmax(-1)
+            chosen = self.runner.forward(tokens, range(self.rows), held, self.logits or width).argmax(-1)
         chosen.tolist()
         return clock.now_s() - began_s
 

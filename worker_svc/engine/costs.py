@@ -258,11 +258,13 @@ class PrefillCost:
         """The three parts in seconds, as fitted; noise may have made one of them negative."""
         self.pass_s, self.token_s, self.pair_s = max(pass_s, 0.0), max(token_s, 1e-9), max(pair_s, 0.0)
 
-    def seconds(self, tokens: int, start: int = 0) -> float:
-        """Of one pass over `tokens` tokens behind `start` others; 0 while nothing was measured."""
+    def seconds(self, tokens: int, start: int = 0, rows: int = 1) -> float:
+        """Of one pass over `tokens` tokens behind `start` others in each of so many rows; 0 while nothing was
+        measured.
+        """
         if tokens <= 0:
             return 0.0
-        return self.pass_s + tokens * self.token_s + tokens * (start + 0.5 * tokens) * self.pair_s
+        return self.pass_s + rows * tokens * (self.token_s + (start + 0.5 * tokens) * self.pair_s)
 
     def affordable_tokens(self, seconds: float, start: int = 0) -> int:
         """The largest chunk behind `start` tokens that takes no longer than `seconds`."""
@@ -275,11 +277,11 @@ class PrefillCost:
         root = math.sqrt(by_token * by_token + 4.0 * by_square * left)
         return int((root - by_token) / (2.0 * by_square))
 
-    def observe(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
-        """Scales all parts by how much longer than expected passes over chunks of (tokens, start) took."""
-        expected_s = sum(self.seconds(tokens, start) for tokens, start in chunks)
+    def observe(self, passes: Sequence[tuple[int, int, int]], seconds: float) -> None:
+        """Scales all parts by how much longer than expected passes over (tokens, start, rows) took."""
+        expected_s = sum(self.seconds(tokens, start, rows) for tokens, start, rows in passes)
         if expected_s <= 0.0:
-            self.token_s = seconds / sum(tokens for tokens, _ in chunks)
+            self.token_s = seconds / sum(tokens * rows for tokens, _, rows in passes)
             return
         ratio = min(max(seconds / expected_s, 1 / _OUTLIER), _OUTLIER)
         factor = 1.0 + _SMOOTHING * (ratio - 1.0)

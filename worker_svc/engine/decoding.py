@@ -85,7 +85,7 @@ class Decoder:
             # A CPU computes during the call.
             meanwhile()
         logits = self._target.forward(
-            torch.cat([last, drafts], 1) if drafted else last, 0, starts, drafted + 1
+            torch.cat([last, drafts], 1) if drafted else last, range(len(rows)), starts, drafted + 1
         )
         limit = upload(lengths, self._device)
         verdict = sampler.verify(logits, drafts, limit, probabilities, self._generator)
@@ -149,7 +149,8 @@ class Decoder:
         starts = [len(row.tokens) for row in rows]
         for step in range(drafted):
             if step:
-                logits = self._draft.forward(drafts[:, -1:], 0, [start + step - 1 for start in starts], 1)
+                fed = [start + step - 1 for start in starts]
+                logits = self._draft.forward(drafts[:, -1:], range(len(rows)), fed, 1)
             tokens, chances = sampler.draft(logits, drafts, self._generator)
             drafts = torch.cat([drafts, tokens[:, None]], 1)
             if chances is not None:
@@ -172,9 +173,9 @@ class Decoder:
             fed.append(unseen + [0] * (width - len(unseen)))
         tokens = upload(fed, self._device)
         if min(pending) >= width:
-            return draft.forward(tokens, 0, starts, 1)
+            return draft.forward(tokens, range(len(rows)), starts, 1)
         last = upload([min(count, width) - 1 for count in pending], self._device)
-        return draft.forward(tokens, 0, starts, 1, last)
+        return draft.forward(tokens, range(len(rows)), starts, 1, last)
 
     def _sampler_for(self, rows: Sequence[Row]) -> BatchSampler:
         same = len(rows) == len(self._sampler_rows) and all(

@@ -93,7 +93,7 @@ class Engine:
             self.config.seed,
         )
         self.costs = StepCosts()
-        share = self._share if self.config.prefix_sharing else lambda row: 0
+        share = self._share if self.config.prefix_sharing else None
         self._prefiller = Prefiller(runners, self.costs, self._clock, share)
         self._planner = Planner(self._prefiller, self.costs, self.config, pair.draft is not None)
         self._acceptance = AcceptanceEstimate()

@@ -25,14 +25,19 @@ _TOLERANCE_HALF = 6e-2
 
 
 class Runner(Protocol):
-    """Runs a model over consecutive slots of its cache."""
+    """Runs a model over slots of its cache."""
 
     cache: SlotCache
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
-        """Feeds row i of tokens (int64 [rows, queries]) to slot first + i from position starts[i] on.
+        """Feeds row i of tokens (int64 [rows, queries]) to slot slots[i] from position starts[i] on.
 
         Returns the logits of the last `logits` tokens of each row, [rows, logits, vocabulary], in the model's
         dtype; with `pick` (int64 [rows]) those of token pick[i] of each row alone, [rows, 1, vocabulary].
@@ -89,9 +94,14 @@ class GeneralRunner:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
-        return self.run(tokens, SlotWindow(self.cache, first, starts, tokens.shape[1]), logits, pick)
+        return self.run(tokens, SlotWindow(self.cache, slots, starts, tokens.shape[1]), logits, pick)
 
     def run(self, tokens: Tensor, window: SlotWindow, logits: int, pick: Tensor | None = None) -> Tensor:
         self._view.bind(window)
@@ -210,15 +220,15 @@ def check_runner(model: Any, runner: Runner, vocabulary_size: int) -> None:
     plain = model(input_ids=tokens, use_cache=False).logits[:, -1].float()
     held = [length // 2 + row for row in range(rows)]
     for row in range(rows):
-        runner.forward(tokens[row : row + 1, :3], row, [0], 1)
-        runner.forward(tokens[row : row + 1, 3 : held[row]], row, [3], 1)
+        runner.forward(tokens[row : row + 1, :3], [row], [0], 1)
+        runner.forward(tokens[row : row + 1, 3 : held[row]], [row], [3], 1)
     queries = length - held[0]
     wrong = torch.zeros((rows, queries), dtype=torch.long, device=device)
-    runner.forward(wrong, 0, held, 1)
+    runner.forward(wrong, range(rows), held, 1)
     right = wrong.clone()
     for row in range(rows):
         right[row, : length - held[row]] = tokens[row, held[row] :]
-    got = runner.forward(right, 0, held, queries).float()
+    got = runner.forward(right, range(rows), held, queries).float()
     scale = float(plain.abs().max().clamp_min(1e-6))
     allowed = tolerance(runner.cache.dtype)
     for row in range(rows):

@@ -106,18 +106,23 @@ class GraphRunner:
         self._states: list[Tensor] | None = None
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
         rows, queries = tokens.shape
         bucket = None
-        if first == 0 and self._recorder is not None:
+        if self._recorder is not None and all(slot == row for row, slot in enumerate(slots)):
             bucket = find_bucket(self.cache, rows, queries, max(starts))
         begins = padded_begins(self.cache, starts, bucket) if bucket is not None else None
         if bucket is None or begins is None:
-            return self._runner.forward(tokens, first, starts, logits, pick)
+            return self._runner.forward(tokens, slots, starts, logits, pick)
         graph = self._graph(bucket, begins)
         if graph is None:
-            return self._runner.forward(tokens, first, starts, logits, pick)
+            return self._runner.forward(tokens, slots, starts, logits, pick)
         for slot, start in enumerate(starts):
             self.cache.written[slot] = max(self.cache.written[slot], start + queries)
         graph.begins.copy_(upload(begins, graph.begins.device))
@@ -127,7 +132,7 @@ class GraphRunner:
         every = graph.logits[:rows, :queries]
         result = every[:, -logits:] if pick is None else picked(every, pick)
         if graph.uses <= _CHECKED_USES:
-            return self._checked(result.clone(), self._runner.forward(tokens, first, starts, logits, pick))
+            return self._checked(result.clone(), self._runner.forward(tokens, slots, starts, logits, pick))
         return result
 
     def _graph(self, bucket: Bucket, begins: Sequence[int]) -> _Graph | None:

@@ -82,9 +82,14 @@ class LlamaRunner:
         self._stores_of: list[Tensor] | None = None
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
-        return self.run(tokens, SlotWindow(self.cache, first, starts, tokens.shape[1]), logits, pick)
+        return self.run(tokens, SlotWindow(self.cache, slots, starts, tokens.shape[1]), logits, pick)
 
     def run(self, tokens: Tensor, window: SlotWindow, logits: int, pick: Tensor | None = None) -> Tensor:
         rows, queries = tokens.shape

@@ -55,13 +55,18 @@ class NarrowLlamaRunner(LlamaRunner):
         self._places: dict[tuple[int, int, int], ctypes.Array[ctypes.c_int64]] = {}
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
         rows, queries = tokens.shape
         if queries > _MOST_QUERIES or rows * queries > _MOST_TOKENS:
-            return super().forward(tokens, first, starts, logits, pick)
+            return super().forward(tokens, slots, starts, logits, pick)
         cache, count = self.cache, rows * queries
-        cache.claim(first, starts, queries)
+        cache.claim(slots, starts, queries)
         tokens = tokens.contiguous()
         places = self._places_of(rows, queries, logits) if pick is None else _picked(pick, queries)
         states = cache.states[0]
@@ -69,7 +74,7 @@ class NarrowLlamaRunner(LlamaRunner):
         scores = queries * self._group * (max(starts) + queries + LANES)
         found = self._room("_logits", len(places) * self._columns)
         self._function(
-            tokens.data_ptr(), rows, queries, first, _indices(starts), places, len(places),
+            tokens.data_ptr(), rows, queries, _indices(slots), _indices(starts), places, len(places),
             self._embedding.data_ptr(), len(self._layers), self._hidden, self._heads, self._group, self._dim,
             self._inner, self._columns, self._epsilon_squared, self._panels.data_ptr(),
             self._turns.data_ptr(), states.data_ptr(), states.shape[0] * slot, slot,

@@ -25,7 +25,7 @@ from .forward import Runner
 # Waiting for the next request may take as long as it likes.
 _NO_LIMIT = timedelta(days=365)
 _HEAD = 8
-_MAX_STARTS = 4096
+_MAX_PLACES = 4096
 
 
 class _Call(IntEnum):
@@ -54,17 +54,17 @@ class Group:
         self.size = dist.get_world_size()
         self._control: Any = dist.new_group(backend="gloo", timeout=_NO_LIMIT)
 
-    def send(self, call: _Call, *numbers: int, starts: Sequence[int] = ()) -> None:
-        message = torch.zeros(_HEAD + _MAX_STARTS, dtype=torch.int64)
-        head = (int(call), len(starts), *numbers)
+    def send(self, call: _Call, *numbers: int, places: Sequence[int] = ()) -> None:
+        message = torch.zeros(_HEAD + _MAX_PLACES, dtype=torch.int64)
+        head = (int(call), len(places), *numbers)
         message[: len(head)] = torch.tensor(head)
-        if starts:
-            message[_HEAD : _HEAD + len(starts)] = torch.tensor(starts)
+        if places:
+            message[_HEAD : _HEAD + len(places)] = torch.tensor(places)
         dist.broadcast(message, 0, group=self._control)
 
     def receive(self) -> tuple[_Call, list[int], list[int]]:
-        """The lead's next call, its numbers, and its starts."""
-        message = torch.zeros(_HEAD + _MAX_STARTS, dtype=torch.int64)
+        """The lead's next call, its numbers, and its places."""
+        message = torch.zeros(_HEAD + _MAX_PLACES, dtype=torch.int64)
         dist.broadcast(message, 0, group=self._control)
         call, count, *numbers = message[:_HEAD].tolist()
         return _Call(call), numbers, message[_HEAD : _HEAD + count].tolist()
@@ -97,14 +97,21 @@ class LeadRunner:
         self.cache: Any = _LeadCache(runner.cache, group)
 
     def forward(
-        self, tokens: Tensor, first: int, starts: Sequence[int], logits: int, pick: Tensor | None = None
+        self,
+        tokens: Tensor,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        logits: int,
+        pick: Tensor | None = None,
     ) -> Tensor:
         rows, queries = tokens.shape
-        self._group.send(_Call.FORWARD, first, logits, rows, queries, int(pick is not None), starts=starts)
+        self._group.send(
+            _Call.FORWARD, logits, rows, queries, int(pick is not None), places=[*slots, *starts]
+        )
         tokens = self._group.share(tokens)
         if pick is not None:
             pick = self._group.share(pick)
-        return self._runner.forward(tokens, first, starts, logits, pick)
+        return self._runner.forward(tokens, slots, starts, logits, pick)
 
 
 class _HeldParts(list[Tensor]):
@@ -172,15 +179,15 @@ def follow(group: Group, runner: Runner) -> None:
     cache = runner.cache
     held: dict[int, list[Tensor]] = {}
     while True:
-        call, numbers, starts = group.receive()
+        call, numbers, places = group.receive()
         match call:
             case _Call.FORWARD:
-                first, logits, rows, queries, picks = numbers[:5]
+                logits, rows, queries, picks = numbers[:4]
                 tokens = group.share(torch.zeros((rows, queries), dtype=torch.int64, device=group.device))
                 pick = None
                 if picks:
                     pick = group.share(torch.zeros(rows, dtype=torch.int64, device=group.device))
-                runner.forward(tokens, first, starts, logits, pick)
+                runner.forward(tokens, places[:rows], places[rows:], logits, pick)
             case _Call.COPY:
                 cache.copy(*numbers[:3])
             case _Call.SWAP:

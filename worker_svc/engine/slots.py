@@ -22,7 +22,7 @@ from .rows import TARGET, Place, Row
 log = logging.getLogger(__name__)
 
 # Copying fewer tokens saves less than it costs to look for them.
-_LEAST_SHARED_TOKENS = 16
+LEAST_SHARED_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Residency:
         self._take_from_host(row)
         if row.slot >= 0:
             self._by_slot[row.slot] = None
-            if keep and row.kv_tokens[TARGET] >= _LEAST_SHARED_TOKENS:
+            if keep and row.kv_tokens[TARGET] >= LEAST_SHARED_TOKENS:
                 self._kept[row.slot] = _Kept(row.tokens, list(row.kv_tokens))
             else:
                 self._release(row.slot)
@@ -104,7 +104,7 @@ class Residency:
         """Copies to a seated row the KV of the longest prefix that it has in common with what lies in another
         slot, if that is more than it has. Returns the tokens gained.
         """
-        best, source, held = row.kv_tokens[TARGET] + _LEAST_SHARED_TOKENS - 1, -1, row.kv_tokens
+        best, source, held = row.kv_tokens[TARGET] + LEAST_SHARED_TOKENS - 1, -1, row.kv_tokens
         wanted = row.tokens[:-1]
         for slot, other in self._contents():
             known = other.kv_tokens[TARGET]

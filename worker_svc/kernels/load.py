@@ -37,7 +37,7 @@ _NEVER_CALLED = (
 )
 _POINTER, _INDEX = ctypes.c_void_p, ctypes.c_int64
 _Prototype = ctypes.CFUNCTYPE(
-    None, _POINTER, *[_INDEX] * 3, _POINTER, _POINTER, _INDEX, _POINTER, *[_INDEX] * 7, ctypes.c_float,
+    None, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, _POINTER, *[_INDEX] * 7, ctypes.c_float,
     *[_POINTER] * 3, *[_INDEX] * 2, *[_POINTER] * 8,
 )  # fmt: skip
 

@@ -207,7 +207,7 @@ def mix(queries, reach, states, values, token, scores, group, dim, out, at, stri
 
 
 @_kernel
-def attend(rows, queries, first, starts, tokens, heads, group, dim, turns, states, layer, slot, scores, out):
+def attend(rows, queries, slots, starts, tokens, heads, group, dim, turns, states, layer, slot, scores, out):
     """Causal attention of each row's tokens over its slot, whose KV they join first.
 
     tokens: projections [rows, queries, heads, group + 2, dim]; the queries in them are rotated. states: KV,
@@ -221,7 +221,7 @@ def attend(rows, queries, first, starts, tokens, heads, group, dim, turns, state
         start = starts[row]
         reach = start + queries
         padded = (reach + LANES - 1) // LANES * LANES
-        held = layer + (first + row) * slot
+        held = layer + slots[row] * slot
         at = row * queries * width
         turn(queries, start, tokens, at, heads, group, dim, turns, states, held)
         for head in range(heads):
@@ -236,11 +236,11 @@ def attend(rows, queries, first, starts, tokens, heads, group, dim, turns, state
 
 
 def narrow_pass(
-    tokens, rows, queries, first, starts, wanted, asked, embedding, layers, hidden, heads, group, dim, inner,
+    tokens, rows, queries, slots, starts, wanted, asked, embedding, layers, hidden, heads, group, dim, inner,
     vocabulary, epsilon, panels, turns, states, layer, slot, state, normed, projected, attended, both, gated,
     scores, logits,
 ):  # fmt: skip
-    """Feeds tokens [rows, queries] to the slots from `first` on, row i from position starts[i].
+    """Feeds tokens [rows, queries] to the slots slots[i], row i from position starts[i].
 
     wanted [asked]: places in `tokens` whose logits are wanted. embedding: [tokens, hidden]. heads: of keys,
     each for `group` heads of queries, `dim` wide. inner: width of the MLP. vocabulary: columns of the head.
@@ -261,7 +261,7 @@ def narrow_pass(
         multiply(count, normed, hidden, panels, panel, width, projected, False)
         panel += hidden * width
         attend(
-            rows, queries, first, starts, projected, heads, group, dim, turns, states, index * layer, slot,
+            rows, queries, slots, starts, projected, heads, group, dim, turns, states, index * layer, slot,
             scores, attended,
         )  # fmt: skip
         multiply(count, attended, mixed, panels, panel, hidden, state, True)
@@ -280,6 +280,6 @@ def narrow_pass(
 
 _NUMBERS, _INDICES, _INDEX = types.CPointer(types.float32), types.CPointer(types.int64), types.int64
 SIGNATURE = types.void(
-    _INDICES, *[_INDEX] * 3, _INDICES, _INDICES, _INDEX, _NUMBERS, *[_INDEX] * 7, types.float32,
+    _INDICES, *[_INDEX] * 2, *[_INDICES] * 3, _INDEX, _NUMBERS, *[_INDEX] * 7, types.float32,
     *[_NUMBERS] * 3, *[_INDEX] * 2, *[_NUMBERS] * 8,
 )  # fmt: skip

@@ -30,25 +30,26 @@ def test_lean_equals_general(tools: Any, changes: dict[str, Any]) -> None:
     lean, general = LlamaRunner(model, _cache(model)), GeneralRunner(model, _cache(model))
     generator = torch.Generator().manual_seed(0)
     # Prefills of one row, ragged batches with rejected tokens written over, single tokens, growth of the
-    # cache.
-    for rows, width, first, starts, logits in [
-        (1, 30, 2, [0], 1),
-        (3, 9, 0, [0, 0, 30], 9),
-        (3, 4, 0, [5, 9, 20], 4),
-        (1, 1, 2, [24], 1),
-        (1, 5, 1, [13], 5),
-        (4, 1, 0, [9, 13, 24, 0], 1),
-        (2, 40, 1, [13, 24], 3),
+    # cache, rows that do not lie side by side.
+    for width, slots, starts, logits in [
+        (30, [2], [0], 1),
+        (9, [0, 1, 2], [0, 0, 30], 9),
+        (4, [0, 1, 2], [5, 9, 20], 4),
+        (1, [2], [24], 1),
+        (5, [1], [13], 5),
+        (1, [0, 1, 2, 3], [9, 13, 24, 0], 1),
+        (40, [1, 2], [13, 24], 3),
+        (3, [3, 0], [1, 10], 2),
     ]:
-        tokens = torch.randint(0, 64, (rows, width), generator=generator)
-        one, other = (runner.forward(tokens, first, starts, logits) for runner in (lean, general))
-        assert one.shape == other.shape == (rows, logits, 64)
+        tokens = torch.randint(0, 64, (len(slots), width), generator=generator)
+        one, other = (runner.forward(tokens, slots, starts, logits) for runner in (lean, general))
+        assert one.shape == other.shape == (len(slots), logits, 64)
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
     pick = torch.tensor([1, 0, 2])
     tokens = torch.randint(0, 64, (3, 3), generator=generator)
-    one, other = (runner.forward(tokens, 0, [3, 8, 19], 1, pick) for runner in (lean, general))
+    one, other = (runner.forward(tokens, range(3), [3, 8, 19], 1, pick) for runner in (lean, general))
     torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
-    whole = general.forward(tokens, 0, [3, 8, 19], 3)
+    whole = general.forward(tokens, range(3), [3, 8, 19], 3)
     torch.testing.assert_close(other[:, 0], whole[torch.arange(3), pick])
 
 

@@ -51,7 +51,7 @@ def test_equals_torch(runners: Any, data: st.DataObject) -> None:
     lean, compiled = data.draw(st.sampled_from(runners))
     rows = data.draw(st.integers(1, SLOTS))
     queries = data.draw(st.sampled_from([1, 2, 3, 5, 6, 17, 70]))
-    first = data.draw(st.integers(0, SLOTS - rows))
+    slots = data.draw(st.permutations(range(SLOTS)))[:rows]
     starts = data.draw(st.lists(st.integers(0, LIMIT - queries), min_size=rows, max_size=rows))
     logits = data.draw(st.integers(1, queries))
     pick = None
@@ -62,8 +62,8 @@ def test_equals_torch(runners: Any, data: st.DataObject) -> None:
         mine.copy_(torch.randn(mine.shape, generator=generator))
         theirs.copy_(mine)
     tokens = torch.randint(0, 33, (rows, queries), generator=generator)
-    expected = lean.forward(tokens, first, starts, logits, pick)
-    got = compiled.forward(tokens, first, starts, logits, pick)
+    expected = lean.forward(tokens, slots, starts, logits, pick)
+    got = compiled.forward(tokens, slots, starts, logits, pick)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
     for mine, theirs in zip(compiled.cache.states, lean.cache.states, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)
@@ -77,12 +77,12 @@ def test_a_token_is_the_same_in_any_pass(runners: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 64, (SLOTS, 9), generator=generator)
     for slot in range(SLOTS):
-        compiled.forward(tokens[slot : slot + 1], slot, [0], 1)
+        compiled.forward(tokens[slot : slot + 1], [slot], [0], 1)
     starts = [7, 8, 3, 5]
-    together = compiled.forward(tokens[:, :3], 0, starts, 3).clone()
+    together = compiled.forward(tokens[:, :3], range(SLOTS), starts, 3).clone()
     for slot, start in enumerate(starts):
         for place in range(3):
-            alone = compiled.forward(tokens[slot : slot + 1, place : place + 1], slot, [start + place], 1)
+            alone = compiled.forward(tokens[slot : slot + 1, place : place + 1], [slot], [start + place], 1)
             assert torch.equal(alone[0, 0], together[slot, place])
 
 

@@ -19,7 +19,6 @@ from worker_svc.engine import (
     UnknownRequestError,
 )
 from worker_svc.engine.cache import SlotCache
-from worker_svc.engine.costs import PrefillCost
 
 STOPPING = StoppingConfig(max_tokens=40, ignore_eos=True)
 
@@ -339,71 +338,3 @@ def test_a_slot_that_a_finished_request_left_is_emptied_for_the_next(tools: Any,
     long = [EngineRequest(f"b{i}", prompts[3 + i][:100], stopping=few) for i in range(3)]
     short = [EngineRequest(f"c{i}", [5 + i], stopping=few) for i in range(3)]
     assert most_bytes(long + short) <= limit
-
-
-def test_prefill_is_chunked(tools: Any, pair: ModelPair) -> None:
-    """A long prompt takes several steps, in which the running request goes on."""
-    engine = tools.engine(pair, prefill_tokens=10)
-    outputs: dict[str, Any] = {}
-    engine.add(EngineRequest("short", [5, 6, 7], stopping=STOPPING))
-    _run_steps(tools, engine, outputs, 1)
-    engine.add(EngineRequest("long", [7] * 55, stopping=STOPPING))
-    before = len(outputs["short"].tokens)
-    for step in range(5):
-        assert _prefilled(tools, engine, outputs) == 10
-        assert "long" not in outputs
-        assert len(outputs["short"].tokens) >= before + step + 1
-    assert _prefilled(tools, engine, outputs) == 4
-    assert outputs["long"].tokens
-
-
-def _engine_of_known_costs(tools: Any, pair: ModelPair, outputs: dict[str, Any]) -> Any:
-    """With one request that decodes; beside it prefill may take as long as 30 tokens, and a little, need."""
-    engine = tools.engine(pair, adaptive=True, draft_tokens=0)
-    engine.calibrate(budget_s=0.0)
-    engine.costs.observe_step = lambda *seconds, **passed: None
-    engine.costs.prefill.observe = lambda *seconds: None
-    # Nothing but whole tokens.
-    engine.costs.prefill.set(0.0, 0.7 * engine.costs.step_s(1, 0) / 30.5, 0.0)
-    engine.add(EngineRequest("long", [7] * 80, stopping=STOPPING))
-    assert _prefilled(tools, engine, outputs) == 79
-    engine.costs.reach_tokens = 0
-    engine.costs.kv_s = (0.0, 0.0)
-    return engine
-
-
-def test_prefill_yields_less_where_more_wait_for_it(tools: Any, pair: ModelPair) -> None:
-    """Three that wait for one that decodes get three times as much; once as many decode, no more than it."""
-    outputs: dict[str, Any] = {}
-    engine = _engine_of_known_costs(tools, pair, outputs)
-    for number in (1, 2, 3):
-        engine.add(EngineRequest(f"next {number}", [10 * number] * 80, stopping=STOPPING))
-    assert _prefilled(tools, engine, outputs) == 79 + 12
-    engine.costs.step_s = lambda *sizes: 30.5 * engine.costs.prefill.token_s / 0.7
-    assert [_prefilled(tools, engine, outputs) for _ in range(5)] == [30, 30, 30, 30, 26]
-
-
-def test_prefill_yields_to_running_requests(tools: Any, pair: ModelPair) -> None:
-    """With known costs, a step that decodes for others prefills no longer than most of what it decodes."""
-    outputs: dict[str, Any] = {}
-    engine = _engine_of_known_costs(tools, pair, outputs)
-    engine.add(EngineRequest("next", [8] * 80, stopping=STOPPING))
-    assert [_prefilled(tools, engine, outputs) for _ in range(3)] == [30, 30, 19]
-    engine.costs.prefill.set(0.0, 1e9, 0.0)
-    engine.add(EngineRequest("last", [9] * 40, stopping=STOPPING))
-    assert _prefilled(tools, engine, outputs) == 16
-
-
-def test_a_chunk_takes_the_time_that_it_is_given() -> None:
-    cost = PrefillCost()
-    assert cost.seconds(10) == 0.0
-    cost.set(1e-3, 1e-5, 1e-8)
-    for start in (0, 100, 1000, 10_000):
-        for seconds in (1e-3, 2e-3, 1e-2):
-            tokens = cost.affordable_tokens(seconds, start)
-            assert cost.seconds(tokens, start) <= seconds + 1e-9
-            assert cost.seconds(tokens + 1, start) > seconds - 1e-9
-    assert cost.affordable_tokens(5e-4) == 0
-    for _ in range(100):
-        cost.observe([(100, 0)], 5e-3)
-    assert cost.seconds(100) == pytest.approx(5e-3, rel=0.01)

@@ -204,14 +204,15 @@ def test_layers_on_several_devices() -> None:
     shapes = [LayerShape(2, 4, 4), LayerShape(2, 4, 4, elsewhere), LayerShape(2, 4, 4)]
     cache = SlotCache(shapes, 3, 64, 16, torch.float32, torch.device("cpu"))
     assert [keys.device.type for keys in cache.keys] == ["cpu", "meta", "cpu"]
-    window = SlotWindow(cache, 0, [0, 20], 2)
-    for layer, keys in enumerate(cache.keys):
-        states = torch.full((2, 2, 2, 4), float(layer + 1), device=keys.device)
-        held = window.write(keys, states)
-        assert held.device == keys.device
-        assert held.shape == (2, 22, 2, 4)
-    assert cache.keys[0][1, 20:22].eq(1).all()
-    assert cache.keys[2][1, 20:22].eq(3).all()
+    for second, slots in ((1, [0, 1]), (0, [2, 0])):
+        window = SlotWindow(cache, slots, [0, 20], 2)
+        for layer, keys in enumerate(cache.keys):
+            states = torch.full((2, 2, 2, 4), float(layer + 1), device=keys.device)
+            held = window.write(keys, states)
+            assert held.device == keys.device
+            assert held.shape == (2, 22, 2, 4)
+        assert cache.keys[0][second, 20:22].eq(1).all()
+        assert cache.keys[2][second, 20:22].eq(3).all()
 
 
 def test_quantised_on_a_shared_target_is_refused(folders: Any, tmp_path: Path) -> None:
