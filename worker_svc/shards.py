@@ -30,7 +30,9 @@ def launch(settings: Settings) -> NoReturn:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0",
         "--nproc-per-node", str(settings.tensor_parallel), "-m", "laps.cli", *sys.argv[1:],
     ]  # fmt: skip
-    os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": str(settings.threads)})
+    # Neither torchrun nor its processes import what lies in the folder where this one happens to run.
+    variables = {"OMP_NUM_THREADS": str(settings.threads), "PYTHONSAFEPATH": "1"}
+    os.execve(sys.executable, command, os.environ | variables)
 
 
 def wanted(settings: Settings) -> bool:

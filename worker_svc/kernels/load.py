@@ -139,7 +139,8 @@ def _built() -> bytes:
 def _run(module: str, given: bytes, limit_s: float) -> bytes:
     path = os.pathsep.join(filter(None, [str(_HERE.parent.parent), os.environ.get("PYTHONPATH")]))
     ended = subprocess.run(
-        [sys.executable, "-m", f"worker_svc.kernels.{module}"],
+        # -P: not what lies in the folder where the process happens to run.
+        [sys.executable, "-P", "-m", f"worker_svc.kernels.{module}"],
         input=given,
         capture_output=True,
         timeout=limit_s,

@@ -105,3 +105,14 @@ def test_a_worker_has_no_compiler_in_it() -> None:
     )
     environment: dict[str, Any] = {"cwd": Path(load.__file__).parents[2]}
     assert subprocess.run([sys.executable, "-c", code], **environment).returncode == 0
+
+
+def test_what_lies_in_the_folder_is_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else a pass would be kept under the name of sources that it was not made of."""
+    assert load.narrow_pass() is not None
+    code = load._read(load._folder() / load._key())
+    assert code is not None
+    for name in ("llvmlite", "worker_svc"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    load._run("load", code, 60.0)
