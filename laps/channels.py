@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from laps.security.tls import TlsFiles, channel_credentials, server_credentials
-from laps.setting import host_port
+from laps.setting import host_port, is_loopback
 
 DEFAULT_MAX_MESSAGE_BYTES = 4 << 20
 KEEPALIVE_INTERVAL_MS = 5_000
@@ -84,21 +84,31 @@ def to_the_one_that_serves(service: str) -> Options:
     ]
 
 
+def past_proxies(address: str, of_clients: bool) -> Options:
+    """gRPC takes `http_proxy` and its like from the environment for every channel it opens. That is right
+    on a client's way to its gateway; the parts of LAPS call each other, and this machine itself, without.
+    """
+    if of_clients and not is_loopback(address.rpartition(":")[0]):
+        return []
+    return [("grpc.enable_http_proxy", 0)]
+
+
 def open_channel(
     address: str,
     *,
+    of_clients: bool = False,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     serving: str = "",
     credentials: grpc.ChannelCredentials | None = None,
     tls: TlsFiles | None = None,
     interceptors: Sequence[grpc.aio.ClientInterceptor] | None = None,
 ) -> grpc.aio.Channel:
-    """An asyncio channel to HOST:PORT; in the clear unless `credentials` or `tls` are given. `serving`: see
-    `to_the_one_that_serves`.
+    """An asyncio channel to HOST:PORT; in the clear unless `credentials` or `tls` are given. `of_clients`:
+    see `past_proxies`; `serving`: see `to_the_one_that_serves`.
 
     Raises OSError when a file of `tls` cannot be read.
     """
-    options = channel_options(max_message_bytes)
+    options = channel_options(max_message_bytes) + past_proxies(address, of_clients)
     if serving:
         options += to_the_one_that_serves(serving)
     credentials = credentials or channel_credentials(tls)
@@ -110,12 +120,13 @@ def open_channel(
 def open_sync_channel(
     address: str,
     *,
+    of_clients: bool = False,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     credentials: grpc.ChannelCredentials | None = None,
     tls: TlsFiles | None = None,
 ) -> grpc.Channel:
     """The same for threads."""
-    options = channel_options(max_message_bytes)
+    options = channel_options(max_message_bytes) + past_proxies(address, of_clients)
     credentials = credentials or channel_credentials(tls)
     if credentials is None:
         return grpc.insecure_channel(address, options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,17 @@ def port_setting(default: int, help_text: str, used_by: tuple[Service, ...]) -> 
 def host_port(host: str, port: int) -> str:
     """The address as calls and pages name it: an IPv6 one stands in brackets."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on it."""
+    name = host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def reachable(host: str, port: int) -> str:

@@ -78,7 +78,7 @@ def _gateway_metrics(number: int) -> int:
 
 
 def service_command(role: str) -> list[str]:
-    # -P: with -m alone, a redis.py in the folder where somebody happens to be would be imported for the package.
+    # -P: with -m alone, a redis.py in the folder where somebody happens to be would be taken for the package.
     return [sys.executable, "-P", "-m", "laps.cli", role]
 
 

@@ -41,9 +41,9 @@ from laps.errors import (
     Unavailable,
 )
 from laps.logs import get_logger
-from laps.security.exposure import is_loopback
 from laps.security.principal import set_caller
 from laps.security.tls import http_context
+from laps.setting import is_loopback
 from laps.settings import Settings
 from laps.v1 import generation_pb2, inference_pb2
 

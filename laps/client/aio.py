@@ -68,6 +68,7 @@ class AsyncClient:
         self._tls_seen = self._tls.fingerprint() if self._tls else ()
         self._channel = channels.open_channel(
             self.server,
+            of_clients=True,
             max_message_bytes=self._max_message_bytes,
             credentials=self._credentials,
             tls=self._tls,

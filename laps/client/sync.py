@@ -63,6 +63,7 @@ class Client:
         self._tls_seen = self._tls.fingerprint() if self._tls else ()
         self._channel = channels.open_sync_channel(
             self.server,
+            of_clients=True,
             max_message_bytes=self._max_message_bytes,
             credentials=self._credentials,
             tls=self._tls,

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
-
-from laps.setting import SettingsError
+from laps.setting import SettingsError, is_loopback
 from laps.settings import Settings
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on it."""
-    name = host.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def check_exposure(settings: Settings, *, checks_callers: bool, with_what: str) -> None:

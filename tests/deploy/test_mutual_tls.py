@@ -107,6 +107,7 @@ async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
         "LAPS_TLS_CERT": files.certificate,
         "LAPS_TLS_KEY": files.key,
         "LAPS_TLS_CA": files.authorities,
+        "http_proxy": "http://127.0.0.1:9",
     }
 
     def probe(environment: dict[str, str]) -> int:

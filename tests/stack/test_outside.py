@@ -198,13 +198,27 @@ def wait_for_text(path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("how", [None, signal.SIGINT])
 def test_the_demonstration_leaves_nothing_behind(tmp_path: Path, how: signal.Signals | None) -> None:
-    environment = os.environ | {"TMPDIR": str(tmp_path), "COLUMNS": "120"}
+    """Wherever somebody is who runs it: in a folder with files named as packages are, behind a proxy."""
+    temporary, folder = tmp_path / "temporary", tmp_path / "folder"
+    for path in (temporary, folder):
+        path.mkdir()
+    (folder / "redis.py").write_text("raise SystemExit('somebody else's redis.py')\n")
+    environment = os.environ | {
+        "TMPDIR": str(temporary),
+        "COLUMNS": "120",
+        "http_proxy": "http://127.0.0.1:9",
+    }
     if how is not None:
         environment["LAPS_WORKERS"] = "1"
     # Set by torch in a process that has imported it, such as this one after other tests.
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     process = subprocess.Popen(
-        [BIN / "laps", "demo"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BIN / "laps", "demo"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout is not None
     children: list[psutil.Process] = []
@@ -220,7 +234,8 @@ def test_the_demonstration_leaves_nothing_behind(tmp_path: Path, how: signal.Sig
     assert len(children) >= (5 if how is None else 4), output
     _, alive = psutil.wait_procs(children, timeout=60)
     assert alive == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(temporary.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] == ["redis.py"]
     if how is not None:
         assert code == 130
         return
