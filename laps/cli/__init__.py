@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Ours becomes another program at once, and up to 5 of 100 were crashed by these handlers before it did.
     # gRPC reads this when it is imported, and not later.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    _open_standard_streams()
     try:
         # Not standalone: click would end the process, and print errors in another form than ours.
         code = cli.main(args=None if argv is None else list(argv), prog_name="laps", standalone_mode=False)
@@ -100,6 +101,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _defect(error)
     return code if isinstance(code, int) else 0
+
+
+def _open_standard_streams() -> None:
+    """Those that whoever started us has closed lead nowhere. Else the next file that is opened takes such a
+    number, and what is printed goes there, or libuv ends the process for it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # A new file gets the least free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+            setattr(sys, name, open(number, mode, closefd=False))
 
 
 def _complain(message: str) -> None:

@@ -307,3 +307,40 @@ def test_a_command_that_goes_on_trying_says_so_after_a_while(capsys: pytest.Capt
     assert outage([5.0, 5.0, 5.0]) == "still trying, no leader\n"
     now_s += 60.0
     assert outage([0.1, 0.2]) == "", "another outage, and a short one"
+
+
+SERVES_AND_PRINTS = """
+import asyncio, pathlib, subprocess, sys
+import click
+from laps import cli
+
+@click.command()
+def run():
+    import uvloop
+
+    async def main():
+        print("nobody reads this")
+        print("nor this", file=sys.stderr)
+        server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        server.close()
+        await server.wait_closed()
+        child = await asyncio.create_subprocess_exec("cat")
+        assert await child.wait() == 0
+
+    uvloop.run(main())
+    pathlib.Path(sys.argv[1]).write_text(sys.stdin.read() + "ended")
+
+cli.cli.add_command(run)
+cli._COMMANDS["run"] = ("__main__:run", "")
+sys.exit(cli.main(["run"]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
+    """As some start their services."""
+    told = tmp_path / "told"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", SERVES_AND_PRINTS, str(told)]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert told.read_text() == "ended"
