@@ -187,7 +187,7 @@ async def _serve_http(
 
 
 def run(settings: Settings) -> int:
-    """`laps gateway`: runs until SIGTERM or SIGINT; returns the exit code."""
+    """`laps gateway`: runs until it is told to stop; returns the exit code."""
     logs.configure_logging("gateway", pool=settings.pool, level=settings.log_level, form=settings.log_format)
 
     telemetry.configure_tracing(

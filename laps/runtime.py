@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import stat
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -73,7 +74,7 @@ def run(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def run_until_signalled(start: Callable[[Lifetime], Awaitable[Stop]], drain_s: float) -> int:
-    """Starts a service, waits for SIGTERM, SIGINT or `Lifetime.end`, stops it; returns the exit code.
+    """Starts a service, waits for a signal to stop or for `Lifetime.end`, stops it; returns the exit code.
 
     A signal while it starts cancels the start. A second signal ends the process at once. What `start`
     raises goes to the caller.
@@ -83,14 +84,13 @@ async def run_until_signalled(start: Callable[[Lifetime], Awaitable[Stop]], drai
     starting: asyncio.Future[Stop] = asyncio.ensure_future(start(lifetime))
 
     def on_signal(number: signal.Signals) -> None:
-        if lifetime._ended.is_set():
+        if not lifetime._ended.is_set():
+            lifetime.end(0, number.name)
+            starting.cancel()
+        elif number != signal.SIGHUP:  # That comes twice when a terminal is closed.
             os._exit(128 + number)
-        lifetime.end(0, number.name)
-        starting.cancel()
 
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, on_signal, number)
+    forget = on_stop_signals(loop, on_signal)
     try:
         try:
             stop = await starting
@@ -107,8 +107,40 @@ async def run_until_signalled(start: Callable[[Lifetime], Awaitable[Stop]], drai
             get_logger().warning("stop took too long, ending anyway", drain_s=drain_s)
         return lifetime.exit_code
     finally:
+        forget()
+
+
+def on_stop_signals(
+    loop: asyncio.AbstractEventLoop, call: Callable[[signal.Signals], object]
+) -> Callable[[], None]:
+    """Calls for SIGTERM and SIGINT, and for SIGHUP where it is not ignored (as under nohup): the terminal is
+    closed. Returns what ends that.
+    """
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+
+    def handle(number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        call(number)
+
+    def forget() -> None:
         for number in signals:
             loop.remove_signal_handler(number)
+
+    for number in signals:
+        loop.add_signal_handler(number, handle, number)
+    return forget
+
+
+def _leave_terminal() -> None:
+    """What is still printed goes nowhere; to a terminal that is closed it would be an error."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            os.dup2(nowhere, number)
+    os.close(nowhere)
 
 
 ALIVE = "laps.alive"

@@ -19,7 +19,7 @@ _KILL_SLACK_S = 3.0
 
 
 def run(settings: Settings) -> int:
-    """Runs until SIGTERM or SIGINT; returns the exit code."""
+    """Runs until it is told to stop; returns the exit code."""
     form: logs.LogFormat = settings.log_format if "log_format" in settings.model_fields_set else "plain"
     level = "warning" if settings.log_level == "info" else settings.log_level
     # Warnings are what a person wants to see here: the children's logs have the rest.

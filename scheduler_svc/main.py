@@ -189,7 +189,7 @@ def store_tls(settings: Settings, tls: TlsFiles | None) -> dict[str, Any]:
 
 
 def run(settings: Settings) -> int:
-    """`laps scheduler`: runs until SIGTERM or SIGINT; returns the exit code."""
+    """`laps scheduler`: runs until it is told to stop; returns the exit code."""
     logs.configure_logging(
         "scheduler", pool=settings.pool, level=settings.log_level, form=settings.log_format
     )

@@ -154,7 +154,7 @@ def dtype(settings: Settings) -> str:
 
 
 def run(settings: Settings) -> int:
-    """`laps worker`: runs until SIGTERM or SIGINT; returns the exit code."""
+    """`laps worker`: runs until it is told to stop; returns the exit code."""
     logs.configure_logging("worker", pool=settings.pool, level=settings.log_level, form=settings.log_format)
     try:
         settings.check_models()

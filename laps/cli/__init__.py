@@ -113,7 +113,7 @@ def _open_standard_streams() -> None:
         except OSError:
             # A new file gets the least free number, which is this one.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _complain(message: str) -> None:

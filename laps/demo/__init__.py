@@ -6,7 +6,6 @@ Everything is real: separate processes that speak gRPC, a store, the built-in mo
 from __future__ import annotations
 
 import asyncio
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,11 +51,9 @@ def run(settings: Settings) -> int:
 
 
 async def _interruptible(settings: Settings, items: Sequence[Item], console: Console) -> int:
-    """Ctrl-C and SIGTERM end the demonstration, and all that it started, cleanly."""
+    """Ctrl-C, SIGTERM and a closed terminal end the demonstration, and all that it started, cleanly."""
     demo = asyncio.ensure_future(_demo(settings, items, console))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, demo.cancel)
+    runtime.on_stop_signals(asyncio.get_running_loop(), lambda _: demo.cancel())
     try:
         return await demo
     except asyncio.CancelledError:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import os
 import signal
 import socket
+import subprocess
+import sys
+import termios
 import weakref
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -125,6 +130,57 @@ async def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.Monk
     async with asyncio.timeout(60):
         await runtime.run_until_signalled(start, 50)
     assert codes == [128 + signal.SIGINT]
+
+
+ENDS_WITH_ITS_TERMINAL = """
+import asyncio, pathlib, sys
+from laps import logs, runtime
+
+async def start(lifetime):
+    print("started", flush=True)
+    async def stop(drain_s):
+        await asyncio.sleep(0.2)  # The kernel and a shell tell it one after the other.
+        print("stopping")
+        pathlib.Path(sys.argv[1]).write_text("in good order")
+    return stop
+
+logs.configure_logging("gateway", pool="default", level="info")
+sys.exit(runtime.run(runtime.run_until_signalled(start, 5)))
+"""
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["", "nohup"])
+def test_a_closed_terminal_stops_the_service_in_good_order(ignored: bool, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    terminal, its_end = os.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS_WITH_ITS_TERMINAL, str(told)],
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+        preexec_fn=take_terminal,
+    )
+    os.close(its_end)
+    printed = b""
+    while b"started\r\n" not in printed:
+        printed += os.read(terminal, 1000)
+    os.close(terminal)
+    if ignored:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.kill()
+        process.wait()
+        return
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert told.read_text() == "in good order"
 
 
 async def test_health_is_not_serving_until_said() -> None:
