@@ -1,11 +1,14 @@
 """Tokens per second in one run: transformers, the engine alone, and the whole stack.
 
-    python bench/stack.py [--tokens 128] [--requests 32] [--rounds 9] [--json OUT]
+    python bench/stack.py [--tokens 128] [--long-tokens 384] [--requests 32] [--rounds 9] [--json OUT]
 
 The built-in pair, fp32, one compute thread each, prompts of three kinds, every request exactly `--tokens`
 long.
 At 1 and at 8 requests at a time: engine and stack get `--requests` of them, and the next one whenever one has
-ended; transformers, which cannot take one into a running batch, gets 8. Machines differ and drift, within
+ended; transformers, which cannot take one into a running batch, gets 8. Engine and stack do the same once
+more at 8 with requests of `--long-tokens`: much of what a stack costs is by the request. (Of the 19,366
+answers in Azure's published trace of conversations half are longer than 129 tokens, three in ten longer than
+384.) Machines differ and drift, within
 seconds too: read the ratios, and of stack and engine the median of those of each round, in which one follows
 the other. Beside them stands what tells where the difference comes from: what the stack's parts used of the
 CPU, how long the worker's engine waited for a core and for work, and how many tokens a request gained in a
@@ -24,7 +27,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before torch is loaded: a thread that spins for work takes the core that another process needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,20 +44,33 @@ from worker_svc.engine import EngineRequest, StoppingConfig, load_pair
 from worker_svc.main import make_engine
 
 KINDS = ("code", "topic", "licence")
-CONCURRENCIES = (1, 8)
+SLOTS = 8
 REFERENCE_ROUNDS = 3
 """Measured rounds of what only the speed is compared with: transformers is slow, and its ratio large."""
 Prompts = Sequence[list[int]]
 
 
-def load_prompts(count: int) -> list[list[int]]:
-    """`count` prompts as token ids, the kinds in turn."""
+class Case(NamedTuple):
+    """How many requests at a time, and the output tokens of each."""
+
+    concurrency: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency} at a time, {self.tokens} tokens"
+
+
+def load_prompts(count: int, round_number: int) -> list[list[int]]:
+    """`count` prompts as token ids, the kinds in turn. Those of each round begin with its number: whoever has
+    kept the KV of an earlier round would otherwise have less to compute, the engine alone more of it than
+    the one of a stack, which holds finished requests until their end is stored.
+    """
     tokenizer = AutoTokenizer.from_pretrained(BUILT_IN_TARGET)
     lines = (Path(BUILT_IN_TARGET).parent / "prompts.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "text" in record]
     by_kind = [[record["text"] for record in records if record["kind"] == kind] for kind in KINDS]
     chosen = [by_kind[n % len(KINDS)][n // len(KINDS) % len(by_kind[n % len(KINDS)])] for n in range(count)]
-    return [tokenizer.encode(text) for text in chosen]
+    return [tokenizer.encode(f"{round_number}\n{text}") for text in chosen]
 
 
 class Transformers:
@@ -69,13 +85,13 @@ class Transformers:
             self.options["assistant_model"] = draft
         self.assisted = assisted
 
-    def run(self, prompts: Prompts, concurrency: int, tokens: int) -> float:
-        """Tokens per second of the first prompts, `concurrency` at a time."""
-        prompts = prompts[: max(CONCURRENCIES)]
+    def run(self, prompts: Prompts, case: Case) -> float:
+        """Tokens per second of the first prompts."""
+        prompts = prompts[:SLOTS]
         began_s = time.perf_counter()
-        for first in range(0, len(prompts), concurrency):
-            self._batch(prompts[first : first + concurrency], tokens)
-        return len(prompts) * tokens / (time.perf_counter() - began_s)
+        for first in range(0, len(prompts), case.concurrency):
+            self._batch(prompts[first : first + case.concurrency], case.tokens)
+        return len(prompts) * case.tokens / (time.perf_counter() - began_s)
 
     @torch.inference_mode()
     def _batch(self, prompts: Prompts, tokens: int) -> None:
@@ -103,40 +119,38 @@ class EngineAlone:
         self.engine.calibrate()
         self.row_steps = 0
 
-    def run(self, prompts: Prompts, concurrency: int, tokens: int) -> float:
+    def run(self, prompts: Prompts, case: Case) -> float:
         """Tokens per second of all prompts; when a request ends the next one comes."""
         began_s = time.perf_counter()
+        stopping = StoppingConfig(max_tokens=case.tokens, ignore_eos=True)
         waiting = [
-            EngineRequest(str(number), prompt, stopping=StoppingConfig(max_tokens=tokens, ignore_eos=True))
-            for number, prompt in enumerate(prompts)
+            EngineRequest(str(number), prompt, stopping=stopping) for number, prompt in enumerate(prompts)
         ][::-1]
         while waiting or self.engine.running:
-            while waiting and len(self.engine.running) < concurrency:
+            while waiting and len(self.engine.running) < case.concurrency:
                 self.engine.add(waiting.pop())
             result = self.engine.step()
             self.row_steps += len(result.request_ids)
             for request_id, finish in zip(result.request_ids, result.finish, strict=True):
                 if finish is not None:
                     self.engine.drop(request_id)
-        return len(prompts) * tokens / (time.perf_counter() - began_s)
+        return len(prompts) * case.tokens / (time.perf_counter() - began_s)
 
 
-async def stack_tokens_per_s(
-    client: AsyncClient, prompts: Prompts, concurrency: int, tokens: int
-) -> tuple[float, int]:
-    """The same through the gateway: a client that keeps `concurrency` requests under way. Beside the speed
-    the steps of all requests together."""
+async def stack_tokens_per_s(client: AsyncClient, prompts: Prompts, case: Case) -> tuple[float, int]:
+    """The same through the gateway: a client that keeps so many requests under way. Beside the speed the
+    steps of all requests together."""
     began_s = time.perf_counter()
-    slots = asyncio.Semaphore(concurrency)
+    slots = asyncio.Semaphore(case.concurrency)
 
     async def one(prompt: list[int]) -> int:
         async with slots:
-            made = await client.generate(prompt, max_tokens=tokens, ignore_eos=True)
-            assert len(made.token_ids) == tokens
+            made = await client.generate(prompt, max_tokens=case.tokens, ignore_eos=True)
+            assert len(made.token_ids) == case.tokens
             return made.speculation.num_steps
 
     steps = await asyncio.gather(*map(one, prompts))
-    return len(prompts) * tokens / (time.perf_counter() - began_s), sum(steps)
+    return len(prompts) * case.tokens / (time.perf_counter() - began_s), sum(steps)
 
 
 def cpu_by_thread(stack: Stack) -> dict[tuple[str, int], float]:
@@ -186,43 +200,42 @@ def cpu_by_part(
     return parts
 
 
-Medians = dict[str, dict[int, float]]
-Shares = dict[int, list[float]]
+Medians = dict[str, dict[Case, float]]
+Shares = dict[Case, list[float]]
 
 
 class Figures:
-    """Measurements by name and concurrency, without those of the round that warms up."""
+    """Measurements by name and case, without those of the round that warms up."""
 
     def __init__(self) -> None:
         self.warm_up = True
-        self._seen: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._seen: defaultdict[str, defaultdict[Case, list[float]]] = defaultdict(lambda: defaultdict(list))
 
-    def add(self, concurrency: int, values: Mapping[str, float]) -> None:
+    def add(self, case: Case, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if not self.warm_up:
-                self._seen[name][concurrency].append(value)
+                self._seen[name][case].append(value)
 
     def medians(self) -> Medians:
         return {
-            name: {concurrency: statistics.median(each) for concurrency, each in by_concurrency.items()}
-            for name, by_concurrency in self._seen.items()
+            name: {case: statistics.median(each) for case, each in by_case.items()}
+            for name, by_case in self._seen.items()
         }
 
     def shares(self, name: str, of: str) -> Shares:
-        """By concurrency: one over the other in each round."""
+        """By case: one over the other in each round."""
         return {
-            concurrency: [mine / other for mine, other in zip(each, self._seen[of][concurrency], strict=True)]
-            for concurrency, each in self._seen[name].items()
+            case: [mine / other for mine, other in zip(each, self._seen[of][case], strict=True)]
+            for case, each in self._seen[name].items()
         }
 
 
-async def measure(tokens: int, requests: int, rounds: int) -> tuple[dict[str, Medians], Shares]:
-    """Medians by name and concurrency, and of each round what the stack did over the engine alone."""
+async def measure(cases: Sequence[Case], requests: int, rounds: int) -> tuple[dict[str, Medians], Shares]:
+    """Medians by name and case, and of each round what the stack did over the engine alone. What they are
+    compared with gets the cases of the first length only."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
-    prompts = load_prompts(requests)
-    thousands = len(prompts) * tokens / 1000
-    settings = Settings(workers=1, slots=max(CONCURRENCIES), threads=1)
+    settings = Settings(workers=1, slots=SLOTS, threads=1)
     engine = EngineAlone(settings, speculate=True)
     runners = {
         "transformers generate": Transformers(assisted=False).run,
@@ -236,28 +249,31 @@ async def measure(tokens: int, requests: int, rounds: int) -> tuple[dict[str, Me
         async with stack, AsyncClient(stack.gateway_address) as client:
             worker_pid = psutil.Process(stack.children["worker-0"].pid).pid
             for round_number in range(rounds + 1):
+                prompts = load_prompts(requests, round_number)
                 for figures in (speeds, cpu_s, waits_s, gains):
                     figures.warm_up = round_number == 0
-                for concurrency in CONCURRENCIES:
+                for case in cases:
+                    thousands = len(prompts) * case.tokens / 1000
+                    references = round_number <= REFERENCE_ROUNDS and case.tokens == cases[0].tokens
                     for name, run in runners.items():
-                        if name != "engine" and round_number > REFERENCE_ROUNDS:
+                        if name != "engine" and not references:
                             continue
                         began_s, engine.row_steps = time.thread_time(), 0
-                        speed = run(prompts, concurrency, tokens)
+                        speed = run(prompts, case)
                         if name == "engine":
                             spent_s = time.thread_time() - began_s
-                            cpu_s.add(concurrency, {"engine alone": spent_s / thousands})
-                            gains.add(concurrency, {"engine": thousands * 1000 / engine.row_steps})
-                        tell(speeds, name, concurrency, speed)
+                            cpu_s.add(case, {"engine alone": spent_s / thousands})
+                            gains.add(case, {"engine": thousands * 1000 / engine.row_steps})
+                        tell(speeds, name, case, speed)
                     before, waits = cpu_by_thread(stack), waits_by_thread(worker_pid)
                     began_s = time.perf_counter()
-                    speed, steps = await stack_tokens_per_s(client, prompts, concurrency, tokens)
+                    speed, steps = await stack_tokens_per_s(client, prompts, case)
                     waited_s = engine_waits(waits, waits_by_thread(worker_pid), time.perf_counter() - began_s)
                     parts = cpu_by_part(before, cpu_by_thread(stack))
-                    cpu_s.add(concurrency, {part: spent_s / thousands for part, spent_s in parts.items()})
-                    waits_s.add(concurrency, {why: wait_s / thousands for why, wait_s in waited_s.items()})
-                    gains.add(concurrency, {"whole stack": thousands * 1000 / steps})
-                    tell(speeds, "whole stack", concurrency, speed)
+                    cpu_s.add(case, {part: spent_s / thousands for part, spent_s in parts.items()})
+                    waits_s.add(case, {why: wait_s / thousands for why, wait_s in waited_s.items()})
+                    gains.add(case, {"whole stack": thousands * 1000 / steps})
+                    tell(speeds, "whole stack", case, speed)
     medians = {
         "tokens_per_s": speeds.medians(),
         "cpu_s_per_1000_tokens": cpu_s.medians(),
@@ -267,30 +283,29 @@ async def measure(tokens: int, requests: int, rounds: int) -> tuple[dict[str, Me
     return medians, speeds.shares("whole stack", of="engine")
 
 
-def tell(speeds: Figures, name: str, concurrency: int, speed: float) -> None:
+def tell(speeds: Figures, name: str, case: Case, speed: float) -> None:
     kind = "warm-up" if speeds.warm_up else "measured"
-    print(f"  {kind}: {name}, {concurrency} at a time: {speed:.0f} tokens/s", flush=True)
-    speeds.add(concurrency, {name: speed})
+    print(f"  {kind}: {name}, {case}: {speed:.0f} tokens/s", flush=True)
+    speeds.add(case, {name: speed})
 
 
 def show(measured: dict[str, Medians], shares: Shares) -> None:
     speeds = measured["tokens_per_s"]
     base = speeds["engine, target only"]
-    heads = "".join(f"{concurrency:>9} at a time" for concurrency in CONCURRENCIES)
+    heads = "".join(f"{case!s:>28}" for case in base)
     print(f"\n{'tokens/s (and times the engine, target only)':<46}{heads}")
-    for name, by_concurrency in speeds.items():
-        cells = (f"{by_concurrency[c]:>11.0f} ({by_concurrency[c] / base[c]:.2f}x)" for c in CONCURRENCIES)
+    for name, by_case in speeds.items():
+        cells = (f"{by_case[case]:>20.0f} ({by_case[case] / base[case]:.2f}x)" for case in base)
         print(f"{name:<46}{''.join(cells)}")
-    for c in CONCURRENCIES:
-        rounds = ", ".join(f"{share:.2f}" for share in sorted(shares[c]))
-        share = statistics.median(shares[c])
-        print(f"whole stack / engine alone, {c} at a time: {share:.2f} (median of {rounds})")
+    for case, ratios in shares.items():
+        rounds = ", ".join(f"{share:.2f}" for share in sorted(ratios))
+        print(f"whole stack / engine alone, {case}: {statistics.median(ratios):.2f} (median of {rounds})")
         for title, key in (
             ("CPU seconds per 1,000 tokens", "cpu_s_per_1000_tokens"),
             ("the worker's engine, seconds per 1,000 tokens", "engine_thread_s_per_1000_tokens"),
             ("tokens of a request in a step", "tokens_per_step"),
         ):
-            told = ", ".join(f"{name} {values[c]:.2f}" for name, values in measured[key].items())
+            told = ", ".join(f"{name} {values[case]:.2f}" for name, values in measured[key].items())
             print(f"  {title}: {told}")
 
 
@@ -299,16 +314,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=128, help="output tokens of each request")
+    parser.add_argument("--long-tokens", type=int, default=384, help="the same of the long ones; 0: none")
     parser.add_argument("--requests", type=int, default=32, help="of engine and stack, at least 8")
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one that warms up")
     parser.add_argument("--json", type=Path, help="write the medians here")
     arguments = parser.parse_args()
-    measured, shares = asyncio.run(measure(arguments.tokens, arguments.requests, arguments.rounds))
+    cases = [Case(1, arguments.tokens), Case(SLOTS, arguments.tokens)]
+    if arguments.long_tokens:
+        cases.append(Case(SLOTS, arguments.long_tokens))
+    measured, shares = asyncio.run(measure(cases, arguments.requests, arguments.rounds))
     show(measured, shares)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        written = measured | {"stack_over_engine": shares}
-        arguments.json.write_text(json.dumps(written, indent=1) + "\n")
+        written = {
+            figure: {
+                name: {str(case): value for case, value in values.items()} for name, values in named.items()
+            }
+            for figure, named in measured.items()
+        }
+        ratios = {str(case): each for case, each in shares.items()}
+        arguments.json.write_text(json.dumps(written | {"stack_over_engine": ratios}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,9 @@ class Prefiller:
     def _run(
         self, model: int, rows: Sequence[Row], budget_tokens: int, limit_s: float, cost: PrefillCost
     ) -> Prefilled:
+        rows = [row for row in rows if len(row.tokens) - 1 > row.kv_tokens[model]]
+        if not rows:
+            return Prefilled()
         # A pass that has to be run is used: for as many tokens as take as long again as a pass takes anyway.
         limit_s = max(limit_s, 2.0 * cost.pass_s)
         passes = _Passes(cost, self._runners[model].cache.limit_tokens, budget_tokens)
@@ -111,7 +114,7 @@ class Prefiller:
 
         total = 0
         for row in rows:
-            if model == TARGET and row.prefill_tokens > 0 and self._share is not None:
+            if model == TARGET and self._share is not None:
                 self._share(row)
                 if passes.computes_prefix_of(row):
                     feed()
