@@ -16,6 +16,7 @@ from laps import channels
 from laps.security.access import Role
 from laps.settings import Settings
 from tests.certificates import Authority
+from tests.servers import listening
 
 
 @pytest.fixture
@@ -101,8 +102,6 @@ async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
 
     server = channels.new_server()
     health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
-    port = channels.bind(server, "127.0.0.1", 0, files)
-    await server.start()
     variables = {
         "LAPS_TLS_CERT": files.certificate,
         "LAPS_TLS_KEY": files.key,
@@ -110,12 +109,12 @@ async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
         "http_proxy": "http://127.0.0.1:9",
     }
 
-    def probe(environment: dict[str, str]) -> int:
+    def probe(port: int, environment: dict[str, str]) -> int:
         command = [sys.executable, str(DEPLOY / "docker/health.py"), str(port), "laps.ready"]
         return subprocess.run(
             command, env=os.environ | environment, capture_output=True, check=False
         ).returncode
 
-    assert await asyncio.to_thread(probe, variables) == 0
-    assert await asyncio.to_thread(probe, {}) == 1
-    await server.stop(None)
+    async with listening(server, tls=files) as port:
+        assert await asyncio.to_thread(probe, port, variables) == 0
+        assert await asyncio.to_thread(probe, port, {}) == 1

@@ -16,6 +16,7 @@ from gateway.submissions import Submissions
 from laps import channels, errors
 from laps.ports import free_ports
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
+from tests.servers import listening
 
 REFUSAL = errors.ResourceExhausted("full", reason=errors.Reason.QUEUE_FULL, retry_after_s=3.0)
 Answer = Callable[[scheduler_pb2.Submission], scheduler_pb2.SubmitAnswer | None]
@@ -71,13 +72,10 @@ class Streams(Calls):
 async def client_of(service: Calls) -> AsyncIterator[Submissions]:
     server = channels.new_server()
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server)
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         client = Submissions(scheduler_pb2_grpc.SchedulerServiceStub(channel))
         yield client
         client.retire()
-    await server.stop(None)
 
 
 def request(number: int, prompt: bytes = b"\1\0\0\0") -> scheduler_pb2.SubmitRequest:
@@ -168,16 +166,13 @@ async def test_who_is_not_there_yet_gets_a_stream_when_he_comes() -> None:
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         server = channels.new_server()
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server)
-        channels.bind(server, "127.0.0.1", port)
-        await server.start()
-        async with asyncio.timeout(60):
+        async with listening(server, port=port), asyncio.timeout(60):
             while True:
                 with suppress(grpc.aio.AioRpcError):
                     assert (await client.submit(request(1))).epoch == 1
                     break
-        assert service.calls == 0
-        client.retire()
-    await server.stop(None)
+            assert service.calls == 0
+            client.retire()
 
 
 async def test_no_answer_in_time_is_told_as_of_a_call_and_others_go_on() -> None:

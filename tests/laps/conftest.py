@@ -15,6 +15,7 @@ from laps import channels
 from laps.errors import LapsError, NotFound, Unavailable, abort
 from laps.v1 import inference_pb2 as pb
 from laps.v1 import inference_pb2_grpc, queue_pb2, queue_pb2_grpc
+from tests.servers import listening
 
 HELD_BACK = 3
 """Characters that the fake detokenizer keeps until it knows more, as a real one does with a possible stop."""
@@ -187,12 +188,9 @@ async def serving(script: Script) -> AsyncIterator[FakeGateway]:
     server = channels.new_server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(gateway, server)
     queue_pb2_grpc.add_QueueServiceServicer_to_server(gateway, server)
-    gateway.address = f"127.0.0.1:{channels.bind(server, '127.0.0.1', 0)}"
-    await server.start()
-    try:
+    async with listening(server) as port:
+        gateway.address = f"127.0.0.1:{port}"
         yield gateway
-    finally:
-        await server.stop(0)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from laps.errors import (
 )
 from laps.reasons import Reason
 from laps.v1 import inference_pb2, inference_pb2_grpc
+from tests.servers import listening
 
 
 async def through_a_server(error: LapsError) -> LapsError:
@@ -31,16 +32,11 @@ async def through_a_server(error: LapsError) -> LapsError:
 
     server = channels.new_server()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Servicer(), server)
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
-    try:
-        async with channels.open_channel(f"127.0.0.1:{port}") as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            with pytest.raises(grpc.RpcError) as caught:
-                await stub.ListModels(inference_pb2.ListModelsRequest())
-            return from_rpc_error(caught.value)
-    finally:
-        await server.stop(0)
+    async with listening(server) as port, channels.open_channel(f"127.0.0.1:{port}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            await stub.ListModels(inference_pb2.ListModelsRequest())
+        return from_rpc_error(caught.value)
 
 
 @pytest.mark.parametrize(

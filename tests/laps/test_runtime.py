@@ -18,6 +18,7 @@ import pytest
 from gateway.metrics import Metrics as GatewayMetrics
 from laps import channels, runtime
 from scheduler_svc import metrics as scheduler_metrics
+from tests.servers import listening
 
 
 def service(
@@ -186,9 +187,7 @@ def test_a_closed_terminal_stops_the_service_in_good_order(ignored: bool, tmp_pa
 async def test_health_is_not_serving_until_said() -> None:
     server = channels.new_server()
     readiness = await runtime.add_readiness(server, "laps.v1.InferenceService")
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
-    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as port, channels.open_channel(f"127.0.0.1:{port}") as channel:
         assert not await runtime.is_ready(channel)
         await readiness.set(True)
         assert await runtime.is_ready(channel)
@@ -196,16 +195,13 @@ async def test_health_is_not_serving_until_said() -> None:
         assert not await runtime.is_ready(channel, "another")
         await readiness.set(False)
         assert not await runtime.is_ready(channel)
-    await server.stop(0)
 
 
 async def test_a_taken_port_is_one_clear_error() -> None:
     first, second = channels.new_server(), channels.new_server()
-    port = channels.bind(first, "127.0.0.1", 0)
-    await first.start()
-    with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is in use"):
-        channels.bind(second, "127.0.0.1", port)
-    await first.stop(0)
+    async with listening(first) as port:
+        with pytest.raises(OSError, match=rf"cannot listen on 127\.0\.0\.1:{port}: the port is in use"):
+            channels.bind(second, "127.0.0.1", port)
 
 
 def test_a_taken_metrics_port_is_one_clear_error() -> None:

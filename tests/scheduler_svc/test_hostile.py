@@ -24,6 +24,7 @@ from scheduler_svc.scheduler_service import SchedulerService
 from scheduler_svc.worker_service import WorkerService
 from tests.fuzz.seeds import LEASE, SEEDS, report
 from tests.fuzz.targets import TARGETS, VOCABULARY, after_any_report, pool
+from tests.servers import listening
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 UINT32 = st.one_of(st.integers(0, 5), st.integers(0, 2**32 - 1))
@@ -245,11 +246,8 @@ async def session() -> AsyncIterator[tuple[Terms, Any]]:
     terms = Terms()
     server = channels.new_server()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(terms, 1.0, terms.refusals), server)  # type: ignore[arg-type]
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
-    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as port, channels.open_channel(f"127.0.0.1:{port}") as channel:
         yield terms, channel
-    await server.stop(None)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.leader import Leader
 from scheduler_svc.scheduler_service import SchedulerService
+from tests.servers import listening
 
 
 class Term:
@@ -59,13 +60,10 @@ class Term:
 async def stream_of(term: Term) -> AsyncIterator[Any]:
     server = channels.new_server()
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(term.service, server)
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
-    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as port, channels.open_channel(f"127.0.0.1:{port}") as channel:
         call: Any = scheduler_pb2_grpc.SchedulerServiceStub(channel).SubmitMany()  # type: ignore[call-arg]
         yield call
         call.cancel()
-    await server.stop(None)
 
 
 def message(*ids: str, **spec: Any) -> scheduler_pb2.SubmitManyRequest:

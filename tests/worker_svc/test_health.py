@@ -10,6 +10,7 @@ import pytest
 
 from laps import channels, runtime
 from laps.settings import Settings
+from tests.servers import listening
 from worker_svc import main
 
 
@@ -49,10 +50,8 @@ async def test_an_engine_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch
     link = SimpleNamespace(connected=False)
     server = channels.new_server()
     readiness = await runtime.add_readiness(server)
-    port = channels.bind(server, "127.0.0.1", 0)
-    await server.start()
     watching = asyncio.create_task(main._watch_health(driver, link, readiness))  # type: ignore[arg-type]
-    async with channels.open_channel(f"127.0.0.1:{port}") as channel:
+    async with listening(server) as port, channels.open_channel(f"127.0.0.1:{port}") as channel:
 
         async def says(alive: bool, ready: bool) -> None:
             async with asyncio.timeout(60):
@@ -70,4 +69,3 @@ async def test_an_engine_that_hangs_is_not_alive(monkeypatch: pytest.MonkeyPatch
         driver.last_progress_s = time.monotonic()
         await says(alive=True, ready=True)
     watching.cancel()
-    await server.stop(0)

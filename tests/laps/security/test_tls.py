@@ -23,6 +23,7 @@ from laps.setting import SettingsError
 from laps.settings import Settings
 from laps.v1 import inference_pb2, inference_pb2_grpc
 from tests.certificates import GATEWAY, HERE, WORKER, Authority
+from tests.servers import listening
 
 DESCRIBE = "/laps.v1.SchedulerService/DescribePool"
 DELIVER = "/laps.v1.SchedulerService/Deliver"
@@ -34,6 +35,7 @@ class Scheduler:
     def __init__(self) -> None:
         self.go_on = asyncio.Event()
         self.streaming = asyncio.Event()
+        self.address = ""
 
     async def describe(self, request: bytes, context: Any) -> bytes:
         return b"described"
@@ -44,7 +46,7 @@ class Scheduler:
         await self.go_on.wait()
         yield b"last"
 
-    async def start(self, files: TlsFiles) -> grpc.aio.Server:
+    def new_server(self) -> grpc.aio.Server:
         server = channels.new_server(interceptors=[AccessInterceptor(by_certificate("laps"))])
         methods = {
             "DescribePool": grpc.unary_unary_rpc_method_handler(self.describe),
@@ -52,8 +54,6 @@ class Scheduler:
         }
         handler = grpc.method_handlers_generic_handler("laps.v1.SchedulerService", methods)
         server.add_generic_rpc_handlers((handler,))
-        self.address = f"localhost:{channels.bind(server, '127.0.0.1', 0, files)}"
-        await server.start()
         return server
 
 
@@ -65,10 +65,10 @@ def authority() -> Authority:
 @asynccontextmanager
 async def serving(files: TlsFiles) -> AsyncIterator[Scheduler]:
     scheduler = Scheduler()
-    server = await scheduler.start(files)
-    yield scheduler
-    scheduler.go_on.set()
-    await server.stop(None)
+    async with listening(scheduler.new_server(), tls=files) as port:
+        scheduler.address = f"localhost:{port}"
+        yield scheduler
+        scheduler.go_on.set()
 
 
 async def describe(address: str, files: TlsFiles | None) -> str:
