@@ -158,8 +158,8 @@ def test_a_closed_terminal_stops_the_service_in_good_order(ignored: bool, tmp_pa
     def take_terminal() -> None:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if ignored:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # The tests themselves may run under nohup.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
         [sys.executable, "-c", ENDS_WITH_ITS_TERMINAL, str(told)],
