@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -18,6 +18,11 @@ MAX_TEMPERATURE = 100.0
 MIN_REPETITION_PENALTY = float.fromhex("0x1.47ae14p-7")
 """0.01, as requests carry it. Near zero it would divide scores beyond what they can be."""
 MAX_REPETITION_PENALTY = 100.0
+MAX_ADDED_PENALTY = 2.0
+"""Of frequency and presence, either way."""
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 300
+"""The scheduler reads each of them, some microseconds long."""
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 256
@@ -110,7 +115,7 @@ def check_before_tokenizing(request: inference_pb2.GenerateRequest, bounds: Boun
         violations.whole("predicted_output_tokens", request.predicted_output_tokens, 1, INT32_MAX)
     if request.HasField("timeout"):
         _check_timeout(violations, request.timeout)
-    _check_sampling(violations, request.sampling)
+    _check_sampling(violations, request.sampling, bounds)
     _check_stopping(violations, request.stopping, bounds)
     _check_prompt(violations, request, bounds)
     violations.raise_first()
@@ -170,7 +175,7 @@ def _check_timeout(violations: _Violations, timeout: Duration) -> None:
         violations.add("timeout", f"must be more than 0 s, not {seconds + nanos / 1e9:g} s")
 
 
-def _check_sampling(violations: _Violations, sampling: generation_pb2.SamplingParams) -> None:
+def _check_sampling(violations: _Violations, sampling: generation_pb2.SamplingParams, bounds: Bounds) -> None:
     if sampling.HasField("temperature"):
         violations.number("sampling.temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
     if sampling.HasField("top_p"):
@@ -186,8 +191,23 @@ def _check_sampling(violations: _Violations, sampling: generation_pb2.SamplingPa
             MIN_REPETITION_PENALTY,
             MAX_REPETITION_PENALTY,
         )
+    for name in ("frequency_penalty", "presence_penalty"):
+        violations.number(f"sampling.{name}", getattr(sampling, name), -MAX_ADDED_PENALTY, MAX_ADDED_PENALTY)
+    _check_biases(violations, sampling.logit_bias, bounds)
     if sampling.HasField("logprobs"):
         violations.whole("sampling.logprobs", sampling.logprobs, 0, MAX_LOGPROBS)
+
+
+def _check_biases(violations: _Violations, biases: Mapping[int, float], bounds: Bounds) -> None:
+    if len(biases) > MAX_BIASED_TOKENS:
+        problem = f"must be at most {MAX_BIASED_TOKENS} tokens, not {len(biases)}"
+        violations.add("sampling.logit_bias", problem)
+        return
+    for token_id, bias in biases.items():
+        field = f"sampling.logit_bias[{token_id}]"
+        if not _check_token_id(violations, field, token_id, bounds):
+            return
+        violations.number(field, bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
 
 def _check_stopping(violations: _Violations, stopping: generation_pb2.StoppingParams, bounds: Bounds) -> None:
@@ -255,6 +275,13 @@ def _check_token_ids(violations: _Violations, field: str, ids: Iterable[int], bo
     size = bounds.vocabulary_size
     for index, token_id in enumerate(ids):
         if token_id >= size:
-            problem = f"{token_id} is not in the vocabulary of {size} tokens"
-            violations.add(f"{field}[{index}]", problem, Reason.TOKEN_UNKNOWN, vocabulary_size=size)
+            _check_token_id(violations, f"{field}[{index}]", token_id, bounds)
             return
+
+
+def _check_token_id(violations: _Violations, field: str, token_id: int, bounds: Bounds) -> bool:
+    size = bounds.vocabulary_size
+    if token_id >= size:
+        problem = f"{token_id} is not in the vocabulary of {size} tokens"
+        violations.add(field, problem, Reason.TOKEN_UNKNOWN, vocabulary_size=size)
+    return token_id < size

@@ -21,6 +21,14 @@ MAX_SECONDS = 1e6
 MAX_ERROR_CHARS = 512
 MAX_TRACEPARENT_CHARS = 128
 
+_SAMPLING_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 _ID = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 _REQUEST_ID = re.compile(
     rf"(?:{TENANT_NAME.pattern}{TENANT_SEPARATOR})?[A-Za-z0-9._-]{{1,{MAX_REQUEST_ID_CHARS}}}"
@@ -86,9 +94,11 @@ def check_spec(spec: scheduler_pb2.RequestSpec) -> None:
         value = getattr(spec, name)
         if not (math.isfinite(value) and value >= 0):
             raise InvalidArgument(f"spec.{name}", f"must be a finite number of at least 0, not {value}")
-    for number in ("temperature", "top_p", "min_p", "repetition_penalty"):
+    for number in _SAMPLING_NUMBERS:
         if not math.isfinite(getattr(spec.sampling, number)):
             raise InvalidArgument(f"spec.sampling.{number}", "must be a finite number")
+    if not all(map(math.isfinite, spec.sampling.logit_bias.values())):
+        raise InvalidArgument("spec.sampling.logit_bias", "must be finite numbers")
 
 
 def _check_costs(field: str, costs: worker_pb2.StepCosts) -> None:

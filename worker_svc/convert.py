@@ -47,6 +47,9 @@ def engine_request(grant: worker_pb2.LeaseGrant) -> EngineRequest:
             repetition_penalty=(
                 sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0
             ),
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
             seed=sampling.seed if sampling.HasField("seed") else None,
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),

@@ -67,6 +67,9 @@ class Fields:
     def __contains__(self, name: str) -> bool:
         return name in self._values
 
+    def __len__(self) -> int:
+        return len(self._values)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
@@ -94,17 +97,7 @@ class Fields:
     def number(self, name: str) -> float | None:
         """Never infinite."""
         value = self.raw(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong_type(self.path(name), "a number", value)
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise invalid(self.path(name), "is too large a number")
-        return number
+        return None if value is None else as_number(self.path(name), value)
 
     def object(self, name: str) -> Fields:
         """Empty when it is not given."""
@@ -133,6 +126,18 @@ def as_whole(param: str, value: Any, low: int, high: int) -> int:
     if not low <= value <= high:
         raise invalid(param, f"must be between {low} and {high}")
     return value
+
+
+def as_number(param: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_type(param, "a number", value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise invalid(param, "is too large a number")
+    return number
 
 
 def as_token_ids(param: str, values: list[Any]) -> list[int]:

@@ -62,6 +62,13 @@ PARAMETERS = (
         Fate.USED,
         "Not OpenAI's. Divides the score of tokens already seen; 0.01 to 100.",
     ),
+    Parameter(
+        "frequency_penalty",
+        Fate.USED,
+        "Lowers a token's score for each time that the output has it; -2 to 2.",
+    ),
+    Parameter("presence_penalty", Fate.USED, "Lowers the score of tokens that the output has; -2 to 2."),
+    Parameter("logit_bias", Fate.USED, "By token id: added to its score, -100 to 100. Up to 300 tokens."),
     Parameter("min_tokens", Fate.USED, "Not OpenAI's. The output does not end before it."),
     Parameter("stop_token_ids", Fate.USED, "Not OpenAI's. Tokens that end the output."),
     Parameter("ignore_eos", Fate.USED, "Not OpenAI's. Go on past the model's own end."),
@@ -84,11 +91,6 @@ PARAMETERS = (
     Parameter("best_of", Fate.REFUSED, "One output a request.", _COMPLETIONS, (1,)),
     Parameter("echo", Fate.REFUSED, "The prompt is not repeated.", _COMPLETIONS, (False,)),
     Parameter("suffix", Fate.REFUSED, "No insertion.", _COMPLETIONS, ("",)),
-    Parameter(
-        "logit_bias", Fate.REFUSED, "The target's distribution is not changed by token.", harmless=({},)
-    ),
-    Parameter("presence_penalty", Fate.REFUSED, "There is `repetition_penalty`.", harmless=(0,)),
-    Parameter("frequency_penalty", Fate.REFUSED, "There is `repetition_penalty`.", harmless=(0,)),
     Parameter("tools", Fate.REFUSED, "No tools.", _CHAT, ([],)),
     Parameter("tool_choice", Fate.REFUSED, "No tools.", _CHAT, ("none", "auto")),
     Parameter("functions", Fate.REFUSED, "No tools.", _CHAT, ([],)),

@@ -8,9 +8,20 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from gateway.http.body import Fields, as_list, as_object, as_text, as_token_ids, shown
+from gateway.http.body import (
+    UINT32_MAX,
+    Fields,
+    as_list,
+    as_number,
+    as_object,
+    as_text,
+    as_token_ids,
+    as_whole,
+    shown,
+)
 from gateway.http.errors import Refusal, invalid
 from gateway.http.parameters import Endpoint, check_parameters
+from gateway.validation import MAX_BIASED_TOKENS
 from laps.v1 import generation_pb2, inference_pb2
 
 DEFAULT_TEMPERATURE = 1.0
@@ -19,6 +30,7 @@ _MAX_TIMEOUT_S = 1e9
 _LAPS_FIELDS = frozenset(
     ("priority", "request_class", "predicted_output_tokens", "timeout_s", "cancel_on_disconnect")
 )
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _MESSAGE_FIELDS = frozenset(("role", "content", "name"))
 """`name` is taken and not used: hardly a chat template has a place for it."""
 _ROLES = {"developer": "system"}
@@ -123,9 +135,10 @@ def _read_prompt(fields: Fields, request: inference_pb2.GenerateRequest) -> None
 def _read_sampling(fields: Fields, sampling: generation_pb2.SamplingParams, *, chat: bool) -> None:
     temperature = fields.number("temperature")
     sampling.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
-    for name in ("top_p", "min_p", "repetition_penalty"):
+    for name in ("top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
         if (number := fields.number(name)) is not None:
             setattr(sampling, name, number)
+    _read_biases(fields.object("logit_bias"), sampling)
     if (top_k := fields.whole("top_k")) is not None:
         sampling.top_k = top_k
     if (seed := fields.whole("seed", -(1 << 63), (1 << 64) - 1)) is not None:
@@ -134,6 +147,18 @@ def _read_sampling(fields: Fields, sampling: generation_pb2.SamplingParams, *, c
     logprobs = _logprobs_of_chat(fields) if chat else fields.whole("logprobs")
     if logprobs is not None:
         sampling.logprobs = logprobs
+
+
+def _read_biases(biases: Fields, sampling: generation_pb2.SamplingParams) -> None:
+    if len(biases) > MAX_BIASED_TOKENS:
+        raise invalid("logit_bias", f"must be at most {MAX_BIASED_TOKENS} tokens, not {len(biases)}")
+    for name in biases:
+        # As Python reads numbers, several names would be one token's.
+        if not _TOKEN_ID.fullmatch(name):
+            raise invalid("logit_bias", f"{shown(name)!r} is not a token id")
+        param = f"logit_bias[{name}]"
+        token_id = as_whole(param, int(name), 0, UINT32_MAX)
+        sampling.logit_bias[token_id] = as_number(param, biases.raw(name))
 
 
 def _logprobs_of_chat(fields: Fields) -> int | None:

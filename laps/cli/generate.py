@@ -16,6 +16,19 @@ if TYPE_CHECKING:
     from laps.client import Client, Completion
 
 
+class _Bias(click.ParamType[tuple[int, float]]):
+    name = "bias"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, float]:
+        token_id, _, bias = str(value).partition("=")
+        try:
+            return int(token_id), float(bias)
+        except ValueError:
+            self.fail(f"{value!r} is not TOKEN=BIAS, as in 50256=-100", param, ctx)
+
+
 @click.command()
 @click.argument("prompt")
 @click.option("--max-tokens", type=int, help="Output tokens at most.")
@@ -26,6 +39,17 @@ if TYPE_CHECKING:
 @click.option("--min-p", type=float, help="Keep tokens at least this share as likely as the likeliest.")
 @click.option(
     "--repetition-penalty", type=float, help="Divides the score of tokens already seen; 0.01 to 100."
+)
+@click.option(
+    "--frequency-penalty", type=float, help="Lowers a token's score for each time that it came; -2 to 2."
+)
+@click.option("--presence-penalty", type=float, help="Lowers the score of tokens that came; -2 to 2.")
+@click.option(
+    "--logit-bias",
+    type=_Bias(),
+    multiple=True,
+    metavar="TOKEN=BIAS",
+    help="Adds to a token's score, -100 to 100; may be given again.",
 )
 @click.option("--seed", type=int, help="Makes sampling repeatable.")
 @click.option("--logprobs", type=int, help="Return log-probabilities, with so many alternatives.")
@@ -39,7 +63,13 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="PROMPT is a user's message; use the model's chat template.")
 @client_options
 def generate(
-    client: Client, as_json: bool, prompt: str, chat: bool, stop: tuple[str, ...], **options: Any
+    client: Client,
+    as_json: bool,
+    prompt: str,
+    chat: bool,
+    stop: tuple[str, ...],
+    logit_bias: tuple[tuple[int, float], ...],
+    **options: Any,
 ) -> int:
     """Generate text for PROMPT ("-" reads it from standard input).
 
@@ -49,6 +79,8 @@ def generate(
     given = {name: value for name, value in options.items() if value is not None and value is not False}
     if stop:
         given["stop"] = list(stop)
+    if logit_bias:
+        given["logit_bias"] = dict(logit_bias)
     began_s = time.monotonic()
     with client.stream([{"role": "user", "content": text}] if chat else text, **given) as stream:
         for chunk in stream:

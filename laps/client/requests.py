@@ -38,6 +38,10 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    """By token id: added to its score, in [-100, 100]."""
     seed: int
     """The output then depends on model, prompt, parameters and seed alone."""
     logprobs: int
@@ -56,7 +60,17 @@ class GenerateOptions(TypedDict, total=False):
     """Idempotency key; the client makes one where none is given."""
 
 
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "logprobs")
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+    "logprobs",
+)
 _STOPPING = ("max_tokens", "min_tokens", "ignore_eos")
 _TOP = ("model", "priority", "cancel_on_disconnect", "request_class", "predicted_output_tokens", "request_id")
 
@@ -68,6 +82,7 @@ def build_request(prompt: Prompt, options: GenerateOptions) -> pb.GenerateReques
     _set_prompt(request, prompt)
     for name in _SAMPLING:
         _set(request.sampling, name, given.pop(name, None), "sampling.")
+    _update(request.sampling.logit_bias, given.pop("logit_bias", {}), "sampling.logit_bias")
     for name in _STOPPING:
         _set(request.stopping, name, given.pop(name, None), "stopping.")
     for name in _TOP:
@@ -121,6 +136,13 @@ def _set(message: Message, name: str, value: Any, path: str = "") -> None:
 def _extend(field: Any, values: Iterable[Any], path: str) -> None:
     try:
         field.extend(values)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(path, f"cannot be sent: {_short(error)}") from None
+
+
+def _update(field: Any, values: Mapping[Any, Any], path: str) -> None:
+    try:
+        field.update(values)
     except (ValueError, TypeError) as error:
         raise InvalidArgument(path, f"cannot be sent: {_short(error)}") from None
 

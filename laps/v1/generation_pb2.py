@@ -24,37 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18laps/v1/generation.proto\x12\x07laps.v1\"\x8c\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x15\n\x08logprobs\x18\x07 \x01(\x05H\x06\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\x0c\x43hatMessages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.laps.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12 \n\x03top\x18\x02 \x03(\x0b\x32\x13.laps.v1.TopLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x80\x01\n\x06Timing\x12\x15\n\rqueue_time_ms\x18\x01 \x01(\x01\x12\x1e\n\x16time_to_first_token_ms\x18\x02 \x01(\x01\x12\x13\n\x0bmean_itl_ms\x18\x03 \x01(\x01\x12\x15\n\rtotal_time_ms\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"\xb9\x01\n\x10SpeculationStats\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12\x1e\n\x16mean_acceptance_length\x18\x04 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x05 \x01(\x01\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x06 \x03(\r\"Q\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x08logprobs\x18\x03 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\x8b\x02\n\x08\x43omplete\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.laps.v1.Usage\x12\x1f\n\x06timing\x18\x05 \x01(\x0b\x32\x0f.laps.v1.Timing\x12.\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x19.laps.v1.SpeculationStats\x12\r\n\x05\x65rror\x18\x07 \x01(\tB\x18\n\x16_matched_stop_token_id*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18laps/v1/generation.proto\x12\x07laps.v1\"\xe4\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x15\n\x08logprobs\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x08\x88\x01\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.laps.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penalty\"\x9a\x01\n\x0eStoppingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokens\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"6\n\x0c\x43hatMessages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.laps.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"A\n\x0cTokenLogprob\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12 \n\x03top\x18\x02 \x03(\x0b\x32\x13.laps.v1.TopLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\x80\x01\n\x06Timing\x12\x15\n\rqueue_time_ms\x18\x01 \x01(\x01\x12\x1e\n\x16time_to_first_token_ms\x18\x02 \x01(\x01\x12\x13\n\x0bmean_itl_ms\x18\x03 \x01(\x01\x12\x15\n\rtotal_time_ms\x18\x04 \x01(\x01\x12\x13\n\x0bpreemptions\x18\x05 \x01(\r\"\xb9\x01\n\x10SpeculationStats\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x03 \x01(\r\x12\x1e\n\x16mean_acceptance_length\x18\x04 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x05 \x01(\x01\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x06 \x03(\r\"Q\n\x05\x43hunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\'\n\x08logprobs\x18\x03 \x03(\x0b\x32\x15.laps.v1.TokenLogprob\"\x8b\x02\n\x08\x43omplete\x12,\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x15.laps.v1.FinishReason\x12\x14\n\x0cmatched_stop\x18\x02 \x01(\t\x12\"\n\x15matched_stop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x05usage\x18\x04 \x01(\x0b\x32\x0e.laps.v1.Usage\x12\x1f\n\x06timing\x18\x05 \x01(\x0b\x32\x0f.laps.v1.Timing\x12.\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x19.laps.v1.SpeculationStats\x12\r\n\x05\x65rror\x18\x07 \x01(\tB\x18\n\x16_matched_stop_token_id*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'laps.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1463
-  _globals['_FINISHREASON']._serialized_end=1640
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1679
+  _globals['_FINISHREASON']._serialized_end=1856
   _globals['_SAMPLINGPARAMS']._serialized_start=38
-  _globals['_SAMPLINGPARAMS']._serialized_end=306
-  _globals['_STOPPINGPARAMS']._serialized_start=309
-  _globals['_STOPPINGPARAMS']._serialized_end=463
-  _globals['_CHATMESSAGE']._serialized_start=465
-  _globals['_CHATMESSAGE']._serialized_end=509
-  _globals['_CHATMESSAGES']._serialized_start=511
-  _globals['_CHATMESSAGES']._serialized_end=565
-  _globals['_TOKENIDS']._serialized_start=567
-  _globals['_TOKENIDS']._serialized_end=590
-  _globals['_TOPLOGPROB']._serialized_start=592
-  _globals['_TOPLOGPROB']._serialized_end=639
-  _globals['_TOKENLOGPROB']._serialized_start=641
-  _globals['_TOKENLOGPROB']._serialized_end=706
-  _globals['_USAGE']._serialized_start=708
-  _globals['_USAGE']._serialized_end=788
-  _globals['_TIMING']._serialized_start=791
-  _globals['_TIMING']._serialized_end=919
-  _globals['_SPECULATIONSTATS']._serialized_start=922
-  _globals['_SPECULATIONSTATS']._serialized_end=1107
-  _globals['_CHUNK']._serialized_start=1109
-  _globals['_CHUNK']._serialized_end=1190
-  _globals['_COMPLETE']._serialized_start=1193
-  _globals['_COMPLETE']._serialized_end=1460
+  _globals['_SAMPLINGPARAMS']._serialized_end=522
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=340
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=388
+  _globals['_STOPPINGPARAMS']._serialized_start=525
+  _globals['_STOPPINGPARAMS']._serialized_end=679
+  _globals['_CHATMESSAGE']._serialized_start=681
+  _globals['_CHATMESSAGE']._serialized_end=725
+  _globals['_CHATMESSAGES']._serialized_start=727
+  _globals['_CHATMESSAGES']._serialized_end=781
+  _globals['_TOKENIDS']._serialized_start=783
+  _globals['_TOKENIDS']._serialized_end=806
+  _globals['_TOPLOGPROB']._serialized_start=808
+  _globals['_TOPLOGPROB']._serialized_end=855
+  _globals['_TOKENLOGPROB']._serialized_start=857
+  _globals['_TOKENLOGPROB']._serialized_end=922
+  _globals['_USAGE']._serialized_start=924
+  _globals['_USAGE']._serialized_end=1004
+  _globals['_TIMING']._serialized_start=1007
+  _globals['_TIMING']._serialized_end=1135
+  _globals['_SPECULATIONSTATS']._serialized_start=1138
+  _globals['_SPECULATIONSTATS']._serialized_end=1323
+  _globals['_CHUNK']._serialized_start=1325
+  _globals['_CHUNK']._serialized_end=1406
+  _globals['_COMPLETE']._serialized_start=1409
+  _globals['_COMPLETE']._serialized_end=1676
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,9 @@ LEASE = (1 << 32) | 1
 _GENERATE = inference_pb2.GenerateRequest(
     request_id="r",
     token_ids=generation_pb2.TokenIds(ids=[1, 2, 3]),
-    sampling=generation_pb2.SamplingParams(temperature=0.5, top_p=0.9, seed=1, logprobs=2),
+    sampling=generation_pb2.SamplingParams(
+        temperature=0.5, top_p=0.9, seed=1, logprobs=2, frequency_penalty=0.5, logit_bias={3: -1.5}
+    ),
     stopping=generation_pb2.StoppingParams(max_tokens=4, stop=["x"], stop_token_ids=[5]),
     priority=1,
 )
@@ -55,7 +57,9 @@ SEEDS: dict[str, list[bytes]] = {
     "grpc": [_GENERATE.SerializeToString(), _CHAT.SerializeToString()],
     "http": [
         json.dumps({"prompt": "x", "max_tokens": 3, "stop": ["a"], "logprobs": 2, "stream": True}).encode(),
-        json.dumps({"messages": [{"role": "user", "content": "x"}], "temperature": 0.5}).encode(),
+        json.dumps(
+            {"messages": [{"role": "user", "content": "x"}], "temperature": 0.5, "logit_bias": {"3": -1}}
+        ).encode(),
     ],
     "submissions": [
         scheduler_pb2.SubmitRequest(

@@ -103,6 +103,18 @@ def test_generate_streams_text_and_sums_up_on_stderr(
     assert not request.sampling.HasField("temperature")
 
 
+def test_generate_takes_penalties_and_biases(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--frequency-penalty", "0.5", "--presence-penalty", "-1", "--logit-bias", "5=-100"]
+    with gateway() as served:
+        command = ["generate", "hello", "--server", served.address]
+        assert main([*command, *options, "--logit-bias", "7=0.5"]) == 0
+        assert main([*command, "--logit-bias", "the"]) == 2
+    assert "'the' is not TOKEN=BIAS" in capsys.readouterr().err
+    sampling = served.calls[0][1].sampling
+    assert (sampling.frequency_penalty, sampling.presence_penalty) == (0.5, -1.0)
+    assert dict(sampling.logit_bias) == {5: -100.0, 7: 0.5}
+
+
 def test_generate_json(gateway: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with gateway() as served:
         assert main(["generate", "hi", "--json", "--server", served.address, "--request-id", "r7"]) == 0

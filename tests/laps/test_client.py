@@ -143,6 +143,16 @@ def test_zero_is_a_value_and_absent_is_absent() -> None:
     assert request.request_id
 
 
+def test_biases_are_by_token() -> None:
+    request = build_request("hi", {"logit_bias": {3: -100, 70_000: 0.5}, "frequency_penalty": 0.25})
+    assert dict(request.sampling.logit_bias) == {3: -100.0, 70_000: 0.5}
+    assert request.sampling.frequency_penalty == 0.25
+    wrong: list[Any] = [{-1: 1.0}, {"3": 1.0}, {3: "x"}, {1 << 32: 1.0}, [3]]
+    for biases in wrong:
+        with pytest.raises(InvalidArgument, match=r"sampling\.logit_bias: .*cannot be sent"):
+            build_request("hi", {"logit_bias": biases})
+
+
 def test_an_unknown_argument_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="max_token"):
         build_request("hi", {"max_token": 3})  # type: ignore[typeddict-unknown-key]

@@ -200,6 +200,8 @@ def test_a_worker_that_cannot_be_is_not_taken(field: str, value: Any) -> None:
         ("disconnect_grace_s", -1.0),
         ("request_class", "a b"),
         ("sampling", generation_pb2.SamplingParams(temperature=math.nan)),
+        ("sampling", generation_pb2.SamplingParams(frequency_penalty=math.inf)),
+        ("sampling", generation_pb2.SamplingParams(logit_bias={3: 1.0, 4: math.nan})),
     ],
 )
 def test_a_request_that_no_gateway_lets_through(field: str, value: Any) -> None:

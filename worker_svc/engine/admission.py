@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from .acceptance import AcceptanceEstimate
 from .config import EngineConfig, EngineRequest
 from .errors import InvalidRequestError
 from .loading import ModelPair
 from .lookup import PromptLookup
+from .penalties import TokenHistory
 from .rows import Row
 from .sampling import SamplingRow
 from .stopping import StopChecker
@@ -42,6 +41,7 @@ def checked_tokens(request: EngineRequest, pair: ModelPair, context_tokens: int)
             "output_token_ids", f"{len(output)} tokens given, but the request ends at {limit}"
         )
     _token_ids("stop_token_ids", stopping.stop_token_ids, pair.vocabulary_size)
+    _token_ids("logit_bias", [token_id for token_id, _ in request.sampling.logit_bias], pair.vocabulary_size)
     if stopping.stop and pair.tokenizer is None:
         raise InvalidRequestError("stop", "stop strings need a tokenizer, and the model folder has none")
     return prompt + output
@@ -77,17 +77,20 @@ def new_row(
         request.prompt_token_ids,
         request.output_token_ids,
     )
-    seen = None
-    if request.sampling.repetition_penalty != 1.0:
-        seen = torch.zeros(pair.vocabulary_size, dtype=torch.bool, device=pair.device)
-        seen[tokens] = True
+    history = TokenHistory.of(
+        request.sampling,
+        request.prompt_token_ids,
+        request.output_token_ids,
+        pair.vocabulary_size,
+        pair.device,
+    )
     # While min_tokens holds, an end-of-sequence id is blocked even where it would not end the request.
     blocked = stopper.end_token_ids | set(pair.eos_token_ids)
     return Row(
         request=request,
         tokens=tokens,
         stopper=stopper,
-        sampling=SamplingRow(request.sampling, request.stopping.min_tokens, tuple(sorted(blocked)), seen),
+        sampling=SamplingRow(request.sampling, request.stopping.min_tokens, tuple(sorted(blocked)), history),
         draft_limit_tokens=draft_limit_tokens(request, config),
         acceptance=AcceptanceEstimate(acceptance),
         lookup=PromptLookup(lookup_priors) if config.prompt_lookup else None,

@@ -15,6 +15,9 @@ MAX_STOP_CHARS = 256
 MIN_REPETITION_PENALTY = float.fromhex("0x1.47ae14p-7")
 """0.01 in float32, in which callers may hold it. Near zero scores become infinite, and all alike."""
 MAX_REPETITION_PENALTY = 100.0
+MAX_ADDED_PENALTY = 2.0
+"""Of frequency and presence, either way."""
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,11 @@ class SamplingConfig:
     """How the next token is chosen, in the order in which Hugging Face applies it.
 
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. repetition_penalty: over
-    prompt and output, 0.01 to 100; 1 is off; applied to greedy requests too. seed: makes the output a
-    function of model, prompt, parameters and seed alone; None samples freely. logprobs: None for none, else
-    the number of alternatives reported beside the chosen token (natural log, raw target).
+    prompt and output, 0.01 to 100; 1 is off. frequency_penalty, presence_penalty: over the output, -2 to 2;
+    0 is off. logit_bias: (token id, what is added to its score, -100 to 100), each token once. Penalties and
+    biases are applied to greedy requests too. seed: makes the output a function of model, prompt, parameters
+    and seed alone; None samples freely. logprobs: None for none, else the number of alternatives reported
+    beside the chosen token (natural log, raw target).
     """
 
     temperature: float = 0.0
@@ -101,6 +106,9 @@ class SamplingConfig:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     logprobs: int | None = None
 
@@ -111,6 +119,13 @@ class SamplingConfig:
         _require_number(
             "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
         )
+        for name in ("frequency_penalty", "presence_penalty"):
+            _require_number(name, getattr(self, name), -MAX_ADDED_PENALTY, MAX_ADDED_PENALTY)
+        for token_id, bias in self.logit_bias:
+            _require_int("logit_bias", token_id, 0, 1 << 31)
+            _require_number("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidRequestError("logit_bias", "a token may have one bias")
         _require_int("top_k", self.top_k, 0, 1 << 31)
         if self.seed is not None:
             _require_int("seed", self.seed, -(1 << 63), (1 << 64) - 1)
@@ -120,6 +135,10 @@ class SamplingConfig:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or bool(self.frequency_penalty or self.presence_penalty)
 
 
 @dataclass(frozen=True, slots=True)

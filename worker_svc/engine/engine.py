@@ -39,7 +39,6 @@ from .results import FinishReason, KvUsage, StepColumns, StepResult
 from .rows import TARGET, Row
 from .runners import make_runner
 from .slots import Residency, common_prefix
-from .transfers import upload
 
 # Prefill may take so much of the time that a step without it takes, while others decode that are no fewer:
 # less than once, so that with what the estimates miss the gap between two tokens does not double.
@@ -303,8 +302,8 @@ class Engine:
                     tokens = tokens[:count]
                     break
             row.tokens.extend(tokens)
-            if row.sampling.seen is not None:
-                row.sampling.seen[upload(tokens, self.pair.device)] = True
+            if row.sampling.history is not None:
+                row.sampling.history.emit(tokens)
             if plan.drafter is Drafter.DRAFT:
                 row.acceptance.observe(plan.length, accepted)
             if row.lookup is not None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .config import SamplingConfig
 from .noise import gumbel, seed_to_int64
+from .penalties import Biases, TokenHistory
 from .transfers import upload
 
 _NEVER = float("-inf")
@@ -34,14 +35,14 @@ _LEAST_TEMPERATURE = 1e-30
 class SamplingRow:
     """What sampling must know of one request.
 
-    blocked_token_ids: not to be chosen before output position `min_tokens`. seen: bool [V], tokens of prompt
-    and output, held only where a repetition penalty needs it; the owner adds emitted tokens.
+    blocked_token_ids: not to be chosen before output position `min_tokens`. history: held where a penalty
+    needs it; the owner adds emitted tokens.
     """
 
     config: SamplingConfig
     min_tokens: int
     blocked_token_ids: tuple[int, ...]
-    seen: Tensor | None
+    history: TokenHistory | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class BatchSampler:
         free = [i for i in sampled if configs[i].seed is None]
         self._free = self._index(free)
         self._place_of_free = {row: place for place, row in enumerate(free)}
-        self._penalised = [i for i, config in enumerate(configs) if config.repetition_penalty != 1.0]
+        self._biases = {i: Biases(config, device) for i, config in enumerate(configs) if config.logit_bias}
+        self._histories = {i: row.history for i, row in enumerate(rows) if row.history is not None}
         filtered = {
             "top_k": [i for i in sampled if configs[i].top_k > 0],
             "top_p": [i for i in sampled if configs[i].top_p < 1.0],
@@ -91,7 +93,7 @@ class BatchSampler:
         self._blocked_ids = {i: upload(list(rows[i].blocked_token_ids), device) for i in self._blocked}
         self._noise: Tensor | None = None
         self._offsets: list[int] = []
-        self._plain = not sampled and not self._penalised and not self._blocked
+        self._plain = not (sampled or self._biases or self._histories or self._blocked)
 
     def _index(self, chosen: list[int]) -> Tensor | None:
         return upload(chosen, self._device) if chosen else None
@@ -210,8 +212,10 @@ class BatchSampler:
         scores = logits.float()
         if scores is logits:
             scores = logits.clone()
-        for row in self._penalised:
-            self._penalise(scores[row], self.rows[row], first, drafts[row])
+        for row, biases in self._biases.items():
+            biases.add(scores[row])
+        for row, history in self._histories.items():
+            history.penalise(scores[row], first, drafts[row])
         for row in self._blocked:
             masked = min(self.rows[row].min_tokens - self._offsets[row] - first, scores.shape[1])
             if masked > 0:
@@ -221,18 +225,6 @@ class BatchSampler:
         for name, (index, values) in self._filters.items():
             scores[index] = _FILTERS[name](scores[index], values)
         return scores
-
-    def _penalise(self, scores: Tensor, row: SamplingRow, first: int, drafts: Tensor) -> None:
-        """Repetition penalty (Keskar et al., 2019) on scores [q, V], in place."""
-        if row.seen is None:
-            raise AssertionError("a row with a repetition penalty holds the tokens that it has seen")
-        seen = row.seen.repeat(scores.shape[0], 1)
-        for position in range(first + scores.shape[0] - 1):
-            # A drafted token counts as seen for the positions behind it.
-            # (An index of one value without a dimension would be read back from the device.)
-            seen[max(0, position + 1 - first) :].index_fill_(-1, drafts[position : position + 1], True)
-        penalty = row.config.repetition_penalty
-        scores.copy_(torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores))
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:

@@ -99,6 +99,9 @@ async def test_parameters_reach_the_scheduler(http: Any) -> None:
         top_p=0.75,
         seed=-1,
         stop=["zzz"],
+        frequency_penalty=0.25,
+        presence_penalty=-2,
+        logit_bias={"3": -100, "5": 1.5},
         user="someone",
         n=1,
         extra_body={
@@ -110,6 +113,7 @@ async def test_parameters_reach_the_scheduler(http: Any) -> None:
     spec = http.stored().spec
     assert spec.sampling == generation_pb2.SamplingParams(
         temperature=0.5, top_p=0.75, top_k=5, min_p=0.25, repetition_penalty=1.5,
+        frequency_penalty=0.25, presence_penalty=-2.0, logit_bias={3: -100.0, 5: 1.5},
         seed=(1 << 64) - 1,
     )  # fmt: skip
     assert spec.stopping == generation_pb2.StoppingParams(

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,6 +28,7 @@ from transformers import (
 from worker_svc.engine import EngineRequest, ModelPair, SamplingConfig, StoppingConfig, load_pair
 from worker_svc.engine.config import MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
 from worker_svc.engine.noise import gumbel
+from worker_svc.engine.penalties import TokenHistory
 from worker_svc.engine.sampling import BatchSampler, SamplingRow
 
 VOCABULARY = 12
@@ -41,7 +44,19 @@ CASES = {
     "top_p": {"temperature": 1.0, "top_p": 0.8},
     "min_p": {"temperature": 1.2, "min_p": 0.1},
     "penalty": {"temperature": 1.0, "repetition_penalty": 1.7},
-    "all": {"temperature": 1.1, "top_k": 9, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2},
+    "frequency": {"temperature": 1.0, "frequency_penalty": 0.9},
+    "presence": {"temperature": 1.0, "presence_penalty": -1.1},
+    "bias": {"temperature": 0.9, "logit_bias": ((3, 0.8), (7, -100.0), (9, -0.7))},
+    "all": {
+        "temperature": 1.1,
+        "top_k": 9,
+        "top_p": 0.9,
+        "min_p": 0.02,
+        "repetition_penalty": 1.2,
+        "frequency_penalty": -0.4,
+        "presence_penalty": 0.6,
+        "logit_bias": ((5, 0.5),),
+    },
 }
 
 
@@ -51,12 +66,33 @@ def small_pair(make_folders: Any) -> ModelPair:
     return load_pair(folders.target, folders.draft)
 
 
-def _processors(config: SamplingConfig) -> LogitsProcessorList:
+class AddedPenalties(LogitsProcessor):
+    """By the formula of OpenAI's API, token by token; transformers has none."""
+
+    def __init__(self, config: SamplingConfig, prompt_tokens: int) -> None:
+        self.config, self.prompt_tokens = config, prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        for row, tokens in enumerate(input_ids.tolist()):
+            for token, count in Counter(tokens[self.prompt_tokens :]).items():
+                scores[row, token] -= (
+                    count * self.config.frequency_penalty + float(count > 0) * self.config.presence_penalty
+                )
+        return scores
+
+
+def _processors(config: SamplingConfig, prompt_tokens: int = 1) -> LogitsProcessorList:
     """transformers' own processors, in the order of its generate."""
     chain: list[Any] = []
+    if config.logit_bias:
+        chain.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in config.logit_bias]))
     if config.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    chain.append(TemperatureLogitsWarper(config.temperature))
+    if config.frequency_penalty or config.presence_penalty:
+        chain.append(AddedPenalties(config, prompt_tokens))
+    if not config.greedy:
+        chain.append(TemperatureLogitsWarper(config.temperature))
     if config.top_k:
         chain.append(TopKLogitsWarper(config.top_k))
     if config.top_p < 1.0:
@@ -71,7 +107,7 @@ def _exact(
     pair: ModelPair, config: SamplingConfig, prompt: Sequence[int] = PROMPT
 ) -> dict[tuple[int, ...], float]:
     """Probability of every output of TOKENS tokens, from plain forward passes."""
-    chain = _processors(config)
+    chain = _processors(config, len(prompt))
     known: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(TOKENS):
         prefixes = [prefix for prefix, chance in known.items() if chance > 0]
@@ -189,25 +225,68 @@ def test_filters_equal_those_of_transformers_in_any_batch() -> None:
             assert torch.equal(together[row], expected)
 
 
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repetition_penalty": 1.5},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1.25},
+        {"repetition_penalty": 0.5, "frequency_penalty": -2.0, "presence_penalty": 1.0},
+    ],
+    ids="-".join,
+)
 @torch.inference_mode()
-def test_drafted_tokens_are_penalised_at_the_positions_behind_them() -> None:
-    """All positions of a verification at once, and those of drafting one by one, as if each came alone."""
-    config = SamplingConfig(repetition_penalty=1.5)
+def test_drafted_tokens_are_penalised_at_the_positions_behind_them(penalties: dict[str, float]) -> None:
+    """All positions of a verification at once, and those of drafting one by one, as if each came alone; and
+    what was drafted counts no more in the next step.
+    """
+    config = SamplingConfig(**penalties)
     logits = torch.randn((1, 4, 30), generator=torch.Generator().manual_seed(0))
     drafts = torch.tensor([[7, 9, 7]])
-    prompt = [3, 9, 20]
-    seen = torch.zeros(30, dtype=torch.bool)
-    seen[prompt] = True
-    sampler = BatchSampler([SamplingRow(config, 0, (), seen)], 30, torch.device("cpu"))
-    sampler.begin([0], 4)
-    together = sampler._scores(logits, 0, drafts)
-    for position in range(4):
-        known = torch.tensor([prompt + drafts[0, :position].tolist()])
-        expected = RepetitionPenaltyLogitsProcessor(1.5)(known, logits[:, position].clone())
-        assert torch.equal(together[:, position], expected)
-        alone = sampler._scores(logits[:, position : position + 1], position, drafts[:, :position])
-        assert torch.equal(alone[:, 0], expected)
-    assert seen.sum() == len(prompt)
+    prompt, output = [3, 9, 20], [5, 20, 5]
+    history = TokenHistory.of(config, prompt, output, 30, torch.device("cpu"))
+    sampler = BatchSampler([SamplingRow(config, 0, (), history)], 30, torch.device("cpu"))
+    for _ in range(2):
+        sampler.begin([len(output)], 4)
+        together = sampler._scores(logits, 0, drafts)
+        for position in range(4):
+            known = torch.tensor([prompt + output + drafts[0, :position].tolist()])
+            expected = _processors(config, len(prompt))(known, logits[:, position].clone())
+            torch.testing.assert_close(together[:, position], expected)
+            alone = sampler._scores(logits[:, position : position + 1], position, drafts[:, :position])
+            assert torch.equal(alone[:, 0], together[:, position])
+        assert history is not None
+        history.emit([9, 7])
+        output += [9, 7]
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 4])
+def test_greedy_output_with_penalties_and_biases_is_that_of_plain_decoding(
+    tools: Any, pair: ModelPair, draft_tokens: int
+) -> None:
+    prompts = [[40, 41, 42], [9, 8, 9, 8], [3]]
+    config = SamplingConfig(
+        repetition_penalty=1.1,
+        frequency_penalty=0.7,
+        presence_penalty=-0.3,
+        logit_bias=((5, 1.5), (11, -100.0)),
+    )
+    requests = [
+        EngineRequest(
+            str(i), prompt, sampling=config, stopping=StoppingConfig(max_tokens=24, ignore_eos=True)
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    outputs = tools.drain(tools.engine(pair, draft_tokens=draft_tokens), requests)
+    for i, prompt in enumerate(prompts):
+        chain, tokens = _processors(config, len(prompt)), torch.tensor([prompt])
+        with torch.inference_mode():
+            for _ in range(24):
+                scores = chain(tokens, pair.target(input_ids=tokens).logits[:, -1].float())
+                tokens = torch.cat([tokens, scores.argmax(-1, keepdim=True)], 1)
+        assert outputs[str(i)].tokens == tokens[0, len(prompt) :].tolist()
+        assert len(set(outputs[str(i)].tokens)) > 8, "penalised repetitions"
+    assert (sum(output.accepted for output in outputs.values()) > 0) == (draft_tokens > 0)
 
 
 @torch.inference_mode()
