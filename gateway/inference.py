@@ -96,6 +96,7 @@ class InferenceService:
         )
         response = inference_pb2.GetRequestResponse(request=stored.request)
         response.request.request_id = call.caller.shown_id(stored_id)
+        response.request.preempted_because = call.caller.shown_reason(stored.request.preempted_because)
         if stored.HasField("complete"):
             response.complete.CopyFrom(stored.complete)
         if request.include_output:

@@ -14,7 +14,7 @@ from gateway.edge import Edge
 from gateway.inference import InferenceService
 from gateway.metrics import Metrics
 from gateway.queue_proxy import QueueProxy
-from gateway.rpc import service_handler
+from gateway.rpc import MAX_UNARY_CALLS, service_handler
 from gateway.scheduler_link import SchedulerLink
 from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from laps import channels, logs, runtime, telemetry
@@ -132,6 +132,8 @@ async def serve(settings: Settings, lifetime: runtime.Lifetime) -> Gateway:
 
     server = channels.new_server(
         max_message_bytes=settings.max_message_bytes,
+        # Of one connection. A client that opens more streams than there may be is told so.
+        max_concurrent_streams=settings.max_streams + MAX_UNARY_CALLS,
         share_port=settings.share_port,
         interceptors=[AccessInterceptor(edge.by_metadata, on_refused)],
     )

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gateway.http.errors import Refusal, invalid
+from laps.limits import INT32_MAX
 
-INT32_MAX = (1 << 31) - 1
 UINT32_MAX = (1 << 32) - 1
 _MAX_TOLD_CHARS = 64
 """Of a name that is not ours, so much is repeated in an error."""
+_MAX_PATH_CHARS = 256
 
 
 class _NoNumber:
@@ -52,9 +53,9 @@ def parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-def shown(name: str) -> str:
+def shown(name: str, most_chars: int = _MAX_TOLD_CHARS) -> str:
     """A name from outside, fit for an error's message."""
-    return name if len(name) <= _MAX_TOLD_CHARS else name[:_MAX_TOLD_CHARS] + "..."
+    return name if len(name) <= most_chars else name[:most_chars] + "..."
 
 
 class Fields:
@@ -180,17 +181,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _path_to(value: Any, wanted: _NoNumber) -> str:
+def _path_to(value: dict[str, Any], wanted: _NoNumber) -> str:
     """Where a value stands, as in `messages[0].content`. Empty where it does not."""
-    to_visit: list[tuple[str, Any]] = [("", value)]
-    while to_visit:
-        path, here = to_visit.pop()
-        if here is wanted:
-            return path
-        if isinstance(here, dict):
-            to_visit += [
-                (f"{path}.{shown(name)}" if path else shown(name), each) for name, each in here.items()
-            ]
-        elif isinstance(here, list):
-            to_visit += [(f"{path}[{index}]", each) for index, each in enumerate(here)]
+    # Holds no more than one path at a time, however many values a body has.
+    names: list[str | int] = []
+    levels = [_children(value)]
+    while levels:
+        for name, here in levels[-1]:
+            if here is wanted:
+                return shown("".join(map(_step_of_path, [*names, name])).lstrip("."), _MAX_PATH_CHARS)
+            if isinstance(here, dict | list):
+                names.append(name)
+                levels.append(_children(here))
+                break
+        else:
+            levels.pop()
+            del names[-1:]
     return ""
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Iterator[tuple[str | int, Any]]:
+    return iter(value.items()) if isinstance(value, dict) else enumerate(value)
+
+
+def _step_of_path(name: str | int) -> str:
+    return f"[{name}]" if isinstance(name, int) else f".{shown(name)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 else:
     Context = Handler = Any
     Interceptor = grpc.aio.ServerInterceptor
-Authenticate = Callable[[Context], Principal]
-"""Who calls. Raises Unauthenticated for credentials that are no good."""
+Metadata = Iterable[tuple[str, str | bytes]]
+Authenticate = Callable[[Metadata, Context | None], Principal | None]
+"""Who calls. Without a context, which there is only once the request is read, None says that it takes one.
+Raises Unauthenticated for credentials that are no good."""
 
 _SERVICE_ROLES = frozenset({Role.GATEWAY, Role.WORKER, Role.OPERATOR})
 _MAX_NAME_CHARS = 128
@@ -33,7 +36,7 @@ _MAX_NAME_CHARS = 128
 log = get_logger()
 
 
-def by_nothing(context: Context) -> Principal:
+def by_nothing(metadata: Metadata, context: Context | None) -> Principal:
     """Everybody may do everything: for one machine, or a network that lets nobody else in."""
     return EVERYBODY
 
@@ -41,8 +44,8 @@ def by_nothing(context: Context) -> Principal:
 def by_api_key(keys: KeyFile) -> Authenticate:
     """By the metadata `authorization: Bearer KEY`."""
 
-    def authenticate(context: Context) -> Principal:
-        for name, value in context.invocation_metadata() or ():
+    def authenticate(metadata: Metadata, context: Context | None) -> Principal:
+        for name, value in metadata:
             if name == "authorization":
                 return keys.recognise(value if isinstance(value, str) else "")
         return NOBODY
@@ -51,10 +54,13 @@ def by_api_key(keys: KeyFile) -> Authenticate:
 
 
 def by_certificate(trust_domain: str) -> Authenticate:
-    """By the certificate that the connection was opened with: its URI `spiffe://TRUST_DOMAIN/ROLE`."""
+    """By the certificate that the connection was opened with: its URI `spiffe://TRUST_DOMAIN/ROLE`. Who has
+    none that the authority signed opens no connection."""
     names = {f"spiffe://{trust_domain}/{role}".encode(): role for role in _SERVICE_ROLES}
 
-    def authenticate(context: Context) -> Principal:
+    def authenticate(metadata: Metadata, context: Context | None) -> Principal | None:
+        if context is None:
+            return None
         shown: Mapping[str, Iterable[bytes]] = context.auth_context()
         roles = frozenset(names[uri] for uri in shown.get("peer_uri", ()) if uri in names)
         return Principal("/".join(sorted(roles)), roles) if roles else NOBODY
@@ -84,7 +90,12 @@ class AccessInterceptor(Interceptor):
         method: str = handler_call_details.method
         if handler is None:
             # Not kept: who calls chooses the name.
-            return _unknown(method)
+            return _refusing(Unimplemented(f"there is no method {method[:_MAX_NAME_CHARS]}"))
+        try:
+            self._judge(method, handler_call_details.invocation_metadata or ())
+        except LapsError as refusal:
+            # Before the request is read: what strangers send is not even parsed.
+            return _refusing(refusal, partial(self._refused, method, refusal))
         known = self._guarded.get(method)
         if known is None or known[0] is not handler:
             known = self._guarded[method] = (handler, self._guard(method, handler))
@@ -125,19 +136,31 @@ class AccessInterceptor(Interceptor):
 
     async def _check(self, method: str, context: Context) -> None:
         try:
-            principal = self._authenticate(context)
-            principal.check(method)
+            principal = self._judge(method, context.invocation_metadata() or (), context)
         except LapsError as refusal:
-            self._on_refused(method, refusal.status)
-            log.warning("call refused", method=method, because=refusal.reason.name, peer=context.peer())
+            self._refused(method, refusal, context)
             await abort(context, refusal)
         set_caller(principal)
 
+    def _judge(self, method: str, metadata: Metadata, context: Context | None = None) -> Principal:
+        principal = self._authenticate(metadata, context)
+        if principal is None and context is None:
+            # Judged when the context is there.
+            return NOBODY
+        principal = principal or NOBODY
+        principal.check(method)
+        return principal
 
-def _unknown(method: str) -> Handler:
-    """Says what gRPC would, with details. Takes calls of every kind, and reads nothing of them."""
+    def _refused(self, method: str, refusal: LapsError, context: Context) -> None:
+        self._on_refused(method, refusal.status)
+        log.warning("call refused", method=method, because=refusal.reason.name, peer=context.peer())
+
+
+def _refusing(error: LapsError, on_refused: Callable[[Context], None] = lambda context: None) -> Handler:
+    """Takes calls of every kind, and reads nothing of them."""
 
     async def refuse(requests: Any, context: Context) -> None:
-        await abort(context, Unimplemented(f"there is no method {method[:_MAX_NAME_CHARS]}"))
+        on_refused(context)
+        await abort(context, error)
 
     return grpc.stream_stream_rpc_method_handler(refuse)

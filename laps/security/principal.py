@@ -13,6 +13,9 @@ TENANT_SEPARATOR = ":"
 """Between a tenant's name and the request's id in what is stored. Neither may contain it."""
 TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
+_NAMED_ID = re.compile(r"^\S+(?= (?:needs|is past) )|\b[a-z0-9-]+:[A-Za-z0-9._-]+")
+"""Where a policy names the request that goes before another; ids of tenants anywhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class Quota:
@@ -56,6 +59,16 @@ class Principal:
     def shown_id(self, stored_id: str) -> str:
         """The inverse of `stored_id`."""
         return stored_id.removeprefix(f"{self.tenant}{TENANT_SEPARATOR}") if self.tenant else stored_id
+
+    def shown_reason(self, reason: str) -> str:
+        """Why something became of this caller's request, without others' ids."""
+        if Role.OPERATOR in self.roles:
+            return reason
+        return _NAMED_ID.sub(lambda found: self._shown_name(found[0]), reason)
+
+    def _shown_name(self, stored_id: str) -> str:
+        own = bool(self.tenant) and stored_id.startswith(f"{self.tenant}{TENANT_SEPARATOR}")
+        return self.shown_id(stored_id) if own else "another request"
 
     def shown_error(self, error: LapsError) -> LapsError:
         """The error with its own ids as this caller knows them."""

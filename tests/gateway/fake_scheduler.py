@@ -81,6 +81,7 @@ class FakeScheduler:
         self.distort = None
         """Changes what goes out: repeats, gaps."""
         self.auto_tokens = 0
+        self.preempted_because = ""
         """Tokens that every live request gets per tick; 0: only by `emit`."""
         self.pool = scheduler_pb2.DescribePoolResponse(
             pool="default",
@@ -300,6 +301,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                 request_id=request.request_id,
                 state=FINISHED if stored.finished else RUNNING,
                 output_tokens=stored.emitted,
+                preempted_because=self._fake.preempted_because,
             )
         )
         if request.include_output:

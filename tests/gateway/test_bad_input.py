@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.wire import find_fault
 from laps.errors import AlreadyExists, LapsError, Reason, ResourceExhausted, from_rpc_error
 from laps.v1 import generation_pb2, inference_pb2, queue_pb2
 
@@ -328,3 +329,11 @@ async def test_a_message_over_the_limit(start_gateway: Any) -> None:
     # The connection and the others on it live on.
     harness.scheduler.auto_tokens = 5
     assert (await collect(harness.inference.Generate(generate_request()))).complete is not None
+
+
+def test_the_fault_is_not_looked_for_for_long() -> None:
+    """Megabytes of tiny fields would hold up everybody else."""
+    descriptor = inference_pb2.GenerateRequest.DESCRIPTOR
+    field, fault = b"\x98\x7d\x00", b"\x9f\x7d"
+    assert find_fault(field * 9_000 + fault, descriptor) == ("", "has a wire type that does not exist")
+    assert find_fault(field * 11_000 + fault, descriptor) == ("", "is not a laps.v1.GenerateRequest")

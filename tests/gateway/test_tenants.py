@@ -196,3 +196,28 @@ def test_requests_per_second(rate: float) -> None:
     unlimited = Principal("k3", frozenset({Role.CLIENT}), "free")
     for _ in range(100):
         limits.check(unlimited, 0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        ("other:secret-deal needs 0.05 s less; all who", "another request needs 0.05 s less; all who"),
+        ("unowned needs 0.05 s less; all who", "another request needs 0.05 s less; all who"),
+        ("other:x-1 is past the starvation bound", "another request is past the starvation bound"),
+        ("acme:mine.2 is past the starvation bound", "mine.2 is past the starvation bound"),
+        ("acme-2:x is past the starvation bound", "another request is past the starvation bound"),
+        ("level 1 goes before level 2", "level 1 goes before level 2"),
+        ("its worker gave it back", "its worker gave it back"),
+    ],
+)
+async def test_who_took_a_slot_is_not_told_to_others(
+    start_gateway: Callable[..., Any], keys_file: str, stored: str, shown: str
+) -> None:
+    harness = await start_gateway(api_keys_file=keys_file)
+    harness.scheduler.auto_tokens = 4
+    await collect(harness.inference.Generate(generate_request(max_tokens=4, request_id="r"), **shows(ACME)))
+    harness.scheduler.preempted_because = stored
+    for key, request_id, expected in ((ACME, "r", shown), (OPERATOR, "acme:r", stored)):
+        read = inference_pb2.GetRequestRequest(request_id=request_id)
+        answer = await harness.inference.GetRequest(read, **shows(key))
+        assert answer.request.preempted_because == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -43,16 +44,31 @@ NAMES = [parameter.name for parameter in PARAMETERS]
         (b'{"prompt": "a", "temperature": NaN}', "temperature", "invalid_value"),
         (b'{"prompt": "a", "temperature": -Infinity}', "temperature", "invalid_value"),
         (b'{"prompt": "a", "metadata": {"x": [1, NaN]}}', "metadata.x[1]", "invalid_value"),
+        (b'{"metadata": {"y": [[], {}, [2]], "x": [{"z": [NaN]}]}}', "metadata.x[0].z[0]", "invalid_value"),
         (b'{"prompt": "a", "temperature": 1e999}', "temperature", "invalid_value"),
         (b'{"prompt": "a", "\\ud800": 1}', "\ud800", "unknown_parameter"),
     ],
-    ids=range(16),
+    ids=range(17),
 )
 async def test_malformed(http: Any, data: bytes, param: str | None, code: str) -> None:
     answered = await http.post("/v1/completions", data)
     assert answered.status == 400
     assert (answered.error["param"], answered.error["code"]) == (param, code)
     assert not http.scheduler.requests
+
+
+def test_what_is_said_of_a_body_takes_no_more_than_the_body() -> None:
+    """Many values deep down: a path for each of them would take gigabytes."""
+    deep, name = 300, b'{"' + b"a" * 64 + b'":'
+    data = name * deep + b"[" + b"0," * 20_000 + b"NaN]" + b"}" * deep
+    tracemalloc.start()
+    try:
+        with pytest.raises(LapsError) as caught:
+            body.parse(data)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    finally:
+        tracemalloc.stop()
+    assert len(json.dumps(error_body(caught.value))) < 2000
 
 
 @pytest.mark.parametrize("given", [{}, {"prompt": None}])

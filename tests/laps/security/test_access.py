@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import pkgutil
 from collections.abc import AsyncIterator
@@ -77,10 +78,19 @@ def test_no_service_may_do_what_another_is_for() -> None:
 class Server:
     """Serves one method of each kind, unprotected in itself, behind the interceptor."""
 
-    def __init__(self, principal: Principal) -> None:
+    def __init__(self, principal: Principal, *, by_context: bool = False) -> None:
         self.principal = principal
+        self.by_context = by_context
+        self.parsed: list[bytes] = []
         self.refused: list[tuple[str, str]] = []
         self.callers: list[str] = []
+
+    def authenticate(self, metadata: Any, context: Any) -> Principal | None:
+        return None if self.by_context and context is None else self.principal
+
+    def parse(self, request: bytes) -> bytes:
+        self.parsed.append(request)
+        return request
 
     async def unary(self, request: bytes, context: Any) -> bytes:
         self.callers.append(caller().name)
@@ -97,7 +107,7 @@ class Server:
 
     def new_server(self) -> grpc.aio.Server:
         interceptor = AccessInterceptor(
-            lambda context: self.principal, lambda method, status: self.refused.append((method, status))
+            self.authenticate, lambda method, status: self.refused.append((method, status))
         )
         server = channels.new_server(interceptors=[interceptor])
         server.add_generic_rpc_handlers(
@@ -106,7 +116,7 @@ class Server:
                     "laps.v1.InferenceService",
                     {
                         "Generate": grpc.unary_stream_rpc_method_handler(self.written),
-                        "Cancel": grpc.unary_unary_rpc_method_handler(self.unary),
+                        "Cancel": grpc.unary_unary_rpc_method_handler(self.unary, self.parse),
                         "Resume": grpc.stream_stream_rpc_method_handler(self.generated),
                         "Forgotten": grpc.unary_unary_rpc_method_handler(self.unary),
                     },
@@ -143,8 +153,19 @@ async def refusal(channel: grpc.aio.Channel, method: str) -> grpc.aio.AioRpcErro
     return caught.value
 
 
-async def test_who_may_call_gets_through_and_is_known() -> None:
-    served = Server(CLIENT)
+async def test_whose_metadata_say_no_is_refused_before_anything_is_read() -> None:
+    served = Server(NOBODY)
+    async with channel_to(served) as channel, asyncio.timeout(60):
+        assert (await refusal(channel, "Cancel")).code() is grpc.StatusCode.UNAUTHENTICATED
+        # Headers alone, and then nothing more.
+        call = channel.stream_unary("/laps.v1.InferenceService/Cancel")()
+        assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert not served.parsed
+
+
+@pytest.mark.parametrize("by_context", [False, True], ids=["metadata", "certificate"])
+async def test_who_may_call_gets_through_and_is_known(by_context: bool) -> None:
+    served = Server(CLIENT, by_context=by_context)
     async with channel_to(served) as channel:
         for method in ("Generate", "Cancel", "Resume"):
             assert await answer(channel, method) == b"x"
@@ -152,12 +173,15 @@ async def test_who_may_call_gets_through_and_is_known() -> None:
     assert not served.refused
 
 
+@pytest.mark.parametrize("by_context", [False, True], ids=["metadata", "certificate"])
 @pytest.mark.parametrize(
     ("principal", "status"),
     [(NOBODY, "UNAUTHENTICATED"), (A_WORKER, "PERMISSION_DENIED")],
 )
-async def test_who_may_not_is_refused_and_counted(principal: Principal, status: str) -> None:
-    served = Server(principal)
+async def test_who_may_not_is_refused_and_counted(
+    principal: Principal, status: str, by_context: bool
+) -> None:
+    served = Server(principal, by_context=by_context)
     async with channel_to(served) as channel:
         for method in ("Generate", "Cancel", "Resume"):
             assert from_rpc_error(await refusal(channel, method)).reason.name == status
