@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,9 @@ class Call(ABC):
             self.fields["tenant"] = self.caller.tenant
 
     @abstractmethod
-    async def accepted(self, request_id: str) -> None:
-        """Tells the client, before any token, that its request is stored."""
+    async def accepted(self, request_id: str, before: Sequence[int]) -> None:
+        """Tells the client, before any token, that its request is stored. `before`: the prompt's last tokens,
+        as many as it takes to decode the output."""
 
     @abstractmethod
     async def write(self, message: Message) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from gateway.admission import admit, unpack
@@ -33,6 +34,15 @@ class Stops(NamedTuple):
 
     strings: tuple[str, ...]
     token_ids: frozenset[int]
+
+
+class _Output(NamedTuple):
+    """What a stream is about."""
+
+    request_id: str
+    stops: Stops
+    before: Sequence[int]
+    """The prompt's last tokens."""
 
 
 class InferenceService:
@@ -92,7 +102,10 @@ class InferenceService:
     ) -> inference_pb2.GetRequestResponse:
         stored_id = self._stored_id(request.request_id, call)
         stored = await self._link.read(
-            stored_id, include_output=request.include_output, until_s=call.deadline_s()
+            stored_id,
+            include_output=request.include_output,
+            include_prompt=request.include_output and self._tokenizer.context_tokens > 0,
+            until_s=call.deadline_s(),
         )
         response = inference_pb2.GetRequestResponse(request=stored.request)
         response.request.request_id = call.caller.shown_id(stored_id)
@@ -102,7 +115,8 @@ class InferenceService:
         if request.include_output:
             tokens = unpack(stored.output_token_ids)
             response.output.ids.extend(tokens)
-            detokenizer = self._detokenizer(self._stops_from(stored.stopping))
+            before = self._end_of(stored.prompt_token_ids)
+            detokenizer = self._detokenizer(self._stops_from(stored.stopping), before)
             response.text = detokenizer.push(tokens).text
             if stored.HasField("complete"):
                 response.text += _finish(detokenizer, stored.complete).text
@@ -162,15 +176,21 @@ class InferenceService:
             # Who only reads slowly did not leave: it has learnt the id, and its request waits for it.
             implicit = not request.request_id and not request.HasField("cancel_on_disconnect")
             linger_s = self._settings.disconnect_grace_s if implicit else 0.0
-            await self._stream(call, spec.request_id, stops, 0, inference_pb2.GenerateResponse, linger_s)
+            output = _Output(spec.request_id, stops, self._end_of(spec.prompt_token_ids))
+            await self._stream(call, output, 0, inference_pb2.GenerateResponse, linger_s)
 
     async def _resume(self, request: inference_pb2.ResumeRequest, stored_id: str, call: Call) -> None:
         call.fields["offset"] = request.offset
-        stored = await self._link.read(stored_id, include_output=False, until_s=call.deadline_s())
+        stored = await self._link.read(
+            stored_id,
+            include_output=False,
+            include_prompt=self._tokenizer.context_tokens > 0,
+            until_s=call.deadline_s(),
+        )
         if request.offset > stored.request.output_tokens:
             raise _offset_beyond(request.offset, stored.request.output_tokens)
-        stops = self._stops_from(stored.stopping)
-        await self._stream(call, stored_id, stops, request.offset, inference_pb2.ResumeResponse, 0.0)
+        output = _Output(stored_id, self._stops_from(stored.stopping), self._end_of(stored.prompt_token_ids))
+        await self._stream(call, output, request.offset, inference_pb2.ResumeResponse, 0.0)
 
     async def _submit(
         self, spec: scheduler_pb2.RequestSpec, quota: Quota | None
@@ -191,15 +211,16 @@ class InferenceService:
             self._link.detach(self._link.attach(request_id), done=False)
 
     async def _stream(
-        self, call: Call, request_id: str, stops: Stops, offset: int, response: Response, linger_s: float
+        self, call: Call, output: _Output, offset: int, response: Response, linger_s: float
     ) -> None:
         # First of all: the scheduler must hear of a client that leaves, also of one that was never reached.
-        reader = self._link.attach(request_id)
+        reader = self._link.attach(output.request_id)
         self._readers[reader] = None
         done = False
         try:
-            await call.accepted(call.caller.shown_id(request_id))
-            await self._pump(call, reader, self._detokenizer(stops), offset, response)
+            await call.accepted(call.caller.shown_id(output.request_id), output.before)
+            detokenizer = self._detokenizer(output.stops, output.before)
+            await self._pump(call, reader, detokenizer, offset, response)
             done = True
         except asyncio.CancelledError:
             if reader.lost is None:
@@ -270,8 +291,13 @@ class InferenceService:
                 self._metrics.flow.further(tokens, now_s - last_s)
         return now_s
 
-    def _detokenizer(self, stops: Stops) -> Detokenizer:
-        return Detokenizer(self._tokenizer.decoder(), stops.strings, stops.token_ids)
+    def _detokenizer(self, stops: Stops, before: Sequence[int]) -> Detokenizer:
+        return Detokenizer(self._tokenizer.decoder(before), stops.strings, stops.token_ids)
+
+    def _end_of(self, packed_prompt: bytes) -> Sequence[int]:
+        """The prompt's last tokens, as many as decoding what follows takes."""
+        tokens = self._tokenizer.context_tokens
+        return unpack(packed_prompt[-4 * tokens :]) if tokens else ()
 
     def _stops_from(self, stopping: generation_pb2.StoppingParams) -> Stops:
         eos = frozenset[int]() if stopping.ignore_eos else self._tokenizer.limits.eos_token_ids

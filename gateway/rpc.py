@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -29,7 +29,7 @@ class GrpcCall(Call):
         super().__init__(method, context.invocation_metadata() or ())
         self._context = context
 
-    async def accepted(self, request_id: str) -> None:
+    async def accepted(self, request_id: str, before: Sequence[int]) -> None:
         await self._context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
 
     async def write(self, message: Message) -> None:

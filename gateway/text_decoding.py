@@ -19,6 +19,10 @@ _WINDOW_TOKENS = 6
 precedes."""
 _LONGEST_WINDOW_TOKENS = 12
 """With more the oldest go. Not with each token: what is left has to be decoded anew."""
+_CHARACTER_TOKENS = 4
+"""A character is spread over so many tokens at most."""
+CONTEXT_TOKENS = _WINDOW_TOKENS + _CHARACTER_TOKENS
+"""Of what precedes an output."""
 _MAX_PENDING_TOKENS = 16
 """Longer than any character's bytes: what is incomplete after so many tokens will stay so."""
 
@@ -114,20 +118,40 @@ class WindowDecoder:
     that follow it unreadable.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
+        """`before`: the last tokens of what the output follows, its prompt's."""
         self._decode = decode
-        self._ids: list[int] = []
-        self._known_tokens = 0
-        """Of `_ids`, those whose text has been given out."""
-        self._known = ""
-        self._chunks: list[int] = []
+        self._ids = list(before[-CONTEXT_TOKENS:])
+        del self._ids[: self._whole_from()]
+        known_tokens = self._known_tokens = self._whole_to(len(self._ids))
+        """Of `_ids`, those whose text has been given out or is not the output's."""
+        self._known = decode(self._ids[:known_tokens])
+        self._chunks = [known_tokens]
         """How many of the known tokens each advance took; a cut between two of them breaks no character."""
+        self._pushed = False
+
+    def _whole_from(self) -> int:
+        """The first position at which a character begins, if there is one so near."""
+        for begin in range(min(_CHARACTER_TOKENS, len(self._ids))):
+            for end in range(begin + 1, begin + 1 + _CHARACTER_TOKENS):
+                if not self._decode(self._ids[begin:end]).startswith(REPLACEMENT):
+                    return begin
+        return 0
+
+    def _whole_to(self, position: int) -> int:
+        """The last position up to this one at which a character ends, if there is one so near."""
+        for end in range(position, max(-1, position - _CHARACTER_TOKENS), -1):
+            if not self._decode(self._ids[:end]).endswith(REPLACEMENT):
+                return end
+        return position
 
     @property
     def pending(self) -> bool:
-        return self._known_tokens < len(self._ids)
+        # A prompt that ends inside a character leaves it to the output to complete it.
+        return self._pushed and self._known_tokens < len(self._ids)
 
     def push(self, token_id: int) -> str:
+        self._pushed = True
         self._ids.append(token_id)
         text = self._decode(self._ids)
         unread = len(self._ids) - self._known_tokens

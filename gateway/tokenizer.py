@@ -14,7 +14,14 @@ from typing import Any
 from tokenizers import Tokenizer as BackendTokenizer
 
 from gateway.chat import ChatTemplate
-from gateway.text_decoding import ByteLevelDecoder, TextDecoder, TokenBytes, WindowDecoder, token_to_bytes
+from gateway.text_decoding import (
+    CONTEXT_TOKENS,
+    ByteLevelDecoder,
+    TextDecoder,
+    TokenBytes,
+    WindowDecoder,
+    token_to_bytes,
+)
 from laps.errors import LocalError
 
 _OFF_LOOP_CHARS = 8_192
@@ -87,11 +94,16 @@ class Tokenizer:
         """The whole text, without special tokens."""
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
-    def decoder(self) -> TextDecoder:
-        """A decoder for one output."""
+    @property
+    def context_tokens(self) -> int:
+        """So many of a prompt's last tokens must be known for the text of what follows it."""
+        return CONTEXT_TOKENS if self._token_bytes is None else 0
+
+    def decoder(self, before: Sequence[int] = ()) -> TextDecoder:
+        """A decoder for one output, with the `context_tokens` before it."""
         if self._token_bytes is not None:
             return ByteLevelDecoder(self._token_bytes)
-        return WindowDecoder(self.decode)
+        return WindowDecoder(self.decode, before)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for; a special one for its name. Not always whole characters."""

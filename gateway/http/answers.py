@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -36,12 +37,15 @@ class Answer(ABC):
     def __init__(self, asked: Asked, model_name: str, tokenizer: Tokenizer) -> None:
         self._asked = asked
         self._model_name = model_name
-        self._entries = Entries(tokenizer) if asked.logprobs else None
+        self._tokenizer = tokenizer
+        self._entries: Entries | None = None
         self._headers: dict[str, str] = {}
         self._shape: Shape
 
-    async def begin(self, request_id: str) -> None:
-        """The request is stored."""
+    async def begin(self, request_id: str, before: Sequence[int]) -> None:
+        """The request is stored. `before`: the prompt's last tokens."""
+        if self._asked.logprobs:
+            self._entries = Entries(self._tokenizer, before)
         self._headers[REQUEST_ID_HEADER] = request_id
         self._shape = SHAPES[self._asked.endpoint](self._model_name, request_id)
 
@@ -97,8 +101,8 @@ class EventAnswer(Answer):
         if self._saying is not None:
             self._saying.cancel()
 
-    async def begin(self, request_id: str) -> None:
-        await super().begin(request_id)
+    async def begin(self, request_id: str, before: Sequence[int]) -> None:
+        await super().begin(request_id, before)
         self._response.headers.update(self._headers)
         self._response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
         self._response.headers["Cache-Control"] = "no-cache"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,10 @@ class Entry:
 class Entries:
     """Reads the tokens of one output, in order."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        """`before`: the prompt's last tokens."""
         self._tokenizer = tokenizer
-        self._decoder = tokenizer.decoder()
+        self._decoder = tokenizer.decoder(before)
         self._chars = 0
 
     def read(self, chunk: generation_pb2.Chunk) -> list[Entry]:

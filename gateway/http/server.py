@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -77,9 +77,9 @@ class HttpCall(Call):
         self.answer: Answer | None = None
         self.complete = generation_pb2.Complete()
 
-    async def accepted(self, request_id: str) -> None:
+    async def accepted(self, request_id: str, before: Sequence[int]) -> None:
         assert self.answer is not None
-        await self.answer.begin(request_id)
+        await self.answer.begin(request_id, before)
 
     async def write(self, message: Message) -> None:
         assert self.answer is not None

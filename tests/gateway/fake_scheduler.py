@@ -306,6 +306,8 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         )
         if request.include_output:
             response.output_token_ids = packed(stored.planned[: stored.emitted])
+        if request.include_prompt:
+            response.prompt_token_ids = stored.spec.prompt_token_ids
         if stored.finished:
             response.complete.CopyFrom(stored.complete)
         response.stopping.CopyFrom(stored.spec.stopping)

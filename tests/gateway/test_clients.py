@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import grpc.aio
@@ -70,7 +71,7 @@ class Gone(Call):
         super().__init__("Generate")
         self._how = how
 
-    async def accepted(self, request_id: str) -> None:
+    async def accepted(self, request_id: str, before: Sequence[int]) -> None:
         raise self._how
 
     async def write(self, message: Message) -> None:

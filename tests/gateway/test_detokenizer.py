@@ -13,7 +13,7 @@ from small_model import stop_end
 
 from gateway.chat import ChatTemplate
 from gateway.detokenizer import Detokenizer
-from gateway.text_decoding import WindowDecoder
+from gateway.text_decoding import REPLACEMENT, WindowDecoder
 from gateway.tokenizer import ModelLimits, Tokenizer
 from tests.byte_fallback import byte_fallback_backend
 
@@ -174,6 +174,37 @@ def test_bytes_as_tokens_end_before_the_stop(
     sent = deliver(byte_tokenizer, pieces_of(data, tokens), stops, matched)
     assert "".join(piece for _, piece in sent) == expected
     assert sum(count for count, _ in sent) == len(tokens)
+
+
+@shared
+@given(
+    prompt=st.text(BYTE_TEXT, min_size=1, max_size=30),
+    output=st.text(BYTE_TEXT, max_size=30),
+    cut=st.integers(0, 3),
+)
+def test_a_text_goes_on_where_its_prompt_ends(
+    byte_tokenizer: Tokenizer, prompt: str, output: str, cut: int
+) -> None:
+    """Also with a space, which the decoder drops at the beginning of a text, and inside a character."""
+    encode = byte_tokenizer._backend.encode
+    whole = encode(prompt + output).ids
+    at = max(1, len(encode(prompt).ids) - cut)
+    before, tokens = whole[:at], whole[at:]
+    text = byte_tokenizer.decode(before)
+    while text.endswith(REPLACEMENT):
+        at -= 1
+        text = byte_tokenizer.decode(whole[:at])
+    decoder = byte_tokenizer.decoder(before)
+    told = "".join(map(decoder.push, tokens)) + decoder.flush()
+    assert told == (byte_tokenizer.decode(whole)[len(text) :] if tokens else "")
+
+
+def test_a_stop_that_begins_with_the_first_space_is_no_text(byte_tokenizer: Tokenizer) -> None:
+    encode = byte_tokenizer._backend.encode
+    before, tokens = encode("b").ids, encode("b a").ids[-1:]
+    detokenizer = Detokenizer(byte_tokenizer.decoder(before), [" a"])
+    assert detokenizer.push(tokens) == (0, "")
+    assert detokenizer.finish(" a") == (1, "")
 
 
 @pytest.mark.parametrize("byte", ["<0xFF>", "<0x80>", "<0x0A>"])

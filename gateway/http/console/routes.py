@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 
@@ -152,10 +152,17 @@ class Console:
         if not self._settings.console_show_text:
             raise PermissionDenied("texts are not shown here: console_show_text is off")
         stored = await self._link.read(request_id, include_output=True, include_prompt=True)
-        decode = self._tokenizer.decode
         prompt, output = unpack(stored.prompt_token_ids), unpack(stored.output_token_ids)
-        prompt_text, output_text = await asyncio.to_thread(lambda: (decode(prompt), decode(output)))
+        prompt_text, output_text = await asyncio.to_thread(self._texts, prompt, output)
         return json_response({"prompt": prompt_text, "output": output_text}, headers=_PRIVATE)
+
+    def _texts(self, prompt: Sequence[int], output: Sequence[int]) -> tuple[str, str]:
+        # Some tokenizers drop a space at the beginning: what follows the prompt is not one.
+        before = prompt[-self._tokenizer.context_tokens :] if self._tokenizer.context_tokens else ()
+        known = self._tokenizer.decode(before)
+        text = self._tokenizer.decode([*before, *output])
+        output_text = text[len(known) :] if text.startswith(known) else self._tokenizer.decode(output)
+        return self._tokenizer.decode(prompt), output_text
 
     async def _cancel(self, http: web.Request) -> web.StreamResponse:
         request_id = _request_id(http)
