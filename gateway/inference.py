@@ -19,9 +19,8 @@ from gateway.validation import Bounds, check_request_id
 from laps.errors import FieldViolation, LapsError, OutOfRange, Reason, ResourceExhausted
 from laps.logs import bind_context
 from laps.security.access import Role
-from laps.security.principal import Quota
 from laps.settings import Settings
-from laps.v1 import generation_pb2, inference_pb2, scheduler_pb2
+from laps.v1 import generation_pb2, inference_pb2
 
 RETRY_AFTER_S = 1.0
 """What a client is told that comes when all streams are taken."""
@@ -57,7 +56,6 @@ class InferenceService:
         self._metrics = metrics
         self._readers: dict[Reader, None] = {}
         self._tenants = TenantLimits()
-        self._submitting: set[asyncio.Task[scheduler_pb2.SubmitResponse]] = set()
 
     def methods(self) -> dict[str, Handler]:
         return {
@@ -169,7 +167,8 @@ class InferenceService:
         call.fields["request_id"] = spec.request_id
         call.fields["prompt_tokens"] = len(spec.prompt_token_ids) // 4
         with bind_context(request_id=spec.request_id):
-            answer = await self._submit(spec, call.caller.quota if call.caller.tenant else None)
+            # A client that leaves meanwhile takes its request with it.
+            answer = await self._link.submit(spec, call.caller.quota if call.caller.tenant else None)
             if not answer.joined:
                 self._metrics.prompt_tokens.inc(call.fields["prompt_tokens"])
             stops = self._stops_from(spec.stopping)
@@ -191,24 +190,6 @@ class InferenceService:
             raise _offset_beyond(request.offset, stored.request.output_tokens)
         output = _Output(stored_id, self._stops_from(stored.stopping), self._end_of(stored.prompt_token_ids))
         await self._stream(call, output, request.offset, inference_pb2.ResumeResponse, 0.0)
-
-    async def _submit(
-        self, spec: scheduler_pb2.RequestSpec, quota: Quota | None
-    ) -> scheduler_pb2.SubmitResponse:
-        submitting = asyncio.create_task(self._link.submit(spec, quota))
-        self._submitting.add(submitting)
-        submitting.add_done_callback(self._submitting.discard)
-        try:
-            return await asyncio.shield(submitting)
-        except asyncio.CancelledError:
-            # The client left, but the request may be stored by now, or soon. The scheduler must hear that
-            # nobody is there for it.
-            submitting.add_done_callback(lambda task: self._abandon(task, spec.request_id))
-            raise
-
-    def _abandon(self, submitting: asyncio.Task[scheduler_pb2.SubmitResponse], request_id: str) -> None:
-        if not submitting.cancelled() and submitting.exception() is None:
-            self._link.detach(self._link.attach(request_id), done=False)
 
     async def _stream(
         self, call: Call, output: _Output, offset: int, response: Response, linger_s: float

@@ -57,10 +57,12 @@ log = get_logger()
 class Stubs:
     """One connection to the scheduler."""
 
-    def __init__(self, address: str, max_message_bytes: int, tls: TlsFiles | None) -> None:
+    def __init__(
+        self, address: str, max_message_bytes: int, tls: TlsFiles | None, on_left: Callable[[str], None]
+    ) -> None:
         self.channel = open_channel(address, max_message_bytes=max_message_bytes, serving=SCHEDULER, tls=tls)
         self.scheduler = scheduler_pb2_grpc.SchedulerServiceStub(self.channel)
-        self.submissions = Submissions(self.scheduler)
+        self.submissions = Submissions(self.scheduler, max_message_bytes, on_left)
         self.queue = queue_pb2_grpc.QueueServiceStub(self.channel)
 
 
@@ -96,8 +98,8 @@ class SchedulerLink:
         self._retry_s = retry_s
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._stubs = Stubs(self._address, max_message_bytes, tls)
         self._feeds = Feeds(stream_buffer_tokens)
+        self._stubs = Stubs(self._address, max_message_bytes, tls, self._nobody_is_there)
         self._task: asyncio.Task[None] | None = None
         self._told_s = -REMIND_S
         """When the log said last that the scheduler is away."""
@@ -136,7 +138,7 @@ class SchedulerLink:
         self, spec: scheduler_pb2.RequestSpec, quota: Quota | None = None
     ) -> scheduler_pb2.SubmitResponse:
         """Stores a request. Safe to repeat, so it is repeated while the scheduler cannot be reached.
-        `quota` is that of the request's tenant."""
+        `quota` is that of the request's tenant. Whoever is cancelled meanwhile leaves no request behind."""
         request = scheduler_pb2.SubmitRequest(spec=spec, gateway_id=self.gateway_id)
         if quota is not None:
             request.quota.CopyFrom(
@@ -145,6 +147,9 @@ class SchedulerLink:
                 )
             )
         return await self._call(lambda stubs: stubs.submissions.submit, request, spec.deadline_s)
+
+    def _nobody_is_there(self, request_id: str) -> None:
+        self.detach(self.attach(request_id), done=False)
 
     async def cancel(self, request_id: str, until_s: float = 0.0) -> scheduler_pb2.CancelRequestResponse:
         request = scheduler_pb2.CancelRequestRequest(request_id=request_id)
@@ -229,7 +234,7 @@ class SchedulerLink:
             # It does not lead. Of one that has just been lost it is not known yet.
             self._address = next(self._addresses)
         try:
-            fresh = Stubs(self._address, self._max_message_bytes, self._tls)
+            fresh = Stubs(self._address, self._max_message_bytes, self._tls, self._nobody_is_there)
         except OSError as error:
             log.error("certificates not readable, the last ones stay", error=str(error))
             return

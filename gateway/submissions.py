@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from laps.errors import from_rpc_error, rpc_error_of
+from laps.channels import DEFAULT_MAX_MESSAGE_BYTES
+from laps.errors import Reason, ResourceExhausted, from_rpc_error, rpc_error_of
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 MESSAGE_BYTES = 1 << 20
 """At most in a message of many. One request may be larger."""
 MESSAGE_REQUESTS = 100
+_FRAME_BYTES = 64
+"""More than a message has beyond its one request."""
 
 
 class _ByCalls(Exception):
@@ -30,8 +34,18 @@ class Submissions:
     ends as calls would that were broken, and the next request opens another. Where the scheduler is of the
     version before, which has no such stream, each request is a call."""
 
-    def __init__(self, scheduler: scheduler_pb2_grpc.SchedulerServiceAsyncStub) -> None:
+    def __init__(
+        self,
+        scheduler: scheduler_pb2_grpc.SchedulerServiceAsyncStub,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        on_left: Callable[[str], None] = lambda request_id: None,
+    ) -> None:
+        """`on_left` gets the id of a request that was stored when whoever asked for it was gone."""
         self._scheduler: Any = scheduler
+        self._most_bytes = max_message_bytes - _FRAME_BYTES
+        self._on_left = on_left
+        self._left: dict[int, str] = {}
+        """What is under way for nobody, by number: its request's id."""
         self._numbers = itertools.count(1)
         self._unsent: dict[int, scheduler_pb2.SubmitRequest] = {}
         self._answers: dict[int, asyncio.Future[scheduler_pb2.SubmitResponse]] = {}
@@ -44,7 +58,17 @@ class Submissions:
     async def submit(
         self, request: scheduler_pb2.SubmitRequest, timeout: float | None = None
     ) -> scheduler_pb2.SubmitResponse:
-        """As the call `Submit`. Raises AioRpcError."""
+        """As the call `Submit`. Who is cancelled meanwhile leaves nothing behind: what was not sent is
+        dropped, and what turns out to be stored is told to `on_left`.
+
+        Raises:
+            AioRpcError
+            ResourceExhausted: the request is larger than a message may be.
+        """
+        size_bytes = request.ByteSize()
+        if size_bytes > self._most_bytes:
+            message = f"the request takes {size_bytes} bytes with its tokens, more than {self._most_bytes}"
+            raise ResourceExhausted(message, reason=Reason.MESSAGE_TOO_LARGE)
         if not self._by_calls:
             try:
                 return await self._submit(request, timeout)
@@ -73,13 +97,20 @@ class Submissions:
                 return await answer
         except TimeoutError:
             raise _error(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer in time") from None
+        except asyncio.CancelledError:
+            if answer.done() and not answer.cancelled():
+                if answer.exception() is None:
+                    self._on_left(request.spec.request_id)
+            elif number not in self._unsent and self._stream is not None:
+                self._left[number] = request.spec.request_id
+            raise
         finally:
             self._answers.pop(number, None)
             self._unsent.pop(number, None)
             self._end_if_done()
 
     def _end_if_done(self) -> None:
-        if self._is_retired and not self._answers and self._stream is not None:
+        if self._is_retired and not (self._answers or self._left) and self._stream is not None:
             self._stream.cancel()
 
     async def _run(self) -> None:
@@ -108,6 +139,8 @@ class Submissions:
             writing.cancel()
             call.cancel()
             self._unsent.clear()
+            # Where one of them was stored all the same, the scheduler hears of nobody who follows it.
+            self._left.clear()
             for waiting in self._answers.values():
                 if not waiting.done():
                     waiting.set_exception(_ByCalls() if self._by_calls else error)
@@ -127,7 +160,7 @@ class Submissions:
         message, size_bytes = scheduler_pb2.SubmitManyRequest(), 0
         for number, request in itertools.islice(self._unsent.items(), MESSAGE_REQUESTS):
             size_bytes += request.ByteSize()
-            if message.submissions and size_bytes > MESSAGE_BYTES:
+            if message.submissions and size_bytes > min(MESSAGE_BYTES, self._most_bytes // 2):
                 break
             message.submissions.add(number=number, request=request)
         for submission in message.submissions:
@@ -135,6 +168,12 @@ class Submissions:
         return message
 
     def _take(self, answer: scheduler_pb2.SubmitAnswer) -> None:
+        left = self._left.pop(answer.number, None)
+        if left is not None:
+            if answer.HasField("stored"):
+                self._on_left(left)
+            self._end_if_done()
+            return
         waiting = self._answers.get(answer.number)
         if waiting is None or waiting.done():
             return

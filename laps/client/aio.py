@@ -97,7 +97,7 @@ class AsyncClient:
         """The output as it comes; iterate over it, then read its `result`."""
         transcript = Transcript(build_request(prompt, options), retry=self.retry)
         # Somebody who chose the id can come back with it; nobody can come back with ours.
-        return AsyncStream(self, transcript, cancel_when_left="request_id" not in options)
+        return AsyncStream(self, transcript, cancel_when_left=not options.get("request_id"))
 
     def resume(self, request_id: str, offset: int = 0) -> AsyncStream:
         """The output of a request that was begun elsewhere, from output token `offset` on."""

@@ -91,7 +91,7 @@ class Client:
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Stream:
         """The output as it comes; iterate over it, then read its `result`."""
         transcript = Transcript(build_request(prompt, options), retry=self.retry)
-        return Stream(self, transcript, cancel_when_left="request_id" not in options)
+        return Stream(self, transcript, cancel_when_left=not options.get("request_id"))
 
     def resume(self, request_id: str, offset: int = 0) -> Stream:
         """The output of a request that was begun elsewhere, from output token `offset` on."""

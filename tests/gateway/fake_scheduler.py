@@ -82,6 +82,7 @@ class FakeScheduler:
         """Changes what goes out: repeats, gaps."""
         self.auto_tokens = 0
         self.preempted_because = ""
+        self.submissions_read = 0
         """Tokens that every live request gets per tick; 0: only by `emit`."""
         self.pool = scheduler_pb2.DescribePoolResponse(
             pool="default",
@@ -252,6 +253,7 @@ class _Scheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                 await context.write(response)
 
         async for message in request_iterator:
+            self._fake.submissions_read += len(message.submissions)
             for each in message.submissions:
                 answering.add(asyncio.create_task(answer(each)))
         await asyncio.gather(*answering)

@@ -56,8 +56,9 @@ async def test_a_client_leaves_before_its_request_is_stored(harness: Any) -> Non
     scheduler = harness.scheduler
     scheduler.thawed.clear()
     call = harness.inference.Generate(generate_request())
-    await eventually(lambda: harness.gateway.inference._submitting)
+    await eventually(lambda: scheduler.submissions_read)
     call.cancel()
+    await eventually(lambda: not harness.gateway.inference.streams.count)
     scheduler.thawed.set()
     await scheduler.until(lambda: scheduler.unfollows)
     (stored,) = scheduler.requests.values()

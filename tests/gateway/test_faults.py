@@ -85,7 +85,7 @@ async def test_a_request_waits_for_the_scheduler(harness: Any) -> None:
     scheduler = harness.scheduler
     await scheduler.kill()
     call = harness.inference.Generate(generate_request(request_id="early"))
-    await eventually(lambda: harness.gateway.inference._submitting)
+    await eventually(lambda: harness.gateway.inference.streams.count)
     await scheduler.start()
     scheduler.auto_tokens = 50
     assert (await collect(call)).tokens == scheduler.requests["early"].planned
@@ -95,13 +95,29 @@ async def test_a_scheduler_that_stops_while_it_is_asked(harness: Any) -> None:
     scheduler = harness.scheduler
     scheduler.thawed.clear()
     call = harness.inference.Generate(generate_request(request_id="asked"))
-    await eventually(lambda: harness.gateway.inference._submitting)
+    await eventually(lambda: harness.gateway.inference.streams.count)
     await scheduler.until(lambda: scheduler.waiting)
     await scheduler.kill()
     scheduler.thawed.set()
     await scheduler.start()
     scheduler.auto_tokens = 50
     assert (await collect(call)).tokens == scheduler.requests["asked"].planned
+
+
+async def test_clients_that_leave_meanwhile_leave_nothing_with_the_gateway(harness: Any) -> None:
+    scheduler = harness.scheduler
+    await scheduler.kill()
+    tasks = len(asyncio.all_tasks())
+    calls = [harness.inference.Generate(generate_request()) for _ in range(50)]
+    await eventually(lambda: harness.gateway.inference.streams.count == 50)
+    for call in calls:
+        call.cancel()
+    await eventually(lambda: not harness.gateway.inference.streams.count)
+    await eventually(lambda: len(asyncio.all_tasks()) <= tasks + 2)
+    await scheduler.start()
+    scheduler.auto_tokens = 50
+    await collect(harness.inference.Generate(generate_request(request_id="after")))
+    assert list(scheduler.requests) == ["after"]
 
 
 async def test_a_scheduler_that_stays_away(harness: Any) -> None:

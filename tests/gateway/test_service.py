@@ -368,7 +368,8 @@ async def test_nothing_is_left_behind(start_gateway: Any) -> None:
     await eventually(lambda: gateway.link.live_requests == 0 and gateway.inference.streams.count == 0)
     await eventually(lambda: len(asyncio.all_tasks()) <= tasks)
     assert not gateway.inference._readers
-    assert not gateway.inference._submitting
+    submissions = gateway.link._stubs.submissions
+    assert not any((submissions._answers, submissions._unsent, submissions._left))
     assert open_descriptors() <= descriptors + 1
 
 

@@ -69,11 +69,11 @@ class Streams(Calls):
 
 
 @asynccontextmanager
-async def client_of(service: Calls) -> AsyncIterator[Submissions]:
+async def client_of(service: Calls, **options: Any) -> AsyncIterator[Submissions]:
     server = channels.new_server()
     scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(service, server)
     async with listening(server) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        client = Submissions(scheduler_pb2_grpc.SchedulerServiceStub(channel))
+        client = Submissions(scheduler_pb2_grpc.SchedulerServiceStub(channel), **options)
         yield client
         client.retire()
 
@@ -202,3 +202,50 @@ async def test_retired_it_ends_its_stream_with_the_last_answer() -> None:
         client.retire()
         assert (await last).epoch == 1
         await asyncio.wait_for(service.ended.wait(), 60)
+
+
+class Slow(Streams):
+    """Reads, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(by_id)
+        self.go_on = asyncio.Event()
+
+    async def SubmitMany(self, request_iterator: Any, context: Any) -> None:
+        async for message in request_iterator:
+            self.messages.append(len(message.submissions))
+            self.read.set()
+            await self.go_on.wait()
+            answers = [self.answer(each) for each in message.submissions]
+            await context.write(scheduler_pb2.SubmitManyResponse(answers=filter(None, answers)))
+
+
+async def test_who_leaves_leaves_nothing_behind() -> None:
+    service, left = Slow(), list[str]()
+    async with client_of(service, on_left=left.append) as client:
+        sent = [asyncio.create_task(client.submit(request(number), 30.0)) for number in (1, 2, 3)]
+        await service.read.wait()
+        # The third is refused in the end.
+        for each in sent:
+            each.cancel()
+        await asyncio.gather(*sent, return_exceptions=True)
+        assert all(each.cancelled() for each in sent)
+        # By hand, so that nothing is written before it leaves.
+        unsent = client.submit(request(4))
+        unsent.send(None)
+        with pytest.raises(asyncio.CancelledError):
+            unsent.throw(asyncio.CancelledError())
+        assert not client._unsent
+        service.go_on.set()
+        assert (await client.submit(request(5), 30.0)).epoch == 5
+    assert left == ["r1", "r2"]
+    assert sum(service.messages) == 4
+
+
+async def test_what_no_message_can_hold_is_refused_at_once() -> None:
+    service = Streams(by_id)
+    async with client_of(service, max_message_bytes=100_000) as client:
+        with pytest.raises(errors.ResourceExhausted, match="more than") as caught:
+            await client.submit(request(1, bytes(100_000)), 30.0)
+        assert caught.value.reason is errors.Reason.MESSAGE_TOO_LARGE
+        assert (await client.submit(request(2, bytes(99_000)), 30.0)).epoch == 2
