@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from laps.errors import InvalidArgument
+from laps.logs import get_logger
+
+log = get_logger()
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -22,7 +27,15 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         self._special_tokens = dict(special_tokens)
-        self._template = _environment().from_string(source) if source else None
+        self._template: Template | None = None
+        self._problem = "the model has no chat template; give text or token_ids"
+        if source:
+            try:
+                self._template = _environment().from_string(source)
+            except TemplateError as error:
+                # Everything else can be served without it.
+                self._problem = f"the model's chat template cannot be read: {error}; give text or token_ids"
+                log.error("chat template cannot be read, messages are refused", error=str(error))
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate:
@@ -38,7 +51,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """The prompt for (role, content) pairs. Raises InvalidArgument where the template refuses them."""
         if self._template is None:
-            raise InvalidArgument("messages", "the model has no chat template; give text or token_ids")
+            raise InvalidArgument("messages", self._problem)
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return _render(self._template, turns, self._special_tokens)
@@ -57,7 +70,7 @@ def _render(template: Template, turns: list[dict[str, str]], special_tokens: Map
 def _environment() -> ImmutableSandboxedEnvironment:
     # The template comes with the weights and is not trusted: sandboxed, without access to anything.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
@@ -65,9 +78,27 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`, which marks for training what an assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012  # as jinja declares it
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML characters, which would change prompts.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> NoReturn:

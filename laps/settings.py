@@ -133,7 +133,7 @@ class Settings(BaseSettings):
         "Prometheus port, 0: none; under 'laps up' the scheduler's is 1 above it, further gateways' from 501",
         _GS,
     )
-    max_message_bytes: int = setting(4 << 20, "Size of one gRPC message at most", SERVICES, ge=1 << 16)
+    max_message_bytes: int = setting(4 << 20, "Size of one gRPC message at most", _ALL, ge=1 << 16)
 
     # Security.
     tls_cert: str = setting(

@@ -73,24 +73,22 @@ def _option(name: str) -> Callable[[Command], Command]:
 
 
 def client_options(command: Command) -> Command:
-    """Gives a command `--server` and `--json`, and the arguments `client` and `as_json`."""
+    """Gives a command a flag for each of the client's settings and `--json`, and the arguments `client` and
+    `as_json`."""
 
     @functools.wraps(command)
-    def run(*, server: str | None, as_json: bool, **values: Any) -> Any:
-        with open_client(server) as client:
+    def run(*, settings: Settings, as_json: bool, **values: Any) -> Any:
+        with _open_client(settings) as client:
             return command(client=client, as_json=as_json, **values)
 
-    wrapped = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
-    return click.option("--server", metavar="HOST:PORT", help="The gateway.  [default: from the settings]")(
-        wrapped
-    )
+    with_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
+    return settings_options("client")(with_json)
 
 
-def open_client(server: str | None) -> Client:
+def _open_client(settings: Settings) -> Client:
     from laps.client import Client, RetryPolicy
     from laps.security.tls import TlsFiles
 
-    settings = load_settings({"server": server})
     retry = RetryPolicy(connect_attempts=_CLIENT_CONNECT_ATTEMPTS, on_wait=waiting_told())
     return Client(
         settings.client_server,

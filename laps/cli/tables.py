@@ -16,11 +16,16 @@ _OVERDUE = -1e14
 """Ranks below it belong to requests past the starvation bound."""
 
 
+def plain_console(width: int | None = None) -> Console:
+    """Shows names and paths as they are: in rich's markup `[x]` would be a style."""
+    return Console(highlight=False, markup=False, emoji=False, width=width)
+
+
 def show(*parts: RenderableType) -> None:
     """Prints to standard output. Not to a terminal: without colours and not cut to a width."""
-    console = Console(highlight=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=200)
+        console = plain_console(width=200)
     for part in parts:
         console.print(part)
 

@@ -33,12 +33,11 @@ def top(
         for snapshot in snapshots:
             print_json(snapshot, indent=None)
         return
-    from rich.console import Console
     from rich.live import Live
 
     from laps.cli import tables
 
-    console = Console(highlight=False)
+    console = tables.plain_console()
     if not console.is_terminal:
         for snapshot in snapshots:
             tables.show(tables.picture(snapshot, waiting_limit), "")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from small_model import write
 
+from gateway.chat import ChatTemplate
 from gateway.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from laps.errors import InvalidArgument
 from laps.settings import BUILT_IN_TARGET
@@ -40,6 +43,32 @@ def test_texts_are_those_of_transformers(both: Any) -> None:
     ours, theirs = both
     ids = [token_id * 7919 % ours.vocabulary_size for token_id in range(500)]
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+TRAINED = (
+    "{% for message in messages %}[{{ message.role }}]"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% set kept = 1 %}"
+    "{% endgeneration %}{{ kept is defined }}{% else %}{{ message | tojson(sort_keys=true) }}{% endif %}"
+    "{% endfor %}{{ messages | tojson(separators=(',', ':'), ensure_ascii=true) }}"
+)
+
+
+async def test_marks_of_training_change_nothing(both: Any) -> None:
+    """Checkpoints that were tuned with TRL have them in their templates."""
+    turns = [("user", "hi <b>"), ("assistant", "yo \u00fc")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    expected = both[1].apply_chat_template(messages, chat_template=TRAINED, tokenize=False)
+    assert ChatTemplate(TRAINED, {}).render(turns) == expected
+
+
+def test_a_template_that_cannot_be_read_refuses_messages_alone(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "chat_template.jinja").write_text("{% unheard_of %}")
+    tokenizer = load_tokenizer(str(folder))
+    assert len(asyncio.run(tokenizer.encode("Hello"))) > 0
+    with pytest.raises(InvalidArgument, match=r"cannot be read: .*unheard_of"):
+        asyncio.run(tokenizer.encode_chat([("user", "hi")]))
 
 
 async def test_a_template_may_refuse(tokenizer: Tokenizer) -> None:

@@ -356,3 +356,21 @@ def test_standard_streams_may_be_closed(closed: str, tmp_path: Path) -> None:
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert told.read_text() == "ended"
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """In rich's markup they would be styles, or mistakes."""
+    table = tables._table("model", "folder")
+    table.add_row("a [bold]name :smile:", "/data/[llama]/[/old]")
+    tables.show(table)
+    shown = capsys.readouterr().out
+    assert "a [bold]name :smile:" in shown
+    assert "/data/[llama]/[/old]" in shown
+
+
+def test_clients_settings_are_flags(gateway: Any, tmp_path: Path) -> None:
+    with gateway() as served:
+        file = tmp_path / "laps.toml"
+        file.write_text(f'server = "{served.address}"')
+        assert main(["models", "--config", str(file), "--api-key", "laps_key"]) == 0
+        assert main(["models", "--server", served.address, "--tls-ca", str(tmp_path / "none")]) == 1

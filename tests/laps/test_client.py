@@ -40,7 +40,17 @@ async def test_a_stream_that_is_left_cancels_what_nobody_can_resume(serve: Any, 
             await anext(mine)
         async with client.stream("hi") as finished:
             await finished.finish()
-        assert gateway.cancelled == [anonymous.request_id]
+        # No id is chosen by saying so either.
+        async with client.stream("hi", request_id=None) as unnamed:  # type: ignore[arg-type]
+            await anext(unnamed)
+
+        def blocking() -> str:
+            with Client(gateway.address) as plain, plain.stream("hi", request_id="") as stream:
+                next(iter(stream))
+                return stream.request_id
+
+        left = await asyncio.to_thread(blocking)
+        assert gateway.cancelled == [anonymous.request_id, unnamed.request_id, left]
 
 
 async def test_result_before_the_end_is_a_mistake(serve: Any, script: Any) -> None:

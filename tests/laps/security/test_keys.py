@@ -124,6 +124,33 @@ def test_laps_keys_new(path: Path) -> None:
     assert isinstance(CliRunner().invoke(cli, ["keys", "new"]).exception, SettingsError)
 
 
+def test_keys_that_are_made_together_are_all_there(path: Path) -> None:
+    command = [sys.executable, "-m", "laps.cli", "keys", "new", "--tenant", "acme", "--append", str(path)]
+    making = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    made = [each.communicate()[0].strip() for each in making]
+    keys = KeyFile(str(path))
+    assert [keys.recognise(f"Bearer {key}").tenant for key in made] == ["acme"] * 6
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_of_keys_stays_what_it_was(path: Path) -> None:
+    """Whom it belongs to, who may read it, and where it lies."""
+    path.write_text(new_key("acme").line)
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 12_345, 12_346)
+    before = path.stat()
+    linked = path.with_name("linked.toml")
+    linked.symlink_to(path)
+    for file in (path, linked):
+        done = CliRunner().invoke(cli, ["keys", "new", "--tenant", "acme", "--append", str(file)])
+        assert done.exit_code == 0, done.output
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+    assert linked.is_symlink()
+    assert len(path.read_text().splitlines()) == 3
+
+
 @pytest.mark.parametrize("name", ["absent/keys.toml", "folder"])
 def test_laps_keys_new_names_the_file_that_it_cannot_write(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
