@@ -73,7 +73,9 @@ def metric_families() -> list[Metric]:
         gateway_grace_s=1.0,
         leader_ttl_s=1.0,
     )
-    collector = SchedulerCollector("default", lambda: leader, Refusals("default"))
+    collector = SchedulerCollector(
+        "default", lambda: leader, lambda: leader.store_answers, Refusals("default")
+    )
     return [*collector.collect(), *GatewayMetrics().registry.collect()]
 
 

@@ -146,7 +146,12 @@ async def serve(settings: Settings, lifetime: runtime.Lifetime) -> SchedulerServ
     close_metrics: Callable[[], None] = lambda: None  # noqa: E731
     if settings.metrics_port:
         close_metrics = metrics.listen(
-            settings.host, settings.metrics_port, settings.pool, lambda: terms.leader, refusals
+            settings.host,
+            settings.metrics_port,
+            settings.pool,
+            lambda: terms.leader,
+            lambda: terms.store_answers,
+            refusals,
         )
     await server.start()
     log.info("listening", address=f"{settings.host}:{port}")

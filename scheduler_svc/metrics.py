@@ -94,9 +94,16 @@ class _Live:
 class SchedulerCollector(Collector):
     """Scrapes come in another thread: it copies what it iterates over and changes nothing."""
 
-    def __init__(self, pool: str, leader: Callable[[], Leader | None], refusals: Refusals) -> None:
+    def __init__(
+        self,
+        pool: str,
+        leader: Callable[[], Leader | None],
+        store_answers: Callable[[], bool],
+        refusals: Refusals,
+    ) -> None:
         self._pool = pool
         self._leader = leader
+        self._store_answers = store_answers
         self._refusals = refusals
 
     def collect(self) -> Iterator[Metric]:
@@ -104,6 +111,12 @@ class SchedulerCollector(Collector):
         leader = self._leader()
         yield self._gauge(
             "scheduler_leads", "1 while this scheduler leads the pool", float(leader is not None)
+        )
+        # Also without a leader: a scheduler that starts while the store is away never leads.
+        yield self._gauge(
+            "store_down",
+            "1 while the store does not answer this scheduler",
+            float(not self._store_answers()),
         )
         yield self._gauge(
             "scheduler_compiled",
@@ -131,7 +144,6 @@ class SchedulerCollector(Collector):
             ("workers", "Workers in session", len(workers)),
             ("slots", "Slots of the workers in session", sum(worker.slots for worker in workers)),
             ("scheduler_epoch", "The leader's epoch", leader.epoch),
-            ("store_down", "1 while the store does not answer", float(leader.store_down)),
         ):  # fmt: skip
             yield self._gauge(name, text, value)
         levels = GaugeMetricFamily(
@@ -157,9 +169,14 @@ class SchedulerCollector(Collector):
 
 
 def listen(
-    host: str, port: int, pool: str, leader: Callable[[], Leader | None], refusals: Refusals
+    host: str,
+    port: int,
+    pool: str,
+    leader: Callable[[], Leader | None],
+    store_answers: Callable[[], bool],
+    refusals: Refusals,
 ) -> Callable[[], None]:
     """Serves the metrics over HTTP; returns what ends that. Raises OSError when the port is taken."""
     registry = CollectorRegistry()
-    registry.register(SchedulerCollector(pool, leader, refusals))
+    registry.register(SchedulerCollector(pool, leader, store_answers, refusals))
     return metrics_server.listen(host, port, registry)

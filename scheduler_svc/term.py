@@ -54,6 +54,8 @@ class Terms:
         self.stopped = ""
         """Why nobody may lead the pool; empty: somebody may."""
         self._stands_by = False
+        self._store_answers = False
+        """While nobody leads here. It has not answered before it is asked."""
         self._policy = policy
         self._core_settings = core_settings
         # Whoever comes back under the same name may take its own term over at once after a crash.
@@ -72,6 +74,11 @@ class Terms:
     def ready(self) -> bool:
         """It leads, or would when the leader went; and its store answers."""
         return self._stands_by if self.leader is None else self.leader.store_answers
+
+    @property
+    def store_answers(self) -> bool:
+        """As far as is known: whether this process leads, stands by or waits for the store."""
+        return self._store_answers if self.leader is None else self.leader.store_answers
 
     # --- For the services --------------------------------------------------------------------
 
@@ -159,6 +166,7 @@ class Terms:
                 await self._stop_pool(alarm, self.store.seen)
             except StoreUnavailable as error:
                 log.error("store lost while taking over", error=str(error))
+                self._store_answers = False
                 await asyncio.sleep(STORE_RETRY_S)
 
     async def _stop_pool(self, alarm: Alarm, seen: HistoryPoint) -> None:
@@ -170,8 +178,10 @@ class Terms:
                 await self.store.stop_pool(self._holder, str(alarm), seen)
             except StoreUnavailable as error:
                 log.error("the pool's stop is not stored yet", error=str(error))
+                self._store_answers = False
                 await asyncio.sleep(STORE_RETRY_S)
             else:
+                self._store_answers = True
                 return
 
     async def _prepare_store(self) -> None:
@@ -186,6 +196,7 @@ class Terms:
                     complained = True
                 await asyncio.sleep(STORE_RETRY_S)
             else:
+                self._store_answers = True
                 for warning in server.warnings:
                     log.warning("store is not durable", warning=warning)
                 log.info("store connected", version=server.version)
@@ -198,19 +209,19 @@ class Terms:
                 leadership = await self.store.lead(self._holder, self._address, self._leader_ttl_s)
             except StoreUnavailable as error:
                 log.error("store does not answer", error=str(error))
-                leadership, self._stands_by = None, False
+                leadership, self._stands_by, self._store_answers = None, False, False
             except PoolStopped as stopped:
                 if not self.stopped:
                     log.critical(
                         "pool is stopped until an operator resumes it", pool=self.pool, error=str(stopped)
                     )
-                self.stopped, self._stands_by = str(stopped), False
+                self.stopped, self._stands_by, self._store_answers = str(stopped), False, True
                 await asyncio.sleep(STORE_RETRY_S)
                 continue
             else:
                 if self.stopped:
                     log.warning("pool was resumed", pool=self.pool, history=str(self.store.seen))
-                self.stopped, self._stands_by = "", True
+                self.stopped, self._stands_by, self._store_answers = "", True, True
             if leadership is not None:
                 return leadership
             if not waiting:
@@ -223,7 +234,9 @@ class Terms:
         # A long queue takes longer than a leadership lasts: unless it is renewed a standby takes it over,
         # begins to recover, and loses it to this process in the same way, for ever.
         with self._queue.loading():
-            core = await while_leading(self._recover(leadership.epoch), self.store, self._leader_ttl_s)
+            core = await while_leading(
+                self._recover(leadership.epoch), self.store, self._leader_ttl_s, self._told_of_renewal
+            )
         await self.store.describe(core.policy.name, core.policy.level_thresholds_s)
         leader = Leader(
             core,
@@ -249,6 +262,9 @@ class Terms:
             self.leader, self._stands_by = None, False
             self._on_change(False)
             leader.ended.set()
+
+    def _told_of_renewal(self, renewed: bool) -> None:
+        self._store_answers = renewed
 
     async def _recover(self, epoch: int) -> Scheduler:
         core = Scheduler(self.pool, make_policy(self._policy), self._core_settings, epoch)

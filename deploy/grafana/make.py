@@ -137,7 +137,7 @@ STORE = (
         ((rate("laps_commits_total", POOL, "pool"), "{{pool}}"),),
         "One a tick, however many requests it is about.",
     ),
-    Panel("Store away", "short", ((f"max by (pool) (laps_store_down{POOL})", "{{pool}}"),)),
+    Panel("Store away", "short", ((f"laps_store_down{POOL}", "{{pool}} {{instance}}"),)),
     Panel("Who leads", "short", ((f"laps_scheduler_leads{POOL}", "{{pool}} {{instance}}"),)),
     Panel(
         "Epoch",

@@ -66,13 +66,13 @@ def leaders_metrics() -> set[str]:
 
     class Leading:
         core = Scheduler("default", make_policy("laps-sd"), SchedulerSettings(), 1)
-        epoch, ticks, store_down = 1, 0, False
+        epoch, ticks = 1, 0
         commit_times = Histogram("laps_commit_seconds", "?", ["pool"], registry=None)
 
         def now_s(self) -> float:
             return 0.0
 
-    collector = SchedulerCollector("default", Leading, Refusals("default"))  # type: ignore[arg-type]
+    collector = SchedulerCollector("default", Leading, lambda: True, Refusals("default"))  # type: ignore[arg-type]
     return {family.name for family in collector.collect()}
 
 

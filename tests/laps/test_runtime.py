@@ -212,7 +212,12 @@ def test_a_taken_metrics_port_is_one_clear_error() -> None:
             GatewayMetrics().listen("127.0.0.1", port)
         with pytest.raises(OSError, match=where):
             scheduler_metrics.listen(
-                "127.0.0.1", port, "default", lambda: None, scheduler_metrics.Refusals("default")
+                "127.0.0.1",
+                port,
+                "default",
+                lambda: None,
+                lambda: True,
+                scheduler_metrics.Refusals("default"),
             )
 
 

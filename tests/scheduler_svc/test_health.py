@@ -11,7 +11,7 @@ import pytest
 from laps import channels, runtime
 from laps.settings import Settings
 from laps.v1 import scheduler_pb2, scheduler_pb2_grpc
-from scheduler_svc import main
+from scheduler_svc import main, metrics
 from scheduler_svc.core.records import Recovered
 from scheduler_svc.store.server import LocalServer
 from scheduler_svc.store.store import Store
@@ -69,6 +69,49 @@ async def test_a_standby_is_ready_and_does_not_serve(store: LocalServer) -> None
             store.stop()
             # It leads still, for whoever waits for the store with it.
             await says(alone, True, False, True)
+
+
+async def test_a_dead_store_is_told_to_prometheus_without_any_traffic() -> None:
+    def gauges(running: main.SchedulerServer) -> tuple[float, float]:
+        """(leads, store down)"""
+        terms = running.terms
+        collector = metrics.SchedulerCollector(
+            "default", lambda: terms.leader, lambda: terms.store_answers, metrics.Refusals("default")
+        )
+        values = {family.name: family.samples[0].value for family in collector.collect() if family.samples}
+        return values["laps_scheduler_leads"], values["laps_store_down"]
+
+    async def tells(running: main.SchedulerServer, *expected: float) -> None:
+        async def same() -> bool:
+            return gauges(running) == expected
+
+        await until(same)
+
+    async def led(*running: main.SchedulerServer) -> bool:
+        return any(each.terms.leader is not None for each in running)
+
+    with LocalServer() as store:
+        async with (
+            scheduler(store.url, "one") as leader,
+            scheduler(store.url, "two") as standby,
+        ):
+            await until(lambda: led(leader, standby))
+            if standby.terms.leader is not None:
+                leader, standby = standby, leader
+            await tells(leader, 1.0, 0.0)
+            await tells(standby, 0.0, 0.0)
+            store.kill()
+            await tells(leader, 1.0, 1.0)
+            await tells(standby, 0.0, 1.0)
+            async with scheduler(store.url, "three") as started_meanwhile:
+                assert gauges(started_meanwhile) == (0.0, 1.0)
+                store.start()
+                for running in (leader, standby, started_meanwhile):
+
+                    async def answered(running: main.SchedulerServer = running) -> bool:
+                        return gauges(running)[1] == 0.0
+
+                    await until(answered)
 
 
 @pytest.mark.parametrize(
