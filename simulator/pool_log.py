@@ -36,7 +36,8 @@ async def from_pool(
     """The requests that ended by themselves, with their true arrivals, classes and client's predictions;
     those of one class, or all.
 
-    Raises WorkloadError where there are none, StoreUnavailable where the store does not answer.
+    Raises WorkloadError where there are none, StoreUnavailable where the store does not answer, StoreError
+    where it refuses the credentials.
     """
     inspector = Inspector.open(redis_url, pool, **connection_options)
     found: list[tuple[Served, Job]] = []

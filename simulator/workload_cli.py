@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from laps.cli.options import NOT_OF_THE_STORE, settings_options, store_connection
+from laps.settings import Settings
 from simulator import convert
 from simulator.files import open_text, read_workload_file
 from simulator.workload import Workload, write_workload
@@ -72,10 +74,9 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
 
 @workload.command()
 @click.argument("out", type=_OUT)
-@click.option("--redis-url", required=True, help="The pool's store.")
-@click.option("--pool", default="default", show_default=True)
+@settings_options(hide=NOT_OF_THE_STORE)
 @click.option("--class", "request_class", help="Only requests of this class.")
-def pool(out: Path, redis_url: str, pool: str, request_class: str | None) -> None:
+def pool(out: Path, settings: Settings, request_class: str | None) -> None:
     """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`).
 
     Prints the command that replays them with the costs that the pool's workers have measured.
@@ -83,9 +84,10 @@ def pool(out: Path, redis_url: str, pool: str, request_class: str | None) -> Non
     from simulator.pool_log import PoolLog, from_pool
 
     read: list[PoolLog] = []
+    connection = store_connection(settings)
 
     def make() -> Workload:
-        read.append(asyncio.run(from_pool(redis_url, pool, request_class)))
+        read.append(asyncio.run(from_pool(settings.redis_url, settings.pool, request_class, **connection)))
         return read[0].workload
 
     _write(out, make)
@@ -99,12 +101,12 @@ def pool(out: Path, redis_url: str, pool: str, request_class: str | None) -> Non
 
 
 def _write(out: Path, make: Callable[[], Workload]) -> None:
-    from scheduler_svc.store.errors import StoreUnavailable
+    from scheduler_svc.store.errors import StoreError
 
     try:
         made = make()
         write_workload(out, made)
-    except (OSError, ValueError, StoreUnavailable) as error:
+    except (OSError, ValueError, StoreError) as error:
         raise click.ClickException(str(error)) from error
     tokens, steps = sum(job.output_tokens for job in made), sum(job.steps for job in made)
     span_s = made[-1].arrival_s - made[0].arrival_s

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from laps.errors import LocalError
 from laps.setting import Service, flag_name, type_name, used_by
 from laps.settings import Settings, load_settings
 
@@ -26,6 +27,12 @@ _WONDER_AFTER_S = 2.0
 _TELL_EVERY_S = 10.0
 _ONE_OUTAGE_S = 5.0
 """A failure that comes so long after the last wait begins another outage."""
+
+
+NOT_OF_THE_STORE = frozenset(
+    name for name in Settings.model_fields if name != "pool" and not name.startswith(("redis_", "tls_"))
+)
+"""To be hidden from a command that asks a pool's store itself."""
 
 
 def settings_options(*services: Service, hide: frozenset[str] = frozenset()) -> Callable[[Command], Command]:
@@ -70,6 +77,20 @@ def _option(name: str) -> Callable[[Command], Command]:
         help=f"{field.description}.{shown}",
         default=None,
     )
+
+
+def store_connection(settings: Settings) -> dict[str, Any]:
+    """What a connection to the pool's store needs besides its URL and the pool.
+
+    Raises:
+        LocalError: no store is named, or a certificate cannot be used.
+    """
+    from laps.security.tls import TlsFiles
+    from scheduler_svc.main import store_tls
+
+    if not settings.redis_url:
+        raise LocalError("redis_url: say which store, with --redis-url or LAPS_REDIS_URL")
+    return store_tls(settings, TlsFiles.of_service(settings))
 
 
 def client_options(command: Command) -> Command:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from laps.cli.options import print_json, settings_options
+from laps.cli.options import NOT_OF_THE_STORE, print_json, settings_options, store_connection
 from laps.errors import LocalError
 from laps.settings import Settings
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 
-_NOT_OURS = frozenset(Settings.model_fields) - {
-    name for name in Settings.model_fields if name == "pool" or name.startswith(("redis_", "tls_"))
-}
-
 
 @click.group()
 def pool() -> None:
@@ -32,7 +28,7 @@ def pool() -> None:
 
 
 @pool.command()
-@settings_options(hide=_NOT_OURS)
+@settings_options(hide=NOT_OF_THE_STORE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(settings: Settings, as_json: bool) -> None:
     """Show who leads a pool, or why nobody may."""
@@ -44,7 +40,7 @@ def status(settings: Settings, as_json: bool) -> None:
 
 
 @pool.command()
-@settings_options(hide=_NOT_OURS)
+@settings_options(hide=NOT_OF_THE_STORE)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def resume(settings: Settings, yes: bool) -> None:
     """Let a stopped pool go on with its store as it is, without what that has lost."""
@@ -98,15 +94,10 @@ async def _resume(settings: Settings) -> int:
 
 
 async def _with_store(settings: Settings, work: Callable[[Store], Awaitable[Answer]]) -> Answer:
-    from laps.security.tls import TlsFiles
-    from scheduler_svc.main import store_tls
     from scheduler_svc.store.errors import StoreError
     from scheduler_svc.store.store import Store
 
-    if not settings.redis_url:
-        raise LocalError("redis_url: say which store, with --redis-url or LAPS_REDIS_URL")
-    tls = store_tls(settings, TlsFiles.of_service(settings))
-    store = Store(settings.redis_url, settings.pool, **tls)
+    store = Store(settings.redis_url, settings.pool, **store_connection(settings))
     try:
         return await work(store)
     except StoreError as error:

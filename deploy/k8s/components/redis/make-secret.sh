@@ -23,6 +23,6 @@ stringData:
   users.acl: |
     user default off resetchannels -@all
     user laps on #$(hash "$laps") ~laps:* resetchannels -@all +@connection +@read +@write -@dangerous -@scripting +fcall +fcall_ro +function|list +function|load +info +config|get +time
-    user operator on #$(hash "$operator") ~laps:* resetchannels -@all +@connection +@read -@dangerous +info +function|list +config|get +slowlog|get
+    user operator on #$(hash "$operator") ~laps:* resetchannels -@all +@connection +@read -@dangerous +fcall_ro +info +function|list +config|get +slowlog|get +time
     user probe on nopass resetchannels -@all +ping
 END
