@@ -86,13 +86,19 @@ class PoolCosts:
     switch_ms: float
     start_ms: float
 
-    def options(self) -> str:
-        """As `laps simulate` takes them."""
+    def options(self, starvation_bound_s: float = 0.0) -> str:
+        """As `laps simulate` takes them. With the pool's starvation bound; 0: it has none."""
         return (
             f"--slots {self.slots} --draft-ms 0 --verify-ms {self.step_ms:.3f} --row-ms {self.row_ms:.3f} "
             f"--prefill-ms {self.prefill_ms:.4f} --switch-ms {self.switch_ms:.3f} "
-            f"--start-ms {self.start_ms:.3f}"
+            f"--start-ms {self.start_ms:.3f}{bound_option(starvation_bound_s)}"
         )
+
+
+def bound_option(starvation_bound_s: float) -> str:
+    """What follows other options of `laps simulate`: a pool has a bound unless it is told to have none, a
+    replay has none unless it is told to have one."""
+    return f" --starvation-bound-s {starvation_bound_s:g}" if starvation_bound_s else ""
 
 
 def pool_costs(log: Sequence[Served], workload: Workload, workers: Sequence[Fields]) -> PoolCosts | None:

@@ -74,13 +74,15 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
 
 @workload.command()
 @click.argument("out", type=_OUT)
-@settings_options(hide=NOT_OF_THE_STORE)
+@settings_options(hide=NOT_OF_THE_STORE - {"starvation_bound_s"})
 @click.option("--class", "request_class", help="Only requests of this class.")
 def pool(out: Path, settings: Settings, request_class: str | None) -> None:
     """What a LAPS pool has served: its finished requests that the store still keeps (see `retention_s`).
 
-    Prints the command that replays them with the costs that the pool's workers have measured.
+    Prints the command that replays them with the costs that the pool's workers have measured. The store does
+    not know the pool's starvation bound: it is that of the settings here.
     """
+    from simulator.pool_costs import bound_option
     from simulator.pool_log import PoolLog, from_pool
 
     read: list[PoolLog] = []
@@ -92,12 +94,12 @@ def pool(out: Path, settings: Settings, request_class: str | None) -> None:
 
     _write(out, make)
     click.echo(f"mean latency as served: {read[0].mean_latency_s:.3f} s. To replay it under other policies:")
-    costs = read[0].costs
+    costs, bound_s = read[0].costs, settings.starvation_bound_s
     if costs is None:
         click.echo("(its costs are not known: no worker is in session, or every request was preempted)")
-        click.echo(f"laps simulate {out} --as-recorded")
+        click.echo(f"laps simulate {out} --as-recorded{bound_option(bound_s)}")
     else:
-        click.echo(f"laps simulate {out} --as-recorded {costs.options()}")
+        click.echo(f"laps simulate {out} --as-recorded {costs.options(bound_s)}")
 
 
 def _write(out: Path, make: Callable[[], Workload]) -> None:

@@ -56,6 +56,7 @@ def test_one_alone_tells_its_step_and_its_start() -> None:
         "--slots 2 --draft-ms 0 --verify-ms 20.000 --row-ms 0.000 --prefill-ms 0.3000 --switch-ms 1.000 "
         "--start-ms 10.000"
     )
+    assert told.options(60.0) == told.options() + " --starvation-bound-s 60"
 
 
 def test_the_prefill_of_others_is_no_part_of_a_step() -> None:

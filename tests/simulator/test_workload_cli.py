@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from laps.cli import main
 from scheduler_svc.store.server import LocalServer
-from simulator import pool_log
+from simulator import cli, pool_log
 from simulator.mixes import make_mix
 from simulator.pool_costs import PoolCosts
 from simulator.pool_log import PoolLog
@@ -80,3 +81,30 @@ def test_a_store_that_refuses_the_credentials_is_one_plain_line(
     assert "refuses the credentials" in said
     assert "secret" not in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("costs", [COSTS, None])
+def test_the_printed_command_replays_with_the_pools_starvation_bound(
+    asked: Asked,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    costs: PoolCosts | None,
+) -> None:
+    asked.costs = costs
+    given: list[float | None] = []
+    replay = cli.replay
+
+    def noted(*args: Any, **options: Any) -> Any:
+        given.append(options["starvation_bound_s"])
+        return replay(*args, **options)
+
+    monkeypatch.setattr(cli, "replay", noted)
+    arguments = ["workload", "pool", str(tmp_path / "out.jsonl"), "--redis-url", "redis://nowhere:1/0"]
+    for more in ([], ["--starvation-bound-s", "7.5"], ["--starvation-bound-s", "0"]):
+        assert main([*arguments, *more]) == 0
+        command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert command[0] == "laps"
+        assert main([*command[1:], "--policies", "fcfs"]) == 0
+        capsys.readouterr()
+    assert given == [60.0, 7.5, None]
