@@ -6,8 +6,10 @@ import csv
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 from simulator.workload import Job, Workload, WorkloadError, order
 
@@ -81,15 +83,23 @@ def _instant(text: str | None) -> datetime:
         raise ValueError(f"TIMESTAMP must be a date and a time, not {(text or '')[:40]!r}") from None
 
 
-def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: int = 0) -> Workload:
+def from_spec_bench(
+    lines: Iterable[str],
+    *,
+    accepted_only: bool = False,
+    seed: int = 0,
+    warn: Callable[[str], None] = lambda message: None,
+) -> Workload:
     """Requests of a Spec-Bench answer file, a question a line, its `choices` with `accept_lengths`: tokens
     emitted by each target pass. `accepted_only`: they count accepted tokens, without the one that the
-    target adds. A question's turns become requests where `decoding_steps` tells them apart. The file has no
-    arrivals: they are Poisson, one a second, in random order; `laps simulate` rescales them.
+    target adds. A question's turns become requests where `new_tokens` or `decoding_steps` tells them apart;
+    `warn` hears of those that nothing tells apart. The file has no arrivals: they are Poisson, one a second,
+    in random order; `laps simulate` rescales them.
     Raises WorkloadError naming the line that is wrong.
     """
     dice = random.Random(seed)
     found: list[tuple[str, tuple[int, ...]]] = []
+    merged = 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -101,13 +111,22 @@ def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: 
                 if min(lengths, default=0) < 0:
                     raise ValueError("accept_lengths must be at least 0")
                 lengths = [length + accepted_only for length in lengths]
-                for emitted in _turns(lengths, choice.get("decoding_steps")):
+                turns = _turns(lengths, choice)
+                if turns is None:
+                    merged += 1
+                    turns = [lengths]
+                for emitted in turns:
                     if sum(emitted) > 0:
                         found.append((task, tuple(emitted)))
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise WorkloadError(f"line {number}: {type(error).__name__}: {error}") from error
     if not found:
         raise WorkloadError("no requests in it")
+    if merged:
+        warn(
+            f"{merged} answers of several turns became one request each: "
+            "neither new_tokens nor decoding_steps tells their turns apart"
+        )
     dice.shuffle(found)
     now_s = 0.0
     jobs = []
@@ -117,14 +136,44 @@ def from_spec_bench(lines: Iterable[str], *, accepted_only: bool = False, seed: 
     return order(jobs)
 
 
-def _turns(lengths: list[int], steps: object) -> Iterator[list[int]]:
-    if isinstance(steps, list) and sum(steps) == len(lengths):
-        begin = 0
-        for count in steps:
-            yield lengths[begin : begin + count]
-            begin += count
-    else:
-        yield lengths
+def _turns(lengths: list[int], choice: dict[str, Any]) -> list[list[int]] | None:
+    """The steps of each turn; None: there are several, and nothing tells them apart.
+
+    What is written of a turn's steps depends on the method: their number, the index of the last one (EAGLE,
+    Medusa; `idxs` in older files), or a number of tokens (PLD). So its tokens count for more.
+    """
+    steps = _counts(choice.get("decoding_steps", choice.get("idxs")))
+    tokens = _counts(choice.get("new_tokens"))
+    texts = choice.get("turns")
+    if max(len(texts) if isinstance(texts, list) else 0, len(steps), len(tokens)) < 2:
+        return [lengths]
+    by_steps = [
+        _cut(lengths, counts)
+        for counts in (steps, [count + 1 for count in steps])
+        if counts and sum(counts) == len(lengths)
+    ]
+    for turns in by_steps:
+        if [sum(turn) for turn in turns] == tokens:
+            return turns
+    ends = list(itertools.accumulate(lengths))
+    wanted = list(itertools.accumulate(tokens))
+    if wanted and ends and wanted[-1] == ends[-1] and set(wanted) <= {0, *ends}:
+        # Steps that emitted nothing begin the next turn, and end the last one.
+        begins = [0, *(bisect_left(ends, end) + 1 if end else 0 for end in wanted[:-1]), len(lengths)]
+        return [lengths[begin:end] for begin, end in itertools.pairwise(begins)]
+    return by_steps[0] if by_steps else None
+
+
+def _counts(value: object) -> list[int]:
+    """Empty: these are none."""
+    if isinstance(value, list) and all(type(count) is int and count >= 0 for count in value):
+        return value
+    return []
+
+
+def _cut(lengths: list[int], counts: list[int]) -> list[list[int]]:
+    left = iter(lengths)
+    return [list(itertools.islice(left, count)) for count in counts]
 
 
 def cut_to(steps: Iterable[int], output_tokens: int) -> tuple[int, ...]:

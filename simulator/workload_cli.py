@@ -67,7 +67,12 @@ def spec_bench(answers: Path, out: Path, accepted_only: bool, seed: int) -> None
 
     def make() -> Workload:
         with open_text(answers) as lines:
-            return convert.from_spec_bench(lines, accepted_only=accepted_only, seed=seed)
+            return convert.from_spec_bench(
+                lines,
+                accepted_only=accepted_only,
+                seed=seed,
+                warn=lambda message: click.echo(f"{answers}: {message}", err=True),
+            )
 
     _write(out, make)
 

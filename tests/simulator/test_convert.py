@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laps.cli import main
 from simulator.convert import from_azure, from_spec_bench
 from simulator.mixes import make_mix
 from simulator.pool_log import steps_of
@@ -106,6 +107,65 @@ def test_spec_bench_answers_give_acceptance_by_turn() -> None:
     assert sorted(job.emitted_per_step for job in added) == [(2, 4), (3, 3), (3, 5, 2)]
     with pytest.raises(WorkloadError, match="line 2"):
         from_spec_bench([lines[0], answer()])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"decoding_steps": [2, 1], "new_tokens": [9, 5]},
+        {"idxs": [2, 1], "new_tokens": [9, 5]},
+        {"decoding_steps": [3, 2], "new_tokens": [9, 5]},
+        {"decoding_steps": [8, 4], "new_tokens": [9, 5]},
+        {"new_tokens": [9, 5]},
+        {"decoding_steps": [3, 2]},
+        {"decoding_steps": [2, 1]},
+        # With the token that prefill gave, which is no step's.
+        {"idxs": [2, 1], "new_tokens": [10, 6]},
+        {"turns": ["a", "b"], "decoding_steps": [3, 2], "new_tokens": None},
+    ],
+)
+def test_turns_are_told_apart_whatever_the_method_writes_of_its_steps(more: dict[str, object]) -> None:
+    said: list[str] = []
+    made = from_spec_bench([answer(accept_lengths=[3, 4, 2, 4, 1], **more)], warn=said.append)
+    assert sorted(job.emitted_per_step for job in made) == [(3, 4, 2), (4, 1)]
+    assert not said
+    less = answer(accept_lengths=[2, 3, 1, 3, 0], **more)
+    added = from_spec_bench([less], accepted_only=True)
+    assert sorted(job.emitted_per_step for job in added) == [(3, 4, 2), (4, 1)]
+
+
+def test_steps_without_a_token_at_the_end_of_a_turn_stay_in_it_where_steps_are_counted() -> None:
+    lengths = [3, 0, 2, 0]
+    counted = from_spec_bench([answer(accept_lengths=lengths, decoding_steps=[2, 2], new_tokens=[3, 2])])
+    assert sorted(job.emitted_per_step for job in counted) == [(2, 0), (3, 0)]
+    guessed = from_spec_bench([answer(accept_lengths=lengths, new_tokens=[3, 2])])
+    assert sorted(job.emitted_per_step for job in guessed) == [(0, 2, 0), (3,)]
+    empty = from_spec_bench([answer(accept_lengths=lengths, new_tokens=[0, 3, 0, 2])])
+    assert sorted(job.emitted_per_step for job in empty) == [(0, 2, 0), (3,)]
+
+
+def test_turns_that_nothing_tells_apart_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "out.jsonl"
+    one, two = ["a"], ["a", "b"]
+    answers.write_text(
+        "\n".join(
+            [
+                # PLD, whose last step was cut at the limit.
+                answer(accept_lengths=[3, 4, 2, 4], turns=two, decoding_steps=[8, 2], new_tokens=[9, 3]),
+                answer(accept_lengths=[3, 4], turns=two, decoding_steps="?"),
+                answer(accept_lengths=[3, 4], turns=one, decoding_steps=[9], new_tokens=[8]),
+                answer(accept_lengths=[3, 4]),
+            ]
+        )
+    )
+    assert main(["workload", "spec-bench", str(answers), str(out)]) == 0
+    assert capsys.readouterr().err == (
+        f"{answers}: 2 answers of several turns became one request each: "
+        "neither new_tokens nor decoding_steps tells their turns apart\n"
+    )
+    assert sorted(job.emitted_per_step for job in read_workload(out)) == [(3, 4)] * 3 + [(3, 4, 2, 4)]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 5))
