@@ -37,9 +37,9 @@ def from_azure(
     kept = 0.0 if donors else _acceptance_for(tokens_per_step, draft_tokens)
     jobs: list[Job] = []
     begin: datetime | None = None
-    for arrival, prompt_tokens, output_tokens in itertools.islice(_azure_rows(lines), limit):
-        if output_tokens < 1:
-            continue
+    # A row without output is no request.
+    rows = (row for row in _azure_rows(lines) if row[2] > 0)
+    for arrival, prompt_tokens, output_tokens in itertools.islice(rows, limit):
         begin = begin or arrival
         if donors:
             steps: Iterator[int] = itertools.cycle(dice.choice(donors).emitted_per_step)

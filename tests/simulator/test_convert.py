@@ -30,6 +30,9 @@ def test_the_azure_trace_gives_arrivals_and_lengths() -> None:
     assert [job.output_tokens for job in made] == [44, 109, 16], "a request without output is left out"
     assert [job.prompt_tokens for job in made] == [374, 396, 91]
     assert made == from_azure(TRACE.splitlines())
+    # Nor does it count as one of those that are asked for.
+    assert [job.output_tokens for job in from_azure(TRACE.splitlines(), limit=3)] == [44, 109, 16]
+    assert [job.output_tokens for job in from_azure(TRACE.splitlines(), limit=2)] == [44, 109]
 
 
 def test_the_azure_trace_takes_the_acceptance_that_is_asked_for() -> None:
