@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -32,13 +33,17 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def read_workload_file(path: Path) -> Workload:
-    """As read_workload, and WorkloadError also for damaged compression and numbers beyond any use."""
+    """As read_workload, with the first arrival at 0, and WorkloadError also for damaged compression and
+    numbers beyond any use."""
     try:
-        return read_workload(path)
+        jobs = read_workload(path)
     except zlib.error as error:
         raise WorkloadError(f"{path}: {error}") from error
     except (OverflowError, RecursionError) as error:
         raise WorkloadError(f"{path}:{_first_impossible(path)}: {error}") from error
+    # Times of a log may be seconds since 1970: stretched to a load they would lie beyond what a replay knows.
+    first_s = jobs[0].arrival_s
+    return tuple(replace(job, arrival_s=job.arrival_s - first_s) for job in jobs)
 
 
 def _first_impossible(path: Path) -> int:

@@ -124,6 +124,23 @@ def test_numbers_beyond_any_use(tmp_path: Path, entry: str) -> None:
     assert "w.jsonl:3: " in complaint(simulate, path)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e3])
+def test_a_log_may_have_seconds_or_milliseconds_since_1970(tmp_path: Path, unit: float) -> None:
+    figures = []
+    for name, first in (("since.jsonl", unit * 1.7e9), ("plain.jsonl", 0.0)):
+        path, out = tmp_path / name, tmp_path / f"{name}.json"
+        # A burst, which that load stretches more than a hundred thousandfold.
+        lines = [
+            {"arrival_s": first + number / 1024, "emitted_per_step": [2] * (number + 30)}
+            for number in range(20)
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = CliRunner().invoke(simulate, [str(path), "--slots", "1", "--load", "0.01", "--json", str(out)])
+        assert done.exit_code == 0, (done.output, done.exception)
+        figures.append(json.loads(out.read_text()))
+    assert figures[0] == figures[1]
+
+
 def test_whole_numbers_that_no_time_can_be_made_of(tmp_path: Path) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text(
