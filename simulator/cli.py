@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scheduler_svc.core.policies import policies
+from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
 from simulator.files import read_workload_file
 from simulator.replay import simulate as replay
 from simulator.result import Result
-from simulator.workload import Workload
+from simulator.workload import Workload, WorkloadError, rescale
 
 
 def _policy_names(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -32,8 +34,21 @@ def _policy_names(context: click.Context, parameter: click.Parameter, value: str
     return list(dict.fromkeys(names))
 
 
-_POSITIVE = click.FloatRange(min=0.0, min_open=True)
-_AT_LEAST_ZERO = click.FloatRange(min=0.0)
+class _Number(click.FloatRange):
+    """In a range that ends: infinity is beyond it. What is no number is in no range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+_POSITIVE = _Number(min=1e-6, max=1e6)
+_AT_LEAST_ZERO = _Number(min=0.0, max=1e6)
+
+_LONGEST_SPAN_S = 1e11
+"""A replay's clock goes a little further."""
 
 
 @click.command(name="simulate")
@@ -53,7 +68,7 @@ _AT_LEAST_ZERO = click.FloatRange(min=0.0)
     "--load", type=_POSITIVE, default=0.9, show_default=True, help="Arrivals are stretched to this load."
 )
 @click.option("--as-recorded", is_flag=True, help="Leave the arrivals as they are instead.")
-@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--draft-tokens", type=click.IntRange(1, MAX_DRAFTED_TOKENS), default=4, show_default=True)
 @click.option("--draft-ms", type=_AT_LEAST_ZERO, default=2.0, show_default=True, help="One drafted token.")
 @click.option("--verify-ms", type=_POSITIVE, default=24.0, show_default=True, help="One verification.")
 @click.option(
@@ -83,13 +98,13 @@ _AT_LEAST_ZERO = click.FloatRange(min=0.0)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--length-error",
-    type=_AT_LEAST_ZERO,
+    type=_Number(min=0.0, max=100.0),
     default=None,
     help="Predict the true lengths with this log-error, drawn from the seed, instead of as the file says.",
 )
 @click.option(
     "--starvation-bound-s",
-    type=_POSITIVE,
+    type=_Number(min=1e-6, max=1e9),
     default=None,
     help="After this wait a request goes before all later ones.",
 )
@@ -127,7 +142,14 @@ def simulate(
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
+    full_step_s = (draft_tokens * draft_ms + verify_ms + row_ms * (slots - 1)) / 1000.0
+
     def run(name: str, at_load: float | None, progress: Progress, record_stays: bool = False) -> Result:
+        arrivals = jobs if at_load is None else rescale(jobs, slots, at_load, full_step_s)
+        span_s = arrivals[-1].arrival_s - arrivals[0].arrival_s
+        if not span_s <= _LONGEST_SPAN_S:
+            at = "as recorded" if at_load is None else f"at load {at_load:g}"
+            raise WorkloadError(f"{workload}: {at} the arrivals span {span_s:g} s, too long to replay")
         label = name if at_load is None else f"{name} at load {at_load:g}"
         task = progress.add_task(label, total=len(jobs))
         return replay(

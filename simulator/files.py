@@ -10,13 +10,14 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from simulator.workload import Workload, WorkloadError, _job, read_workload
+from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
+from simulator.workload import Job, Workload, WorkloadError, _job, read_workload
 
 
 @contextmanager
@@ -40,19 +41,29 @@ def read_workload_file(path: Path) -> Workload:
     except zlib.error as error:
         raise WorkloadError(f"{path}: {error}") from error
     except (OverflowError, RecursionError) as error:
-        raise WorkloadError(f"{path}:{_first_impossible(path)}: {error}") from error
+        raise WorkloadError(f"{path}:{_first_line(path, lambda job: False)}: {error}") from error
+    if any(_too_long(job) for job in jobs):
+        raise WorkloadError(
+            f"{path}:{_first_line(path, _too_long)}: emitted_per_step: "
+            f"a step emits {MAX_DRAFTED_TOKENS + 1} tokens at most"
+        )
     # Times of a log may be seconds since 1970: stretched to a load they would lie beyond what a replay knows.
     first_s = jobs[0].arrival_s
     return tuple(replace(job, arrival_s=job.arrival_s - first_s) for job in jobs)
 
 
-def _first_impossible(path: Path) -> int:
-    """The line at which reading ended so."""
+def _too_long(job: Job) -> bool:
+    """The scheduler believes no step that emitted more than it may draft and the target's own token."""
+    return max(job.emitted_per_step) > MAX_DRAFTED_TOKENS + 1
+
+
+def _first_line(path: Path, wrong: Callable[[Job], bool]) -> int:
+    """The first one that is wrong, or cannot be read at all."""
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                if line.strip():
-                    _job(json.loads(line))
+                if line.strip() and wrong(_job(json.loads(line))):
+                    return number
             except (OverflowError, RecursionError):
                 return number
     raise AssertionError("the file changed while it was read")

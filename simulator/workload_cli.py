@@ -10,6 +10,7 @@ import click
 
 from laps.cli.options import NOT_OF_THE_STORE, settings_options, store_connection
 from laps.settings import Settings
+from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
 from simulator import convert
 from simulator.files import open_text, read_workload_file
 from simulator.workload import Workload, write_workload
@@ -28,7 +29,7 @@ def workload() -> None:
 @click.argument("out", type=_OUT)
 @click.option("--acceptance", "acceptance_path", type=_FILE, help="Workload whose steps the requests follow.")
 @click.option("--tokens-per-step", type=float, default=2.2, show_default=True, help="Without --acceptance.")
-@click.option("--draft-tokens", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--draft-tokens", type=click.IntRange(1, MAX_DRAFTED_TOKENS), default=4, show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many requests.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def azure(

@@ -141,6 +141,33 @@ def test_a_log_may_have_seconds_or_milliseconds_since_1970(tmp_path: Path, unit:
     assert figures[0] == figures[1]
 
 
+def test_steps_that_no_scheduler_believes(tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    good, longest, wrong = (
+        json.dumps({"arrival_s": arrival_s, "emitted_per_step": [1, tokens]}) + "\n"
+        for arrival_s, tokens in ((2, 1), (1, 1025), (0, 1026))
+    )
+    (tmp_path / "t.csv").write_text(HEAD + ROW)
+    path.write_text(good + longest)
+    done = CliRunner().invoke(simulate, [str(path)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    path.write_text(good + "\n" + longest + wrong + good)
+    told = f"{path}:4: emitted_per_step: a step emits 1025 tokens at most"
+    assert told in complaint(simulate, path)
+    assert told in complaint(
+        workload, "azure", tmp_path / "t.csv", tmp_path / "out.jsonl", "--acceptance", path
+    )
+
+
+def test_arrivals_that_no_clock_reaches(tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    path.write_text("".join(f'{{"arrival_s": {at}, "emitted_per_step": [1]}}\n' for at in (0, 1e300)))
+    told = f"{path}: as recorded the arrivals span 1e+300 s, too long to replay"
+    assert told in complaint(simulate, path, "--as-recorded")
+    done = CliRunner().invoke(simulate, [str(path)])
+    assert done.exit_code == 0, "a load makes seconds of any unit"
+
+
 def test_whole_numbers_that_no_time_can_be_made_of(tmp_path: Path) -> None:
     path = tmp_path / "w.jsonl"
     path.write_text(
