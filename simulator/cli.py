@@ -47,6 +47,9 @@ class _Number(click.FloatRange):
 _POSITIVE = _Number(min=1e-6, max=1e6)
 _AT_LEAST_ZERO = _Number(min=0.0, max=1e6)
 
+_BY_PREDICTION = ("sjf", "srpt")
+"""They rank by nothing else."""
+
 _LONGEST_SPAN_S = 1e11
 """A replay's clock goes a little further."""
 
@@ -141,6 +144,15 @@ def simulate(
         jobs = read_workload_file(workload)
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
+
+    if length_error is None and all(job.predicted_output_tokens is None for job in jobs):
+        blind = [name for name in policy_names if name in _BY_PREDICTION]
+        if blind:
+            click.echo(
+                f"{workload}: no request has predicted_output_tokens: {' and '.join(blind)} then "
+                f"rank{'s' if len(blind) == 1 else ''} as fcfs does; --length-error predicts",
+                err=True,
+            )
 
     full_step_s = (draft_tokens * draft_ms + verify_ms + row_ms * (slots - 1)) / 1000.0
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,31 @@ def test_a_plot_is_drawn(workload: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(simulate, [str(workload), "--plot", str(path)])
     assert result.exit_code == 0, result.output
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_policies_that_rank_by_predictions_are_named_where_there_are_none(
+    workload: Path, tmp_path: Path
+) -> None:
+    blind, out = tmp_path / "blind.jsonl", tmp_path / "out.json"
+    jobs = make_mix(jobs=40)
+    write_workload(blind, tuple(replace(job, predicted_output_tokens=None) for job in jobs))
+
+    def said(path: Path, *arguments: str) -> str:
+        done = CliRunner().invoke(simulate, [str(path), "--slots", "2", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.stderr.strip()
+
+    told = f"{blind}: no request has predicted_output_tokens: "
+    assert said(blind, "--policies", "fcfs,sjf,srpt", "--json", str(out)) == (
+        f"{told}sjf and srpt then rank as fcfs does; --length-error predicts"
+    )
+    figures = json.loads(out.read_text())["policies"]
+    assert figures["sjf"] == figures["srpt"] == figures["fcfs"]
+    assert said(blind, "--policies", "srpt") == (
+        f"{told}srpt then ranks as fcfs does; --length-error predicts"
+    )
+    assert said(blind, "--policies", "fcfs,laps-sd") == ""
+    assert said(blind, "--policies", "srpt", "--length-error", "0.3") == ""
+    assert said(workload, "--policies", "srpt") == ""
+    write_workload(blind, (replace(jobs[0], predicted_output_tokens=None), *jobs[1:]))
+    assert said(blind, "--policies", "srpt") == ""
