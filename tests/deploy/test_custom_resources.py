@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,30 @@ def test_scaler_asks_for_metrics_that_there_are(scaled: list[Object]) -> None:
         names.add(metric)
     assert names == {"laps_backlog_seconds", "laps_longest_wait_seconds"}
     assert names <= leaders_metrics()
+
+
+def test_no_data_is_no_backlog_of_zero(scaled: list[Object]) -> None:
+    (scaler,) = of_kind(scaled, "ScaledObject")
+    assert [each["metadata"]["ignoreNullValues"] for each in scaler["spec"]["triggers"]] == ["false"] * 2
+
+
+def test_each_pool_of_several_has_a_scaler_that_asks_for_it(tmp_path: Path) -> None:
+    shutil.copytree(rendered.K8S, tmp_path / "k8s")
+    file = tmp_path / "k8s" / "overlays" / "ha" / "pool" / "kustomization.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("components:\n", "components:\n  - ../../../components/keda\n"))
+    built = rendered.objects(rendered.build(tmp_path / "k8s" / "overlays" / "ha"))
+    asked = {
+        name(each): {trigger["metadata"]["query"] for trigger in each["spec"]["triggers"]}
+        for each in of_kind(built, "ScaledObject")
+    }
+    assert asked == {
+        f"worker-{pool}": {
+            f'max(laps_backlog_seconds{{pool="{pool}"}})',
+            f'max(laps_longest_wait_seconds{{pool="{pool}"}})',
+        }
+        for pool in ("chat", "code")
+    }
 
 
 def leaders_metrics() -> set[str]:
