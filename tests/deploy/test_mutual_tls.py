@@ -66,6 +66,21 @@ def test_workers_and_gateways_find_the_scheduler_by_a_name_of_its_certificate(ob
             assert host.removeprefix("dns:///") in certificates(objects)["scheduler"]["dnsNames"]
 
 
+def test_clients_find_the_gateway_by_every_name_that_its_service_has(objects: list[Object]) -> None:
+    (service,) = (each for each in of_kind(objects, "Service") if name(each) == "gateway")
+    namespace = service["metadata"]["namespace"]
+    endings = ("", f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
+    assert {f"gateway{ending}" for ending in endings} <= set(certificates(objects)["gateway"]["dnsNames"])
+
+
+def test_the_gateways_service_says_that_all_its_ports_speak_tls(objects: list[Object]) -> None:
+    (service,) = (each for each in of_kind(objects, "Service") if name(each) == "gateway")
+    assert {each["name"]: each["appProtocol"] for each in service["spec"]["ports"]} == {
+        "grpc": "https",
+        "http": "https",
+    }
+
+
 def test_the_scheduler_is_not_open_any_more(objects: list[Object]) -> None:
     (scheduler,) = (w for w in of_kind(objects, "Deployment") if rendered.role(w) == "scheduler")
     assert rendered.environment(objects, scheduler)["LAPS_ALLOW_UNAUTHENTICATED"] == "false"
