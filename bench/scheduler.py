@@ -40,7 +40,7 @@ from laps.settings import Settings
 from scheduler_svc.store import keys
 from scheduler_svc.store.server import LocalServer
 
-WORKERS, SLOTS, WORKER_STEPS_PER_S = 20, 64, 30.0
+SLOTS, WORKER_STEPS_PER_S = 64, 30.0
 FEW_SLOTS = 8
 OUTPUT_TOKENS = 1024
 """Mean output of a request; lengths are even between a quarter of it and seven quarters."""

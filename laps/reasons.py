@@ -69,7 +69,6 @@ class Reason(enum.Enum):
     UNREACHABLE = ("UNAVAILABLE", "There is no connection to the server.")
     STREAM_LOST = ("UNAVAILABLE", "The stream ended before the request did.")
     EPOCH_STALE = ("ABORTED", "The caller acts on the word of a leader that has been replaced.")
-    WORKER_REPLACED = ("ABORTED", "Another session of the same worker_id has begun.")
     MODEL_MISMATCH = ("FAILED_PRECONDITION", "The worker's models are not the ones that the pool serves.")
     OUTPUT_INCOMPLETE = (
         "DATA_LOSS",

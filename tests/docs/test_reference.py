@@ -23,6 +23,20 @@ def test_reference_pages_are_current() -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def test_every_reason_that_a_page_lists_is_given_somewhere() -> None:
+    folders = ("gateway", "laps", "scheduler_svc", "worker_svc")
+    sources = {file for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    # The scheduler's core knows them by their names alone.
+    given = {
+        reason
+        for file in sources - {ROOT / "laps" / "reasons.py"}
+        for reason in re.findall(r'(?:\bReason\.|")([A-Z_]+)\b', file.read_text(encoding="utf-8"))
+    }
+    listed = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs" / "errors.md").read_text(), flags=re.M)
+    assert listed
+    assert not set(listed) - given
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
