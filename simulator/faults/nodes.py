@@ -257,8 +257,9 @@ class LetterTokenizer:
         vocabulary_size=VOCABULARY, context_tokens=CONTEXT_TOKENS, eos_token_ids=frozenset({END_TOKEN})
     )
     vocabulary_size = VOCABULARY
+    context_tokens = 0
 
-    def decoder(self) -> LetterDecoder:
+    def decoder(self, before: Sequence[int] = ()) -> LetterDecoder:
         return LetterDecoder()
 
 
