@@ -25,6 +25,10 @@ from scheduler_svc.term import Terms
 
 log = structlog.get_logger()
 
+MOST_ENDED = 50_000
+"""Follows of ended or unknown requests that one stream may have waiting. No more is read before some of them
+are answered."""
+
 
 class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
     def __init__(
@@ -94,29 +98,74 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         follower: Follower,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> None:
+        """A gateway that comes back follows all at once, what has ended meanwhile too. That is read from the
+        store one by one, and live requests do not wait for it: whom nobody follows is cancelled."""
+        ended = _Ended()
+        tasks = [
+            asyncio.create_task(work)
+            for work in (
+                self._read_messages(leader, follower, context, ended),
+                self._answer_ended(leader, follower, ended),
+            )
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _read_messages(
+        self,
+        leader: Leader,
+        follower: Follower,
+        context: grpc.aio.ServicerContext[Any, Any],
+        ended: _Ended,
+    ) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
             follower.gateway_id = message.gateway_id or follower.gateway_id
+            later = []
             for follow in message.follow:
+                if leader.core.get(follow.request_id) is None:
+                    later.append(follow)
+                    continue
                 await follower.until_room()
-                await self._follow(leader, follower, follow.request_id, follow.offset)
+                if not await self._follow_live(leader, follower, follow.request_id, follow.offset):
+                    later.append(follow)
+            for follow in later:
+                await ended.add(follow.request_id, follow.offset)
             for unfollow in message.unfollow:
+                ended.take(unfollow.request_id)
                 live = None if unfollow.done else leader.core.get(unfollow.request_id)
                 leader.hub.unfollow(follower, live, unfollow.request_id, leader.now_s())
                 leader.wake()
+        ended.close()
 
-    async def _follow(self, leader: Leader, follower: Follower, request_id: str, offset: int) -> None:
+    async def _answer_ended(self, leader: Leader, follower: Follower, ended: _Ended) -> None:
+        while request_ids := await ended.next():
+            # The last commit of one may be under way. Of all that were asked for by now it is stored then.
+            await leader.settled()
+            for request_id in request_ids:
+                await follower.until_room()
+                offset = ended.take(request_id)
+                if offset is not None:
+                    await self._follow_ended(leader, follower, request_id, offset)
+
+    async def _follow_live(self, leader: Leader, follower: Follower, request_id: str, offset: int) -> bool:
+        """False: it is not live, or not any more."""
         logprobs = b""
         logged_tokens = offset
         while (live := leader.core.get(request_id)) is not None:
             stored = leader.stored_tokens(live)
             if not convert.wants_logprobs(live.spec) or stored <= logged_tokens:
                 leader.hub.follow(follower, live, stored, offset, logprobs)
-                return
+                return True
             # Logprobs are in the store alone. More may be stored while we read: look again.
             tokens, logprobs = await self._terms.store.read_log(request_id, offset)
             logged_tokens = offset + len(tokens) // TOKEN_BYTES
-        # Not live: finished, or its last commit is under way, or never heard of.
-        await leader.settled()
+        return False
+
+    async def _follow_ended(self, leader: Leader, follower: Follower, request_id: str, offset: int) -> None:
+        """Of one that had ended, or was never heard of, before the leader was settled."""
         try:
             stored_request = await self._terms.store.read_request(request_id)
         except RecordDamaged as error:
@@ -127,6 +176,9 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             follower.add_unknown(request_id)
             return
         if stored_request.finish_reason is None:
+            if await self._follow_live(leader, follower, request_id, offset):
+                # Its id was given to another request meanwhile.
+                return
             # It has ended here, so the store went back, and the next commit will notice. Until then nothing
             # is to be told from it.
             raise StoreUnavailable(f"request {request_id} has not ended in the store")
@@ -214,3 +266,38 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         response.running_requests = leader.core.running_requests
         response.kv_cache_utilization = kv_cache_utilization(leader.core)
         return response
+
+
+class _Ended:
+    """Follows of a stream that are still to be answered from the store: offsets by request."""
+
+    def __init__(self) -> None:
+        self._offsets: dict[str, int] = {}
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    async def add(self, request_id: str, offset: int) -> None:
+        """Waits while there are too many."""
+        while len(self._offsets) >= MOST_ENDED:
+            self._changed.clear()
+            await self._changed.wait()
+        self._offsets[request_id] = offset
+        self._changed.set()
+
+    def take(self, request_id: str) -> int | None:
+        """None: it is not asked for any more."""
+        offset = self._offsets.pop(request_id, None)
+        self._changed.set()
+        return offset
+
+    def close(self) -> None:
+        """No more come."""
+        self._closed = True
+        self._changed.set()
+
+    async def next(self) -> list[str]:
+        """All that there are, as soon as there are some; none: no more come."""
+        while not (self._offsets or self._closed):
+            self._changed.clear()
+            await self._changed.wait()
+        return list(self._offsets)

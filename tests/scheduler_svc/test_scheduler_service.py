@@ -6,11 +6,12 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from laps.history import HistoryPoint
 from laps.v1 import generation_pb2, scheduler_pb2
-from scheduler_svc import convert
+from scheduler_svc import convert, scheduler_service
 from scheduler_svc.core.policies import make_policy
 from scheduler_svc.core.records import Request
 from scheduler_svc.core.scheduler import Scheduler
@@ -64,24 +65,17 @@ async def test_a_stop_string_is_not_taken_for_a_wish_for_log_probabilities() -> 
     request = leader.core.requests["a"]
     request.output[:] = OUTPUT
     leader.hub.restored([request], 0.0)
-    await asyncio.wait_for(service_of(store)._follow(leader, follower, "a", 0), 5)
+    assert await asyncio.wait_for(service_of(store)._follow_live(leader, follower, "a", 0), 5)
     assert store.log_readings == 0
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert message is not None
     assert message.token_ids == OUTPUT
 
 
-async def test_a_damaged_record_is_one_request_less_and_not_the_end_of_the_stream(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_damaged_record_is_one_request_less_and_not_the_end_of_the_stream() -> None:
     store = Store()
     leader, follower = leader_of(store), Follower("g")
-
-    async def settled() -> None:
-        return None
-
-    monkeypatch.setattr(leader, "settled", settled)
-    await service_of(store)._follow(leader, follower, "a", 0)
+    await service_of(store)._follow_ended(leader, follower, "a", 0)
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert message is not None
     assert list(message.unknown) == ["a"]
@@ -99,10 +93,133 @@ async def test_a_store_that_knows_less_of_an_end_than_was_told_counts_as_away(
     async def read_request(request_id: str) -> Request | None:
         return unfinished
 
+    monkeypatch.setattr(store, "read_request", read_request)
+    with pytest.raises(StoreUnavailable, match="has not ended"):
+        await service_of(store)._follow_ended(leader, follower, "a", 0)
+
+
+class Gateway:
+    """What a gateway writes to its stream, in place of the call's context."""
+
+    def __init__(self) -> None:
+        self.messages: asyncio.Queue[Any] = asyncio.Queue()
+
+    async def read(self) -> Any:
+        return await self.messages.get()
+
+    def follow(self, *request_ids: str) -> None:
+        follows = [scheduler_pb2.Follow(request_id=request_id) for request_id in request_ids]
+        self.messages.put_nowait(scheduler_pb2.DeliverRequest(follow=follows))
+
+    def unfollow(self, *request_ids: str) -> None:
+        unfollows = [scheduler_pb2.Unfollow(request_id=request_id) for request_id in request_ids]
+        self.messages.put_nowait(scheduler_pb2.DeliverRequest(unfollow=unfollows))
+
+    def end(self) -> None:
+        self.messages.put_nowait(grpc.aio.EOF)  # type: ignore[attr-defined]
+
+
+class SlowStore(Store):
+    """Answers when the test says so. Whatever has ended it does not know any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+        self.asked: list[str] = []
+
+    async def read_request(self, request_id: str) -> Request | None:
+        self.asked.append(request_id)
+        await self.answers.wait()
+        return None
+
+
+def submit(leader: Leader, *request_ids: str) -> None:
+    for request_id in request_ids:
+        spec = scheduler_pb2.RequestSpec(
+            request_id=request_id,
+            prompt_token_ids=b"\1\0\0\0",
+            stopping=generation_pb2.StoppingParams(max_tokens=9),
+        )
+        leader.core.submit(convert.request_spec(spec), 0.0)
+
+
+async def test_live_requests_are_followed_before_the_store_is_asked_for_those_that_have_ended() -> None:
+    """A gateway that comes back asks for all, the oldest first. Whom nobody follows in time is cancelled."""
+    store, gateway, follower = SlowStore(), Gateway(), Follower("g")
+    leader = leader_of(store)
+    settlings = 0
+
+    async def settled() -> None:
+        nonlocal settlings
+        settlings += 1
+
+    leader.settled = settled  # type: ignore[method-assign]
+    submit(leader, "live-1", "live-2")
+    leader.hub.restored(leader.core.requests.values(), 0.0)
+    gateway.follow("ended-1", "ended-2", "ended-3", "live-1")
+    gateway.follow("ended-4", "live-2")
+    service: Any = service_of(store)
+    reading = asyncio.create_task(service._read_follows(leader, follower, gateway))
+    async with asyncio.timeout(60):
+        while not {"live-1", "live-2"} <= follower.followed:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        while not store.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert leader.hub.take_abandoned(100.0) == []
+    assert store.asked == ["ended-1"]
+    gateway.unfollow("ended-2")
+    gateway.end()
+    while not gateway.messages.empty():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    store.answers.set()
+    await asyncio.wait_for(reading, 60)
+    assert store.asked == ["ended-1", "ended-3", "ended-4"]
+    assert settlings <= 2
+    message = await asyncio.wait_for(follower.next_message(), 60)
+    assert message is not None
+    assert list(message.unknown) == store.asked
+
+
+async def test_who_asks_for_very_many_that_have_ended_is_not_read_until_some_are_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler_service, "MOST_ENDED", 2)
+    store, gateway, follower = SlowStore(), Gateway(), Follower("g")
+    leader = leader_of(store)
+
     async def settled() -> None:
         return None
 
-    monkeypatch.setattr(store, "read_request", read_request)
-    monkeypatch.setattr(leader, "settled", settled)
-    with pytest.raises(StoreUnavailable, match="has not ended"):
-        await service_of(store)._follow(leader, follower, "a", 0)
+    leader.settled = settled  # type: ignore[method-assign]
+    gateway.follow("a", "b", "c", "d", "e")
+    gateway.follow("f")
+    gateway.end()
+    service: Any = service_of(store)
+    reading = asyncio.create_task(service._read_follows(leader, follower, gateway))
+    async with asyncio.timeout(60):
+        while not store.asked:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert gateway.messages.qsize() == 2
+    store.answers.set()
+    await asyncio.wait_for(reading, 60)
+    assert store.asked == list("abcdef")
+
+
+async def test_a_store_that_is_away_while_it_is_asked_ends_the_stream() -> None:
+    class AwayStore(Store):
+        async def read_request(self, request_id: str) -> Request | None:
+            raise StoreUnavailable("away")
+
+    store, gateway = AwayStore(), Gateway()
+    leader = leader_of(store)
+
+    async def settled() -> None:
+        return None
+
+    leader.settled = settled  # type: ignore[method-assign]
+    gateway.follow("a")
+    service: Any = service_of(store)
+    with pytest.raises(StoreUnavailable):
+        await asyncio.wait_for(service._read_follows(leader, Follower("g"), gateway), 60)
