@@ -362,7 +362,11 @@ class Leader:
             )
         settings = self.core.settings
         history = self._store.seen.to_proto()
-        for worker_id, update in updates(tick, decided.reported, self._traceparent).items():
+        # Whose leases were renewed too: a worker that only prefills has nothing to report, and gives back
+        # what it has not heard of for as long as a lease lasts. In their order, which must not vary.
+        renewed = [worker.worker_id for worker, _ in tick.commit.workers if any(worker.running)]
+        told = dict.fromkeys([*decided.reported, *renewed])
+        for worker_id, update in updates(tick, told, self._traceparent).items():
             session = sessions.get(worker_id)
             if session is None or self._sessions.get(worker_id) is not session:
                 continue

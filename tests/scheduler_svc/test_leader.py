@@ -269,6 +269,34 @@ async def test_a_worker_given_up_by_the_core_must_join_anew() -> None:
             messages.append(await asyncio.wait_for(session.outbox.get(), 60))
 
 
+async def test_a_worker_that_has_nothing_to_report_is_told_that_its_leases_were_renewed() -> None:
+    """As in a long prefill. It would give them back when they end, and begin anew."""
+    store = FakeStore()
+    async with running(store) as (leader, _):
+        now_s = leader.now_s()
+        leader.now_s = lambda: now_s  # type: ignore[assignment]
+        session, idle = join(leader), WorkerSession("idle")
+        submit(leader)
+        await asyncio.wait_for(leader.settled(), 60)
+        granted = session.outbox.get_nowait()
+        assert granted is not None
+        assert len(granted.leases.grants) == 1
+        leader.open_session(idle, Worker("idle", 1, StepCosts(0.001, 0.01)), [])
+        await asyncio.wait_for(leader.settled(), 60)
+        for _ in range(8):
+            now_s += leader.core.settings.session_timeout_s / 4
+            for each in (session, idle):
+                leader.heartbeat(each)
+            await asyncio.wait_for(leader.settled(), 60)
+        renewed = [session.outbox.get_nowait() for _ in range(session.outbox.qsize())]
+        assert len(renewed) >= 3
+        for update in renewed:
+            assert update is not None
+            assert update.leases.lease_duration_s == leader.core.settings.lease_duration_s
+            assert not update.leases.grants
+        assert idle.outbox.empty()
+
+
 async def test_contexts_too_long_for_one_message_come_in_several() -> None:
     """As when a worker with many slots joins a pool of long prompts: gRPC refuses what is too large."""
     store, slots = FakeStore(), 8
