@@ -61,7 +61,7 @@ class Follower:
 
     def add_missed(self, request_id: str, offset: int, token_ids: bytes, logprobs: bytes = b"") -> None:
         """Queues one request's stored tokens, from where its gateway wants them."""
-        self._drop(request_id)
+        self._drop([request_id])
         for emitted, some in _pieces(request_id, offset, token_ids, logprobs, self.message_bytes):
             self._missed.append((emitted, some))
             self._missed_bytes += _bytes(emitted, some)
@@ -73,12 +73,15 @@ class Follower:
             self._taken.clear()
             await self._taken.wait()
 
-    def _drop(self, request_id: str) -> None:
-        """What waits of it is not wanted any more: its gateway has followed anew, or left."""
-        if request_id not in self.followed and request_id not in self._completions:
+    def _drop(self, request_ids: Iterable[str]) -> None:
+        """What waits of them is not wanted any more: their gateway has followed anew, or left. One search for
+        all of them: of a gateway that is behind very much can wait."""
+        dropped = {name for name in request_ids if name in self.followed or name in self._completions}
+        if not dropped:
             return
-        self._missed_bytes += _drop_from(self._missed, request_id)
-        self._pending_bytes += _drop_from(self._emitted, request_id)
+        self._missed_bytes += _drop_from(self._missed, dropped)
+        self._pending_bytes += _drop_from(self._emitted, dropped)
+        self._taken.set()
 
     def add_completion(self, completion: scheduler_pb2.Completion, *, missed: bool = False) -> None:
         """`missed`: it has been stored since before it was followed."""
@@ -97,9 +100,9 @@ class Follower:
         self._missed_bytes += ROW_BYTES
         self._wake.set()
 
-    def unfollow(self, request_id: str) -> None:
-        self._drop(request_id)
-        self.followed.discard(request_id)
+    def unfollow(self, request_ids: Iterable[str]) -> None:
+        self._drop(request_ids)
+        self.followed.difference_update(request_ids)
 
     def close(self) -> None:
         """Nothing more comes: its gateway says nothing any more, or the term is over."""
@@ -207,7 +210,7 @@ class DeliveryHub:
         the hub. `logprobs` belong to those tokens; the core does not keep them, so the caller brings them.
         They may reach further: a commit that the store has carried out is told a little later."""
         request_id = request.request_id
-        follower.unfollow(request_id)
+        follower.unfollow([request_id])
         if stored_tokens > offset:
             output = bytes(request.output[offset * TOKEN_BYTES : stored_tokens * TOKEN_BYTES])
             found = _first_logprobs(logprobs, stored_tokens - offset)
@@ -216,13 +219,14 @@ class DeliveryHub:
         self._set_followers(request_id, (*self._others(follower, request_id), follower))
         self._orphan_due_s.pop(request_id, None)
 
-    def unfollow(self, follower: Follower, request: Request | None, request_id: str, now_s: float) -> None:
-        """The client behind this stream is gone."""
-        follower.unfollow(request_id)
-        if request_id in self._followers and not self._left(follower, request_id):
-            return
-        if request is not None:
-            self._orphan(request, now_s, 0.0)
+    def unfollow(self, follower: Follower, requests: Mapping[str, Request | None], now_s: float) -> None:
+        """The clients behind this stream are gone. `requests`: by id; None: it needs nobody to follow it."""
+        follower.unfollow(requests.keys())
+        for request_id, request in requests.items():
+            if request_id in self._followers and not self._left(follower, request_id):
+                continue
+            if request is not None:
+                self._orphan(request, now_s, 0.0)
 
     def lost(self, follower: Follower, live: Mapping[str, Request], now_s: float) -> None:
         """A gateway's stream broke: it may come back, or be dead with all its clients."""
@@ -318,12 +322,12 @@ def _bytes(emitted: Emitted, logprobs: bytes) -> int:
     return ROW_BYTES * len(emitted.request_ids) + len(emitted.token_ids) + len(logprobs)
 
 
-def _drop_from(waiting: list[tuple[Emitted, bytes]], request_id: str) -> int:
-    """Takes the rows of a request out; returns by how many bytes that changes what waits."""
+def _drop_from(waiting: list[tuple[Emitted, bytes]], request_ids: set[str]) -> int:
+    """Takes the rows of these requests out; returns by how many bytes that changes what waits."""
     change = 0
     for place, (emitted, logprobs) in enumerate(waiting):
-        if request_id in emitted.request_ids:
-            rest = emitted.of({name for name in emitted.request_ids if name != request_id})
+        if not request_ids.isdisjoint(emitted.request_ids):
+            rest = emitted.of({name for name in emitted.request_ids if name not in request_ids})
             waiting[place] = rest, b""
             change += _bytes(rest, b"") - _bytes(emitted, logprobs)
     return change

@@ -133,10 +133,13 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
                     later.append(follow)
             for follow in later:
                 await ended.add(follow.request_id, follow.offset)
-            for unfollow in message.unfollow:
-                ended.take(unfollow.request_id)
-                live = None if unfollow.done else leader.core.get(unfollow.request_id)
-                leader.hub.unfollow(follower, live, unfollow.request_id, leader.now_s())
+            if message.unfollow:
+                gone: dict[str, Request | None] = {}
+                for unfollow in message.unfollow:
+                    ended.take(unfollow.request_id)
+                    live = None if unfollow.done else leader.core.get(unfollow.request_id)
+                    gone[unfollow.request_id] = live or gone.get(unfollow.request_id)
+                leader.hub.unfollow(follower, gone, leader.now_s())
                 leader.wake()
         ended.close()
 

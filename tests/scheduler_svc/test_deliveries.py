@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laps.v1 import generation_pb2, scheduler_pb2
-from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request, RequestSpec, emitted_of
+from scheduler_svc.core.records import TOKEN_BYTES, Emitted, FinishReason, Request, RequestSpec, emitted_of
 from scheduler_svc.deliveries import (
     ABANDONED_AT_ONCE,
     MAX_PENDING_BYTES,
@@ -124,7 +125,7 @@ def test_each_gateway_gets_the_rows_of_what_it_follows_whoever_else_does(
                 hub.follow(followers[number], requests[names], stored, stored)
                 follows[number].add(names)
             else:
-                hub.unfollow(followers[number], requests[names], names, 0.0)
+                hub.unfollow(followers[number], {names: requests[names]}, 0.0)
                 follows[number].discard(names)
         for follower, rows_of_it in zip(followers, expected, strict=True):
             if rows_of_it:
@@ -177,7 +178,7 @@ def test_a_lost_client_ends_its_request_as_the_request_says(
 ) -> None:
     hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(**spec), Follower("g")
     hub.follow(follower, request, 0, 0)
-    hub.unfollow(follower, request, "a", now_s=10.0)
+    hub.unfollow(follower, {"a": request}, now_s=10.0)
     assert hub.next_orphan_s() == cancelled_at_s
     if cancelled_at_s is not None:
         assert hub.take_abandoned(cancelled_at_s - 0.001) == []
@@ -188,11 +189,57 @@ def test_a_client_that_comes_back_starts_a_new_grace() -> None:
     hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
     request = make_request(disconnect_grace_s=30.0)
     hub.follow(follower, request, 0, 0)
-    hub.unfollow(follower, request, "a", now_s=0.0)
+    hub.unfollow(follower, {"a": request}, now_s=0.0)
     hub.follow(follower, request, 0, 0)
-    hub.unfollow(follower, request, "a", now_s=29.0)
+    hub.unfollow(follower, {"a": request}, now_s=29.0)
     assert hub.take_abandoned(30.0) == []
     assert hub.take_abandoned(59.0) == ["a"]
+
+
+class LookedAt(list[str]):
+    """Counts how often it is searched."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[str]:
+        self.looks += 1
+        return super().__iter__()
+
+    def __contains__(self, name: object) -> bool:
+        self.looks += 1
+        return super().__contains__(name)
+
+
+async def test_many_who_leave_at_once_cost_one_search_of_what_waits() -> None:
+    """Their gateway is behind: each of them would otherwise look through thousands of rows."""
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    requests = {f"r{number}": make_request(f"r{number}") for number in range(200)}
+    for request in requests.values():
+        hub.follow(follower, request, 0, 0)
+    waiting = [LookedAt(requests) for _ in range(5)]
+    for offset, ids in enumerate(waiting):
+        hub.published([Emitted(ids, [offset] * len(ids), [1] * len(ids), bytes(TOKEN_BYTES * len(ids)))])
+    before = sum(ids.looks for ids in waiting)
+    leaving = {name: request for name, request in requests.items() if name != "r7"}
+    hub.unfollow(follower, leaving, 0.0)
+    assert sum(ids.looks for ids in waiting) - before <= 5 * len(waiting)
+    assert follower.followed == {"r7"}
+    assert await take(follower) == [("r7", offset, [0]) for offset in range(5)]
+    gone: set[str] = set()
+    while abandoned := hub.take_abandoned(0.0):
+        gone.update(abandoned)
+    assert gone == set(leaving)
+
+
+async def test_who_waits_for_room_goes_on_when_what_waited_is_not_wanted_any_more() -> None:
+    follower = Follower("g", message_bytes=1024)
+    follower.followed.add("a")
+    follower.add_missed("a", 0, bytes(4096))
+    room = asyncio.create_task(follower.until_room())
+    await asyncio.sleep(0)
+    assert not room.done()
+    follower.unfollow(["a"])
+    await asyncio.wait_for(room, 60)
 
 
 def test_two_followers_and_one_goes() -> None:
@@ -200,7 +247,7 @@ def test_two_followers_and_one_goes() -> None:
     request = make_request()
     hub.follow(first, request, 0, 0)
     hub.follow(second, request, 0, 0)
-    hub.unfollow(first, request, "a", now_s=0.0)
+    hub.unfollow(first, {"a": request}, now_s=0.0)
     assert hub.next_orphan_s() is None
 
 
@@ -261,7 +308,7 @@ async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice
     request.output[:] = pack([10, 11, 12])
     hub.published([emitted_of([("a", 0, pack([10, 11, 12]))])])
     hub.follow(follower, request, 0, 0)
-    hub.unfollow(follower, request, "a", 0.0)
+    hub.unfollow(follower, {"a": request}, 0.0)
     hub.follow(follower, request, 3, offset)
     request.output += pack([13])
     hub.published([emitted_of([("a", 3, pack([13]))])])
