@@ -7,8 +7,9 @@ many wait (docs/performance.md), and messages of a stream come twice as fast and
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -73,6 +74,10 @@ class Submissions:
             log.warning("request refused", because=str(error))
             raise
         spec = convert.request_spec(request.spec)
+        if spec.deadline_s is not None:
+            # Told by the host's clock. The leader's never jumps, so after a step of that one they differ.
+            left_s = spec.deadline_s - time.time()
+            spec = replace(spec, deadline_s=leader.now_s() + left_s)
         known = leader.core.get(spec.request_id) or leader.core.retained(spec.request_id)
         if self._terms.store_full and known is None:
             leader.core.counters.refused += 1

@@ -4,7 +4,7 @@ Every write to a pool. Runs inside Redis (>= 7.0) or Valkey, so each function is
 
   Key, after laps:{POOL}:  Type        Members or fields
   meta                     hash        schema, timeline, commit_seq, commit_digest, digest_before, committed_ms, journal_seq, journal_from, resumed_seq, policy, level_thresholds_s, levels, backlog_us
-  leader                   hash        epoch, holder, address, expires_ms
+  leader                   hash        epoch, holder, address, expires_ms, ttl_ms
   epochs                   hash        by epoch, of the last EPOCHS_KEPT: the commit_seq at which it began, and its term's random name
   stopped                  hash        only while the pool is stopped: by, reason, at_ms, what was seen and what was stored
   queue:LEVEL              sorted set  request_id of the waiting, in run order (see queue_score)
@@ -140,7 +140,7 @@ end
 -- of the one who leads with 0 in front.
 register('laps_lead', function(prefix, args)
   local holder, address, ttl_ms = args[1], args[2], tonumber(args[3])
-  local leader = redis.call('HMGET', prefix .. 'leader', 'holder', 'expires_ms')
+  local leader = redis.call('HMGET', prefix .. 'leader', 'holder', 'expires_ms', 'ttl_ms')
   local schema = redis.call('HGET', prefix .. 'meta', 'schema')
   if schema and schema ~= SCHEMA then
     refuse('SCHEMA', 'the store has schema ' .. schema .. ', this version needs ' .. SCHEMA)
@@ -151,11 +151,19 @@ register('laps_lead', function(prefix, args)
   local now = now_ms()
   local expires = tonumber(leader[2] or 0)
   if leader[1] and leader[1] ~= '' and leader[1] ~= holder and expires > now then
+    -- No renewal lasts longer than that from now on. One that does was made before the server's clock was set back: it counts
+    -- as made now. A holder that lives renews it in time, and after a dead one somebody leads soon.
+    local latest = now + tonumber(leader[3] or 2 * ttl_ms)
+    if expires > latest then
+      expires = latest
+      redis.call('HSET', prefix .. 'leader', 'expires_ms', expires)
+    end
     local _, term = term_of(prefix, epoch)
     return { 0, epoch, expires, commit_seq, timeline, term or '' }
   end
   epoch, expires = epoch + 1, now + ttl_ms
-  redis.call('HSET', prefix .. 'leader', 'epoch', epoch, 'holder', holder, 'address', address, 'expires_ms', expires)
+  redis.call('HSET', prefix .. 'leader', 'epoch', epoch, 'holder', holder, 'address', address, 'expires_ms', expires,
+    'ttl_ms', ttl_ms)
   redis.call('HSETNX', prefix .. 'meta', 'schema', SCHEMA)
   redis.call('HSETNX', prefix .. 'meta', 'timeline', timeline)
   redis.call('HSETNX', prefix .. 'meta', 'commit_seq', 0)

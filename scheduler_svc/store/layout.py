@@ -200,6 +200,7 @@ LEADER_FIELDS = (
     _text("holder", "who leads; empty: nobody"),
     _text("address", "where to reach it"),
     _int("expires_ms", "until when, on the store's clock, in ms"),
+    _int("ttl_ms", "how long each renewal of it lasts, in ms"),
 )
 """`leader`."""
 

@@ -104,6 +104,10 @@ class StoreModel:
         expires = int(keys.leader.get("expires_ms", "0"))
         leads = keys.leader.get("holder", "")
         if leads not in ("", holder) and expires > now:
+            latest = now + int(keys.leader.get("ttl_ms", 2 * ttl_ms))
+            if expires > latest:
+                expires = latest
+                keys.leader["expires_ms"] = str(expires)
             return [0, epoch, expires, commit_seq, timeline, self._term_of(epoch)[1].encode()]
         epoch, expires = epoch + 1, now + ttl_ms
         keys.leader = {
@@ -111,6 +115,7 @@ class StoreModel:
             "holder": holder,
             "address": address,
             "expires_ms": str(expires),
+            "ttl_ms": str(ttl_ms),
         }
         keys.meta.setdefault("schema", SCHEMA)
         keys.meta.setdefault("timeline", str(timeline))

@@ -113,6 +113,26 @@ async def test_nothing_is_acknowledged_before_it_is_stored() -> None:
         assert (await answers(call, 1))[1].stored.joined
 
 
+@pytest.mark.parametrize("stepped_s", [-600.0, 0.0, 3600.0])
+async def test_a_step_of_the_hosts_clock_leaves_requests_the_time_that_they_were_given(
+    monkeypatch: pytest.MonkeyPatch, stepped_s: float
+) -> None:
+    """A deadline comes by the host's clock; the leader's goes on from where it was when the term began."""
+    term = Term()
+    term.stored.set()
+    term.leader.now_s = lambda: 1000.0  # type: ignore[assignment]
+    host_s = 1000.0 + stepped_s
+    monkeypatch.setattr(submissions, "time", SimpleNamespace(time=lambda: host_s))
+    async with stream_of(term) as call:
+        await call.write(message("a", deadline_s=host_s + 30.0))
+        assert (await answers(call, 1))[1].HasField("stored")
+        request = term.leader.core.get("a")
+        assert request is not None
+        assert request.spec.deadline_s == pytest.approx(1030.0)
+        await call.write(message("late", deadline_s=host_s - 1.0))
+        assert refusal((await answers(call, 1))[1]).status == "DEADLINE_EXCEEDED"
+
+
 async def test_who_is_refused_harms_nobody_else_and_is_told_at_once() -> None:
     term = Term()
     async with stream_of(term) as call:

@@ -50,6 +50,34 @@ async def test_an_expired_leadership_that_nobody_took_goes_on(store, apply, make
     assert (await store.renew()).epoch == 1
 
 
+@pytest.mark.parametrize("version", ["this", "before"])
+async def test_an_expiry_from_before_the_servers_clock_was_set_back_keeps_nobody_out(
+    store, other, raw, version
+):
+    """Its holder is dead, and nothing renews it: it counts as renewed now, for as long as a renewal lasts."""
+    ttl_s = 0.05
+    await store.lead("a", "here", 60.0 if version == "before" else ttl_s)
+    key = f"laps:{{{store.pool}}}:leader"
+    if version == "before":
+        # Which had no `ttl_ms`: twice that of whoever asks.
+        await raw.hdel(key, "ttl_ms")
+    await raw.hincrby(key, "expires_ms", 600_000)
+    assert await other.lead("b", "there", ttl_s) is None
+    seconds, microseconds = await raw.time()
+    left_ms = int(await raw.hget(key, "expires_ms")) - seconds * 1000 - microseconds // 1000
+    assert left_ms <= 2 * ttl_s * 1000
+    assert (await until_leading(other, "b", ttl_s)).epoch == 2
+
+
+async def test_a_longer_leadership_is_not_cut_by_who_wants_a_shorter_one(store, other, raw):
+    """Their settings may differ, while they are being changed."""
+    await store.lead("a", "here", 60.0)
+    key = f"laps:{{{store.pool}}}:leader"
+    before = await raw.hgetall(key)
+    assert await other.lead("b", "there", 0.01) is None
+    assert await raw.hgetall(key) == before
+
+
 async def test_resigning_lets_others_lead_at_once(store, other):
     await store.lead("a", "here", 60.0)
     encoded = store.encode(Commit(learnt={"a": "b"}), NOW_S)
