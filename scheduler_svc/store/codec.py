@@ -280,6 +280,22 @@ def request_from_values(
     return request
 
 
+def readable_request_values(stored: Mapping[str, str]) -> tuple[dict[str, Any], bool]:
+    """Values of all `REQUEST_FIELDS` by name, and whether all were stored and could be read: those that were
+    not are as in a new request. For people, who look at a damaged record among many others."""
+    values = request_values(_NEW)
+    whole = True
+    for f in REQUEST_FIELDS:
+        text = stored.get(f.name, f.absent)
+        try:
+            if text is None:
+                raise ValueError("missing")
+            values[f.name] = f.decode(text)
+        except DAMAGE:
+            whole = False
+    return values, whole
+
+
 WAITING_NAMES = (
     "priority",
     "arrival_seq",

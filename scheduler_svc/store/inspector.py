@@ -13,6 +13,7 @@ from scheduler_svc.core.records import RequestState
 from scheduler_svc.store import codec, connection, layout
 from scheduler_svc.store.packing import pairs
 
+NOT_READABLE = "its record cannot be read"
 HEAD_LIMIT = 1000
 PAGE_LIMIT = 1000
 PAGE_DEFAULT = 100
@@ -294,11 +295,16 @@ class Inspector:
 
 def request_fields(stored: list[str]) -> dict[str, Any]:
     """Typed values of a request's hash that came as name, value, name, value, ... One that cannot be read
-    must not hide the others."""
+    must not hide the others: what of it can be is told."""
+    texts = dict(pairs(stored))
     try:
-        return codec.decode_fields(layout.REQUEST_FIELDS, dict(pairs(stored)))
-    except (ValueError, KeyError, OverflowError):
-        return {"error": "its record cannot be read"}
+        fields = codec.decode_fields(layout.REQUEST_FIELDS, texts)
+    except codec.DAMAGE:
+        fields = {}
+    if len(fields) == len(layout.REQUEST_FIELDS):
+        return fields
+    values, whole = codec.readable_request_values(texts)
+    return values if whole else values | {"error": NOT_READABLE}
 
 
 def _sources(states: frozenset[RequestState]) -> list[str]:
@@ -333,7 +339,7 @@ def _leases(flat: list[Any]) -> dict[tuple[str, int], SlotView]:
     iterator = iter(flat)
     held = {}
     for request_id, expires_ms, worker_id, slot, releasing in zip(*[iterator] * 5, strict=True):
-        if worker_id and releasing != "1":
+        if worker_id and releasing != "1" and slot and slot.isdecimal():
             held[worker_id, int(slot)] = SlotView(int(slot), request_id, float(expires_ms) / 1e3)
     return held
 

@@ -9,6 +9,7 @@ from laps.v1 import generation_pb2, queue_pb2, scheduler_pb2
 from scheduler_svc.core.records import FinishReason, Request, RequestState
 from scheduler_svc.store import codec
 from scheduler_svc.store.inspector import (
+    NOT_READABLE,
     Page,
     QueuesView,
     RequestView,
@@ -76,7 +77,11 @@ def request_to_proto(request: Request, pool: str) -> queue_pb2.RequestInfo:
 
 
 def view_to_proto(view: RequestView, pool: str) -> queue_pb2.RequestInfo:
-    return request_info_to_proto(view.request_id, view.fields, pool)
+    try:
+        return request_info_to_proto(view.request_id, view.fields, pool)
+    except (ValueError, OverflowError):
+        # A number that no message can hold. It must not hide the others either.
+        return queue_pb2.RequestInfo(request_id=view.request_id, pool=pool, error=NOT_READABLE)
 
 
 def pool_queues_to_proto(queues: QueuesView) -> queue_pb2.PoolQueues:

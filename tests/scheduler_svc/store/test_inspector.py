@@ -203,6 +203,35 @@ async def test_a_listing_is_told_as_protos(leading, apply, make_request, inspect
     assert whole == message.requests[0]
 
 
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [("rank", "nonsense"), ("level", None), ("slot", "x"), ("steps", str(1 << 70)), ("state", "lost")],
+)
+async def test_a_damaged_record_hides_no_other(
+    leading, apply, make_request, inspector, raw, pool, field, text
+):
+    requests = [make_request(n) for n in range(3)]
+    moves = [QueueMove(request.request_id, 0, 1.0) for request in requests[:2]]
+    await apply(leading, submitted=requests[:2], moves=moves)
+    leases = [("req-2", time.time() + 60.0)]
+    await apply(leading, submitted=[run(requests[2])], workers=[(worker(), time.time() + 60)], leased=leases)
+    for request in requests[1:]:
+        key = f"laps:{{{pool}}}:request:{request.request_id}"
+        await (raw.hset(key, field, text) if text else raw.hdel(key, field))
+    told = inspector_proto.snapshot_to_proto(await inspector.snapshot())
+    assert [request.request_id for request in told.pools[0].levels[0].head] == ["req-0", "req-1"]
+    assert [request.request_id for request in told.running] == ["req-2"]
+    page = inspector_proto.page_to_proto(await inspector.list_requests(), pool)
+    by_id = {request.request_id: request for request in page.requests}
+    # The store itself looks for the state.
+    assert set(by_id) == ({"req-0"} if field == "state" else {"req-0", "req-1", "req-2"})
+    assert not by_id["req-0"].error
+    for request in [*told.pools[0].levels[0].head[1:], *told.running]:
+        assert request.error == "its record cannot be read"
+    timeline = await inspector.timeline("req-1")
+    assert inspector_proto.timeline_to_proto(timeline, pool).request.error == "its record cannot be read"
+
+
 async def test_a_reading_is_consistent_while_others_write(leading, apply, make_request, inspector):
     """Every commit moves requests between queue and slots; no reading may see half of one."""
     requests = [make_request(n) for n in range(20)]
