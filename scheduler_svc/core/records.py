@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 TOKEN_BYTES = 4
 """Bytes of one packed token id."""
+MAX_DRAFTED_TOKENS = 1024
+"""A step that claims to have drafted more is not believed; bounds the histogram of a request."""
 
 
 _SWAP = array("I", [1]).tobytes() != b"\x01\0\0\0"
@@ -331,6 +333,13 @@ class Emitted:
     counts: Sequence[int]
     token_ids: bytes
     """Packed tokens of all rows, one behind another."""
+    drafted: Sequence[int] = ()
+    """Tokens that were drafted in the step that each row is of; empty: the rows are of no step, or it is not
+    known."""
+    accepted: Sequence[int] = ()
+    """Those of them that the target accepted."""
+    step_s: float = 0.0
+    """Seconds of that step."""
 
     def rows(self) -> Iterator[tuple[str, int, bytes]]:
         """Request, offset and packed tokens of each."""

@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from scheduler_svc.core.board import Board
 from scheduler_svc.core.records import (
+    MAX_DRAFTED_TOKENS,
     TOKEN_BYTES,
     Emitted,
     FinishReason,
@@ -15,15 +16,11 @@ from scheduler_svc.core.records import (
     RevokeReason,
     StepReport,
     Worker,
-    emitted_of,
     unpacked,
 )
 
 MAX_REFUSED_ROWS = 3
 """Rows of one request that may be refused before it is given up as failed."""
-
-MAX_DRAFTED_TOKENS = 1024
-"""A step that claims to have drafted more is not believed; bounds the histogram of a request."""
 
 
 @dataclass(slots=True)
@@ -256,11 +253,27 @@ def _sum(column: list[int], without: list[int]) -> int:
 def _emitted(report: StepReport, ids: list[str], left_out: set[int]) -> Emitted:
     """The columns of all rows but those; mostly they are all that there are."""
     if not left_out:
-        return Emitted(ids, report.offsets, report.emitted_counts, report.token_ids)
+        return Emitted(
+            ids,
+            report.offsets,
+            report.emitted_counts,
+            report.token_ids,
+            report.drafted_counts,
+            report.accepted_counts,
+            report.step_s,
+        )
     rows = [row for row in range(len(report.lease_ids)) if row not in left_out]
     ends = [0, *accumulate(report.emitted_counts)]
     pieces = [report.token_ids[ends[row] * TOKEN_BYTES : ends[row + 1] * TOKEN_BYTES] for row in rows]
-    return emitted_of(zip(ids, [report.offsets[row] for row in rows], pieces, strict=True))
+    return Emitted(
+        ids,
+        [report.offsets[row] for row in rows],
+        [report.emitted_counts[row] for row in rows],
+        b"".join(pieces),
+        [report.drafted_counts[row] for row in rows],
+        [report.accepted_counts[row] for row in rows],
+        report.step_s,
+    )
 
 
 def _refuse(board: Board, request: Request, why: str, counters: Counters, now_s: float) -> None:

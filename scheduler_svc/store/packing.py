@@ -16,15 +16,27 @@ import struct
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 
-from scheduler_svc.core.records import TOKEN_BYTES, Commit, Emitted, Event, QueueMove, Request
+from scheduler_svc.core.records import (
+    MAX_DRAFTED_TOKENS,
+    TOKEN_BYTES,
+    Commit,
+    Emitted,
+    Event,
+    QueueMove,
+    Request,
+)
 from scheduler_svc.store import codec
 
 _HEAD = struct.Struct(">QQI")
 _PERCEIVED = codec.CHANGING_NAMES.index("perceived_s")
+_STEPS = b""
+"""In the journal, in place of a request: no row, but about the steps of the rows before."""
+_DRAFTED = 2048
+"""What one drafted token counts there; above `MAX_DRAFTED_TOKENS`."""
 _COLUMNS = tuple(zip(codec.CHANGING_NAMES, codec.CHANGING_ENCODERS, strict=True))
 
 
@@ -47,18 +59,59 @@ def unpack(encoded: bytes) -> Packed:
     return Packed(epoch, seq, digest, encoded[_HEAD.size : end], encoded[end:])
 
 
-def journal_rows(packed: bytes) -> list[tuple[str, int, bytes]]:
-    """Request, offset and packed tokens of each row of a journal entry. Raises ValueError for what was not
-    packed here."""
+class Step(NamedTuple):
+    """What a row of the journal tells of the step that it is of."""
+
+    drafted: int
+    accepted: int
+    step_s: float
+
+
+class JournalRow(NamedTuple):
+    """What one step has added to a request."""
+
+    request_id: str
+    offset: int
+    token_ids: bytes
+    step: Step | None
+    """None: nothing more is known of it."""
+
+
+def journal_rows(packed: bytes) -> list[JournalRow]:
+    """The rows of a journal entry. Raises ValueError for what was not packed here."""
     try:
+        found: list[JournalRow] = []
         rows: list[tuple[str, int, bytes]] = []
         for ids, offsets, counts, token_ids in msgpack.unpackb(packed, raw=True):
+            if ids and ids[0] == _STEPS:
+                found[len(found) - len(rows) :] = _with_steps(rows, offsets)
+                continue
             if sum(counts) * TOKEN_BYTES != len(token_ids):
                 raise ValueError("its columns do not fit each other")
-            rows += Emitted([name.decode() for name in ids], offsets, counts, bytes(token_ids)).rows()
-        return rows
+            rows = list(Emitted([name.decode() for name in ids], offsets, counts, bytes(token_ids)).rows())
+            found += [JournalRow(*row, None) for row in rows]
+        return found
     except (AttributeError, TypeError, ValueError, msgpack.UnpackException) as error:
         raise ValueError(f"no journal entry: {type(error).__name__}") from error
+
+
+def _steps(emitted: Emitted) -> tuple[Any, ...]:
+    """What `_with_steps` reads, in the form of columns. So an earlier version can still read the output: for
+    it these are rows without tokens, of a request without a name."""
+    counts = zip(emitted.drafted, emitted.accepted, strict=True)
+    told = [round(emitted.step_s * 1e6), *[drafted * _DRAFTED + accepted for drafted, accepted in counts]]
+    return [_STEPS] * len(told), told, [0] * len(told), b""
+
+
+def _with_steps(rows: list[tuple[str, int, bytes]], told: list[int]) -> list[JournalRow]:
+    """The rows with the steps that they are of."""
+    steps = []
+    for value in told[1:]:
+        drafted, accepted = divmod(value, _DRAFTED)
+        if not 0 <= accepted <= drafted <= MAX_DRAFTED_TOKENS:
+            raise ValueError("no counts of a step")
+        steps.append(Step(drafted, accepted, told[0] / 1e6))
+    return [JournalRow(*row, step) for row, step in zip(rows, steps, strict=True)]
 
 
 class CommitPacker:
@@ -125,11 +178,12 @@ class CommitPacker:
         if commit.logged_tick >= commit.tick:
             return b""
         # Output with log probabilities is in its log already, with what the journal has no place for.
-        columns = [
-            (emitted.request_ids, emitted.offsets, emitted.counts, emitted.token_ids)
-            for place, emitted in enumerate(commit.emitted)
-            if place not in commit.logprobs
-        ]
+        columns: list[Any] = []
+        for place, emitted in enumerate(commit.emitted):
+            if place not in commit.logprobs:
+                columns.append((emitted.request_ids, emitted.offsets, emitted.counts, emitted.token_ids))
+                if emitted.drafted:
+                    columns.append(_steps(emitted))
         if not columns:
             return b""
         self._journal.append((commit.tick, self.last_seq))

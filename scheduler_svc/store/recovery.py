@@ -55,16 +55,18 @@ def _ask(
 class Journal:
     """Output that is stored but may not be in the logs of its requests yet."""
 
-    def __init__(self, rows: Mapping[str, Sequence[tuple[int, int, bytes]]], resumed_seq: int) -> None:
+    def __init__(
+        self, rows: Mapping[str, Sequence[tuple[int, packing.JournalRow]]], resumed_seq: int
+    ) -> None:
         self._rows = rows
-        """By request: (commit, offset, packed tokens), in the order of commits."""
+        """By request, with the commits that they are of, in their order."""
         self._resumed_seq = resumed_seq
         """An operator has accepted what was missing up to this commit."""
 
     @classmethod
     async def read(cls, ask: Ask) -> Journal:
         """Raises LogConflict where it has no readable end."""
-        rows: dict[str, list[tuple[int, int, bytes]]] = {}
+        rows: dict[str, list[tuple[int, packing.JournalRow]]] = {}
         after, last_seq = "-", 0
         while True:
             journal_seq, journal_from, resumed_seq, entries = await ask(
@@ -76,8 +78,8 @@ class Journal:
                     emitted = packing.journal_rows(packed)
                 except ValueError as error:
                     raise LogConflict(f"the journal's entry {seq} cannot be read: {error}") from error
-                for request_id, offset, token_ids in emitted:
-                    rows.setdefault(request_id, []).append((seq, offset, token_ids))
+                for row in emitted:
+                    rows.setdefault(row.request_id, []).append((seq, row))
             if len(entries) < 2 * BATCH_JOURNAL_ENTRIES:
                 break
         if max(journal_from, resumed_seq + 1) <= journal_seq != last_seq:
@@ -85,27 +87,42 @@ class Journal:
         return cls(rows, resumed_seq)
 
     def complete(self, request: Request) -> None:
-        """Continues the output of a live request, read from its log.
+        """Continues the output of a live request, read from its log, and what its record tells of its steps.
 
         Raises:
             LogConflict: a part of it is missing, and no operator has accepted that since.
         """
-        for seq, offset, token_ids in self._rows.get(request.request_id, ()):
-            if not _continue(request, offset, token_ids) and seq > self._resumed_seq:
+        for seq, row in self._rows.get(request.request_id, ()):
+            if not _continue(request, row) and seq > self._resumed_seq:
                 raise LogConflict(
-                    f"the journal's entry {seq} goes on at {offset} of request {request.request_id}, of "
+                    f"the journal's entry {seq} goes on at {row.offset} of request {request.request_id}, of "
                     f"which {request.output_tokens} tokens are stored"
                 )
 
 
-def _continue(request: Request, offset: int, token_ids: bytes) -> bool:
+def _continue(request: Request, row: packing.JournalRow) -> bool:
     """By a row of the journal, which its log may hold already. False: what comes before it is missing."""
-    known_bytes = len(request.output) - offset * TOKEN_BYTES
+    known_bytes = len(request.output) - row.offset * TOKEN_BYTES
     if known_bytes < 0:
         return False
-    if len(token_ids) > known_bytes:
-        request.output += token_ids[known_bytes:]
+    if len(row.token_ids) > known_bytes:
+        request.output += row.token_ids[known_bytes:]
+        # Its record is as old as its log, and does not count this step.
+        _count(request, row.step)
     return True
+
+
+def _count(request: Request, step: packing.Step | None) -> None:
+    request.steps += 1
+    if step is None:
+        return
+    request.attained_s += step.step_s
+    if step.drafted:
+        request.drafted_tokens += step.drafted
+        request.accepted_tokens += step.accepted
+        histogram = request.acceptance_histogram
+        histogram += [0] * (step.accepted + 1 - len(histogram))
+        histogram[step.accepted] += 1
 
 
 async def _live(ask: Ask) -> AsyncIterator[list[Request]]:

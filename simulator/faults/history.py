@@ -135,7 +135,7 @@ class History:
             life.ended = stored.get("finish_reason", "") if stored["state"] == "finished" else ""
             life.forgotten = False
         for _, rows in keys.journal:
-            for request_id, offset, token_ids in journal_rows(rows):
+            for request_id, offset, token_ids, _ in journal_rows(rows):
                 found = self.lives.get(request_id)
                 # What comes after a hole is lost with it.
                 if found is not None and offset <= found.stored_tokens:
@@ -159,10 +159,9 @@ class History:
         fields = unpack_body(body)
         for new in fields[1]:
             self._submitted(new)
-        for request_id, offset, token_ids in journal_rows(journal) if journal else ():
-            self._journaled(
-                request_id, offset, list(struct.unpack(f"<{len(token_ids) // TOKEN_BYTES}I", token_ids))
-            )
+        for row in journal_rows(journal) if journal else ():
+            tokens = struct.unpack(f"<{len(row.token_ids) // TOKEN_BYTES}I", row.token_ids)
+            self._journaled(row.request_id, row.offset, list(tokens))
         appended = fields[2]
         for at in range(0, len(appended), 6):
             request_id, entry, offset, _, text, _ = appended[at : at + 6]

@@ -58,6 +58,22 @@ def test_rows_that_contradict_the_store_are_refused(
     assert request.finish_reason is FinishReason.ERROR
 
 
+def test_what_is_emitted_tells_of_its_steps_whatever_rows_are_left_out() -> None:
+    core, fake = scheduler(), FakeWorker("w", 3)
+    for name in "abc":
+        core.submit(spec(name), 0.0)
+    running(core, fake)
+    report = fake.step({"a": 3, "b": 0, "c": 2}, step_s=0.05)
+    report.drafted_counts, report.accepted_counts = [4, 3, 2], [2, 0, 1]
+    core.report(report, 0.1)
+    [emitted] = core.tick(0.1).commit.emitted
+    assert list(emitted.request_ids) == ["a", "c"]
+    assert (list(emitted.drafted), list(emitted.accepted), emitted.step_s) == ([4, 2], [2, 1], 0.05)
+    core.report(fake.step(1), 0.2)
+    [emitted] = core.tick(0.2).commit.emitted
+    assert len(emitted.drafted) == len(emitted.accepted) == len(emitted.request_ids) == 3
+
+
 def test_columns_that_do_not_fit_together_are_refused() -> None:
     core, fake = scheduler(), FakeWorker("w", 1)
     request, _ = core.submit(spec("a"), 0.0)

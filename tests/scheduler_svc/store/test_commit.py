@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import msgpack
 import pytest
 
 from scheduler_svc.core.records import (
     Append,
     Commit,
+    Emitted,
     Event,
     FinishReason,
     QueueMove,
@@ -26,6 +28,7 @@ from scheduler_svc.store.errors import (
     StoreUnavailable,
     UnknownRequest,
 )
+from tests.scheduler_svc.core.house import FakeWorker, scheduler, spec, worker
 
 NOW_S = 1_700_000_000.25
 
@@ -213,6 +216,87 @@ async def test_the_journal_holds_what_is_in_no_log_yet(leading, apply, make_requ
     assert not dump(leading.pool)["journal"]
     [found] = (await leading.recover()).requests
     assert (found.output, found.book.logged_tokens, found.log_entries) == (tokens(7, 8, 9, 1), 4, 2)
+
+
+async def test_a_takeover_counts_the_steps_that_no_record_tells_of_yet(store, other):
+    """Else its output would have come of fewer steps than it did, and the policy would learn that."""
+    core, fake = scheduler("laps-sd"), FakeWorker("w", 2)
+    core.worker_joined(worker("w", 2), [], NOW_S)
+    for name in "ab":
+        core.submit(spec(name, max_tokens=60), NOW_S)
+    await store.lead("a", "here", 60.0)
+    now_s = NOW_S
+
+    async def tick():
+        decided = core.tick(now_s)
+        if decided.commit:
+            assert await store.commit(store.encode(decided.commit, now_s))
+        fake.apply(decided)
+
+    await tick()
+    for count in (2, 4, 3, 1, 5):
+        now_s += 0.032
+        core.report(fake.step({"a": count, "b": 2}), now_s)
+        await tick()
+    await other.lead("a", "here", 60.0)
+    found = {request.request_id: request for request in (await other.recover()).requests}
+    assert {name: request.book.logged_tokens for name, request in found.items()} == {"a": 0, "b": 0}
+    for name, request in core.requests.items():
+        assert found[name].output == request.output
+        assert found[name].steps == request.steps == 5
+        assert found[name].drafted_tokens == request.drafted_tokens
+        assert found[name].accepted_tokens == request.accepted_tokens
+        assert found[name].acceptance_histogram == request.acceptance_histogram
+        assert found[name].attained_s == pytest.approx(request.attained_s, abs=1e-5)
+
+
+def journal_rows_of_version_0_2(packed):
+    """As it read them."""
+    rows = []
+    for ids, offsets, counts, token_ids in msgpack.unpackb(packed, raw=True):
+        assert sum(counts) * 4 == len(token_ids)
+        assert all(type(offset) is int for offset in offsets)
+        rows += Emitted([name.decode() for name in ids], offsets, counts, bytes(token_ids)).rows()
+    return rows
+
+
+def test_versions_read_each_others_journal(tokens):
+    """A scheduler of either may take over from one of the other."""
+    step = Emitted(["a", "b"], [0, 7], [2, 1], tokens(5, 6, 8), [4, 0], [1, 0], 0.032)
+    commit = Commit(tick=2, logged_tick=1, emitted=[step, *output(3, tokens(9))])
+    journal = packing.unpack(packing.CommitPacker(1, 0).pack(commit, NOW_S)).journal
+    assert packing.journal_rows(journal) == [
+        ("a", 0, tokens(5, 6), (4, 1, 0.032)),
+        ("b", 7, tokens(8), (0, 0, 0.032)),
+        ("req-1", 3, tokens(9), None),
+    ]
+    old = journal_rows_of_version_0_2(journal)
+    assert [row for row in old if row[0]] == [
+        ("a", 0, tokens(5, 6)),
+        ("b", 7, tokens(8)),
+        ("req-1", 3, tokens(9)),
+    ]
+    assert {row[2] for row in old if not row[0]} == {b""}
+
+
+async def test_steps_of_a_journal_that_tells_no_more_of_them_count_as_steps(
+    leading, apply, make_request, tokens
+):
+    await apply(leading, tick=1, logged_tick=1, submitted=[make_request()])
+    for place in range(3):
+        await apply(leading, tick=2 + place, logged_tick=1, emitted=output(2 * place, tokens(place, place)))
+    [found] = (await leading.recover()).requests
+    assert (found.output_tokens, found.steps, found.drafted_tokens) == (6, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[10, 4 * 2048 + 5], [10, 2000 * 2048], [10], [10, 0, 0], [10, -1], ["x", 0], [10, "x"]],
+)
+def test_counts_that_cannot_be_are_no_journal(tokens, steps):
+    columns = [(["a"], [0], [1], tokens(1)), ([""] * len(steps), steps, [0] * len(steps), b"")]
+    with pytest.raises(ValueError, match="no journal entry"):
+        packing.journal_rows(msgpack.packb(columns, use_bin_type=False))
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
