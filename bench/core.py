@@ -48,7 +48,7 @@ class Bed:
         self.core = Scheduler("bench", make_policy(policy), settings)
         self.cpu_s = dict.fromkeys(("report", "tick", "pack", "publish"), 0.0)
         self.now_s = STARTED_S
-        self._packer, self._hub, self._follower = CommitPacker(1, 0), DeliveryHub(5.0), Follower("gateway")
+        self._packer, self._hub, self._follower = CommitPacker(1, 0), DeliveryHub(5.0), Follower()
         self._chance = random.Random(0)
         self._submitted = 0
         self._leases: dict[str, dict[str, list[int]]] = {f"w{n}": {} for n in range(workers)}

@@ -193,7 +193,7 @@ class Settings(BaseSettings):
     )
     cuda_graphs: bool = setting(True, "On a single GPU, replay recorded passes of small batches", _W)
     prefill_tokens: int = setting(512, "Prompt tokens computed in one step at most", _W, ge=1)
-    draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=0, le=16)
+    draft_tokens: int = setting(4, "Tokens drafted in one step at most", _SW, ge=1, le=16)
     lookup_tokens: int = setting(
         16, "Tokens looked up in the request's own text in one step at most; 0: none", _W, ge=0, le=16
     )
@@ -230,7 +230,7 @@ class Settings(BaseSettings):
     disconnect_grace_s: float = setting(
         30.0, "A request whose client may come back outlives its stream this long", _G, ge=0
     )
-    retention_s: float = setting(600.0, "A finished request can be read this long", _S, ge=0)
+    retention_s: float = setting(600.0, "A finished request can be read this long", _S, gt=0)
     max_retained_requests: int = setting(
         10_000, "Finished requests kept at most; the oldest go first", _S, ge=0
     )

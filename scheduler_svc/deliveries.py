@@ -35,7 +35,6 @@ COMPLETION_BYTES = 512
 class Follower:
     """One gateway's Deliver stream and what waits to be sent on it."""
 
-    gateway_id: str
     message_bytes: int = MESSAGE_BYTES
     followed: set[str] = field(default_factory=set)
     overrun: bool = False

@@ -62,7 +62,7 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         self, request_iterator: object, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
         leader = await self._terms.leader_or_abort(context)
-        follower = Follower("", self._message_bytes)
+        follower = Follower(self._message_bytes)
         leader.hub.opened(follower)
         reading = asyncio.create_task(self._read_follows(leader, follower, context))
         reading.add_done_callback(lambda _: follower.close())
@@ -122,7 +122,6 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
         ended: _Ended,
     ) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-            follower.gateway_id = message.gateway_id or follower.gateway_id
             later = []
             for follow in message.follow:
                 if leader.core.get(follow.request_id) is None:

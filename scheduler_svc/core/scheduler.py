@@ -296,8 +296,8 @@ class Scheduler:
 
     def worker_joined(self, worker: Worker, resident: Sequence[Resident], now_s: float) -> None:
         """A worker's session begins; one of the same id ends. Residents whose CRC-32 does not match
-        what is stored, or that are longer, count as not there and the worker is told to forget them.
-        Raises ValueError for a worker without slots."""
+        what is stored count as not there, and the worker is told to forget them. A longer one is
+        there: its worker compares it when it is granted. Raises ValueError for a worker without slots."""
         self.view.now_s = now_s
         self._fleet.join(worker, resident, now_s)
 

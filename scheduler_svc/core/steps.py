@@ -25,7 +25,7 @@ MAX_REFUSED_ROWS = 3
 
 @dataclass(slots=True)
 class Counters:
-    """Since the process started."""
+    """Of one scheduler: a new leadership begins with zeros, in the same process too."""
 
     reports: int = 0
     reports_refused: int = 0

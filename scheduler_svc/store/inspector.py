@@ -47,7 +47,8 @@ class RequestView:
 class LevelView:
     level: int
     threshold_s: float
-    """Attained seconds at which a request leaves this level downwards; 0: never."""
+    """Below so many seconds of service a request is at this level or a higher one: of those that it still
+    needs or of those that it has had, as the policy in force cuts them. 0: no bound."""
     waiting: int
     head: list[RequestView]
     """The first ones in the order in which they will run."""

@@ -98,7 +98,8 @@ def tokens(pool: str, request_id: str) -> str:
 
 def journal(pool: str) -> str:
     """Stream. Output that is stored but not in its token log yet: one entry a commit, id its number, field
-    rows (MessagePack: [[request_id, offset, packed token ids], ...]). Read by: recovery."""
+    rows (MessagePack, by columns: [[request_ids, offsets, counts, packed token ids], ...], see packing.py).
+    Read by: recovery."""
     return prefix(pool) + "journal"
 
 

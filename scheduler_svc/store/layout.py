@@ -189,7 +189,10 @@ META_FIELDS = (
     _int("journal_from", "number of the first commit whose entry in the journal is still needed"),
     _int("resumed_seq", "number of the last commit when an operator last accepted the store as it was"),
     _text("policy", "name of the policy in force"),
-    _text("level_thresholds_s", "JSON list: attained seconds at which a request leaves level i downwards"),
+    _text(
+        "level_thresholds_s",
+        "JSON list: below how many seconds a request is at level i, of service needed or had, by the policy",
+    ),
     _int("levels", "how many levels have ever been used"),
     _int("backlog_us", "sum of perceived_s over all live requests, in microseconds"),
 )

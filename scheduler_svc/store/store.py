@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import astuple, dataclass
 from operator import attrgetter
@@ -23,11 +22,10 @@ LOST_BEFORE = "the commit before this one is not known to be stored"
 
 @dataclass(frozen=True, slots=True)
 class Leadership:
-    """The right to write. It ends when someone else takes it, which can happen from its expiry on."""
+    """The right to write. It ends when someone else takes it, which can happen as soon as it is not renewed
+    in time."""
 
     epoch: int
-    expires_s: float
-    """Instant on this process's clock, told on the safe side: nobody else leads before it."""
     commit_seq: int
     """Of the last commit that was stored when it began."""
 
@@ -139,7 +137,6 @@ class Store:
             HistoryWentBack: the store is older than what this process has seen of it.
             PoolStopped: it was stopped, and nobody may lead it.
         """
-        asked_s = time.time()
         reply = await self._terms.call(
             "laps_lead", holder, address, int(ttl_s * 1e3), *astuple(self.seen), self._new_term()
         )
@@ -153,7 +150,7 @@ class Store:
         self._holder = holder
         self._ttl_s = ttl_s
         self._packer = packing.CommitPacker(epoch, commit_seq)
-        return Leadership(epoch, asked_s + ttl_s, commit_seq)
+        return Leadership(epoch, commit_seq)
 
     def _new_term(self) -> str:
         return secrets.token_hex(8)
@@ -169,11 +166,10 @@ class Store:
 
     async def _renew(self, seen: HistoryPoint) -> Leadership:
         packer = self._leading()
-        asked_s = time.time()
         await self._terms.call(
             "laps_renew", packer.epoch, self._holder, int(self._ttl_s * 1e3), *astuple(seen)
         )
-        return Leadership(packer.epoch, asked_s + self._ttl_s, self.seen.commit_seq)
+        return Leadership(packer.epoch, self.seen.commit_seq)
 
     async def witness(self, seen: HistoryPoint) -> None:
         """Somebody has seen the pool's history so far. Nothing is written any more if the store does not

@@ -53,6 +53,8 @@ def test_the_config_file_is_chosen_by_flag_then_variable(
         ({"otlp_endpoint": "http://:4317"}, ["otlp_endpoint", "http://HOST:PORT"]),
         ({"scheduler_address": "nowhere"}, ["scheduler_address", "HOST:PORT"]),
         ({"policy": ""}, ["policy", "at least 1 character", "--policy"]),
+        ({"draft_tokens": 0}, ["draft_tokens", "greater than or equal to 1", "--draft-tokens"]),
+        ({"retention_s": 0}, ["retention_s", "greater than 0", "--retention-s"]),
         ({"nonsense": 1}, ["nonsense", "no such setting", "--nonsense"]),
     ],
 )

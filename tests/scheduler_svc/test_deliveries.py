@@ -65,7 +65,7 @@ def test_a_follower_gets_what_is_stored_beyond_its_offset_and_nothing_else(
     steps: list[int], follow_after: int, unstored: int, offset: int
 ) -> None:
     async def run() -> None:
-        hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+        hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower()
         tokens = list(range(sum(steps)))
         offset_here = min(offset, sum(steps[:follow_after]))
         stored = 0
@@ -103,7 +103,7 @@ def test_each_gateway_gets_the_rows_of_what_it_follows_whoever_else_does(
     actions: list[tuple[str, int, str]],
 ) -> None:
     async def run() -> None:
-        hub, followers = DeliveryHub(GATEWAY_GRACE_S), [Follower(str(number)) for number in range(2)]
+        hub, followers = DeliveryHub(GATEWAY_GRACE_S), [Follower() for _ in range(2)]
         requests = {name: make_request(name) for name in _NAMES}
         expected: list[list[tuple[str, int, list[int]]]] = [[], []]
         follows: list[set[str]] = [set(), set()]
@@ -144,7 +144,7 @@ async def test_log_probabilities_stay_with_their_rows() -> None:
         one = generation_pb2.TokenLogprob(logprob=value)
         return scheduler_pb2.TokenLogprobs(logprobs=[one]).SerializeToString()
 
-    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower()
     hub.follow(follower, request, 0, 0)
     first, second = emitted_of([("a", 0, pack([7]))]), emitted_of([("a", 1, pack([8]))])
     hub.published([emitted_of([("b", 0, pack([5]))]), first, second], {1: packed(-1.0), 2: packed(-2.0)})
@@ -153,7 +153,7 @@ async def test_log_probabilities_stay_with_their_rows() -> None:
 
 
 async def test_the_end_comes_after_the_last_tokens() -> None:
-    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower()
     hub.follow(follower, request, 0, 0)
     request.output[:] = pack([7])
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
@@ -176,7 +176,7 @@ async def test_the_end_comes_after_the_last_tokens() -> None:
 def test_a_lost_client_ends_its_request_as_the_request_says(
     spec: dict[str, object], cancelled_at_s: float | None
 ) -> None:
-    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(**spec), Follower("g")
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(**spec), Follower()
     hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, {"a": request}, now_s=10.0)
     assert hub.next_orphan_s() == cancelled_at_s
@@ -186,7 +186,7 @@ def test_a_lost_client_ends_its_request_as_the_request_says(
 
 
 def test_a_client_that_comes_back_starts_a_new_grace() -> None:
-    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower()
     request = make_request(disconnect_grace_s=30.0)
     hub.follow(follower, request, 0, 0)
     hub.unfollow(follower, {"a": request}, now_s=0.0)
@@ -212,7 +212,7 @@ class LookedAt(list[str]):
 
 async def test_many_who_leave_at_once_cost_one_search_of_what_waits() -> None:
     """Their gateway is behind: each of them would otherwise look through thousands of rows."""
-    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower()
     requests = {f"r{number}": make_request(f"r{number}") for number in range(200)}
     for request in requests.values():
         hub.follow(follower, request, 0, 0)
@@ -232,7 +232,7 @@ async def test_many_who_leave_at_once_cost_one_search_of_what_waits() -> None:
 
 
 async def test_who_waits_for_room_goes_on_when_what_waited_is_not_wanted_any_more() -> None:
-    follower = Follower("g", message_bytes=1024)
+    follower = Follower(message_bytes=1024)
     follower.followed.add("a")
     follower.add_missed("a", 0, bytes(4096))
     room = asyncio.create_task(follower.until_room())
@@ -243,7 +243,7 @@ async def test_who_waits_for_room_goes_on_when_what_waited_is_not_wanted_any_mor
 
 
 def test_two_followers_and_one_goes() -> None:
-    hub, first, second = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), Follower("h")
+    hub, first, second = DeliveryHub(GATEWAY_GRACE_S), Follower(), Follower()
     request = make_request()
     hub.follow(first, request, 0, 0)
     hub.follow(second, request, 0, 0)
@@ -252,7 +252,7 @@ def test_two_followers_and_one_goes() -> None:
 
 
 def test_a_lost_gateway_gets_its_time_to_come_back() -> None:
-    hub, follower, request = DeliveryHub(GATEWAY_GRACE_S), Follower("g"), make_request()
+    hub, follower, request = DeliveryHub(GATEWAY_GRACE_S), Follower(), make_request()
     hub.follow(follower, request, 0, 0)
     hub.lost(follower, {"a": request}, now_s=0.0)
     assert hub.take_abandoned(GATEWAY_GRACE_S - 0.1) == []
@@ -275,7 +275,7 @@ def test_many_who_were_left_alone_are_given_up_a_few_at_a_time() -> None:
 
 
 def test_a_gateway_that_reads_nothing_is_noticed() -> None:
-    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower()
     hub.follow(follower, make_request(), 0, 0)
     hub.published([emitted_of([("a", 0, bytes(MAX_PENDING_BYTES - ROW_BYTES))])])
     assert not follower.overrun
@@ -288,7 +288,7 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
         entries = [generation_pb2.TokenLogprob(logprob=value) for value in values]
         return scheduler_pb2.TokenLogprobs(logprobs=entries).SerializeToString()
 
-    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower()
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
     hub.published([emitted_of([("a", 0, pack([10]))])], {0: logprobs(-1.0)})
@@ -303,7 +303,7 @@ async def test_log_probabilities_fit_the_tokens_though_the_store_is_ahead_of_the
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 async def test_who_follows_anew_before_the_last_row_was_sent_gets_no_token_twice(offset: int) -> None:
-    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower("g")
+    hub, request, follower = DeliveryHub(GATEWAY_GRACE_S), make_request(), Follower()
     hub.submitted(request, 0.0)
     request.output[:] = pack([10, 11, 12])
     hub.published([emitted_of([("a", 0, pack([10, 11, 12]))])])
@@ -325,7 +325,7 @@ async def test_what_was_missed_comes_in_messages_of_bounded_size_and_the_end_in_
     with_logprobs: bool,
 ) -> None:
     """A gateway that comes back follows all of its requests from their beginnings at once."""
-    follower = Follower("g", message_bytes=4096)
+    follower = Follower(message_bytes=4096)
     tokens = {f"r{number}": list(range(number, number + 1500)) for number in range(4)}
     logprobs = logprobs_of(1500) if with_logprobs else b""
 
@@ -363,7 +363,7 @@ async def test_what_was_missed_comes_in_messages_of_bounded_size_and_the_end_in_
 
 async def test_new_output_comes_after_what_was_missed_of_it() -> None:
     hub, request = DeliveryHub(GATEWAY_GRACE_S), make_request()
-    follower = Follower("g", message_bytes=1024)
+    follower = Follower(message_bytes=1024)
     request.output[:] = pack(list(range(1000)))
     hub.restored([request], 0.0)
     hub.follow(follower, request, 1000, 0)
@@ -375,7 +375,7 @@ async def test_new_output_comes_after_what_was_missed_of_it() -> None:
 
 
 async def test_nothing_is_kept_for_a_gateway_whose_stream_is_given_up() -> None:
-    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower("g")
+    hub, follower = DeliveryHub(GATEWAY_GRACE_S), Follower()
     request = make_request()
     request.finish_reason, request.finished_s = FinishReason.STOP, 1.0
     hub.follow(follower, request, 0, 0)
@@ -389,7 +389,7 @@ async def test_nothing_is_kept_for_a_gateway_whose_stream_is_given_up() -> None:
 
 
 async def test_who_asks_for_more_than_a_message_holds_must_take_it_first() -> None:
-    follower = Follower("g", message_bytes=1024)
+    follower = Follower(message_bytes=1024)
     follower.add_missed("a", 0, bytes(4096))
     room = asyncio.create_task(follower.until_room())
     waiting_tokens = 1024

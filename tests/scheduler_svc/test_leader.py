@@ -107,7 +107,7 @@ async def test_a_lease_is_sent_only_after_its_commit() -> None:
 
 
 async def test_tokens_reach_followers_only_after_their_commit() -> None:
-    store, follower = FakeStore(), Follower("g")
+    store, follower = FakeStore(), Follower()
     async with running(store) as (leader, _):
         session = join(leader)
         submit(leader)

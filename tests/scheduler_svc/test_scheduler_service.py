@@ -55,7 +55,7 @@ def service_of(store: Any) -> SchedulerService:
 
 async def test_a_stop_string_is_not_taken_for_a_wish_for_log_probabilities() -> None:
     store = Store()
-    leader, follower = leader_of(store), Follower("g")
+    leader, follower = leader_of(store), Follower()
     spec = scheduler_pb2.RequestSpec(
         request_id="a",
         prompt_token_ids=b"\1\0\0\0",
@@ -74,7 +74,7 @@ async def test_a_stop_string_is_not_taken_for_a_wish_for_log_probabilities() -> 
 
 async def test_a_damaged_record_is_one_request_less_and_not_the_end_of_the_stream() -> None:
     store = Store()
-    leader, follower = leader_of(store), Follower("g")
+    leader, follower = leader_of(store), Follower()
     await service_of(store)._follow_ended(leader, follower, "a", 0)
     message = await asyncio.wait_for(follower.next_message(), 5)
     assert message is not None
@@ -86,7 +86,7 @@ async def test_a_store_that_knows_less_of_an_end_than_was_told_counts_as_away(
 ) -> None:
     """It went back to an earlier state, and no commit has noticed yet."""
     store = Store()
-    leader, follower = leader_of(store), Follower("g")
+    leader, follower = leader_of(store), Follower()
     spec = scheduler_pb2.RequestSpec(request_id="a", prompt_token_ids=b"\1\0\0\0")
     unfinished = Request(convert.request_spec(spec), arrival_s=0.0, arrival_seq=1)
 
@@ -145,7 +145,7 @@ def submit(leader: Leader, *request_ids: str) -> None:
 
 async def test_live_requests_are_followed_before_the_store_is_asked_for_those_that_have_ended() -> None:
     """A gateway that comes back asks for all, the oldest first. Whom nobody follows in time is cancelled."""
-    store, gateway, follower = SlowStore(), Gateway(), Follower("g")
+    store, gateway, follower = SlowStore(), Gateway(), Follower()
     leader = leader_of(store)
     settlings = 0
 
@@ -184,7 +184,7 @@ async def test_who_asks_for_very_many_that_have_ended_is_not_read_until_some_are
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(scheduler_service, "MOST_ENDED", 2)
-    store, gateway, follower = SlowStore(), Gateway(), Follower("g")
+    store, gateway, follower = SlowStore(), Gateway(), Follower()
     leader = leader_of(store)
 
     async def settled() -> None:
@@ -222,4 +222,4 @@ async def test_a_store_that_is_away_while_it_is_asked_ends_the_stream() -> None:
     gateway.follow("a")
     service: Any = service_of(store)
     with pytest.raises(StoreUnavailable):
-        await asyncio.wait_for(service._read_follows(leader, Follower("g"), gateway), 60)
+        await asyncio.wait_for(service._read_follows(leader, Follower(), gateway), 60)
