@@ -255,12 +255,12 @@ class SchedulerService(scheduler_pb2_grpc.SchedulerServiceServicer):
             policy=leader.core.policy.name,
             epoch=leader.epoch,
             history=self._terms.store.seen.to_proto(),
+            context_tokens=leader.core.context_tokens,
         )
         for worker in leader.core.workers.values():
             response.workers += 1
             response.slots += worker.slots
             response.vocabulary_size = worker.vocabulary_size
-            response.context_tokens = worker.context_tokens
             response.model_fingerprint = worker.model_fingerprint
             response.target = worker.target
             response.draft = worker.draft

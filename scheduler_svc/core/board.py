@@ -70,6 +70,10 @@ class Board:
         """Finished since the last tick."""
         self.changed = True
         """Something has arrived, ended, moved or come back since slots were given out last."""
+        self.by_context = False
+        """Not every waiting request can run on every worker, or be told so yet."""
+        self.larger_until_s = -math.inf
+        """Until then a worker may come, or come back, with a larger context than all who are there."""
         self._epoch = epoch
         self._lease_counter = 0
         self._lease_duration_s = lease_duration_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +17,9 @@ RENEWALS_PER_TIMEOUT = 4
 class Fleet:
     def __init__(self, board: Board, settings: SchedulerSettings) -> None:
         self.context_tokens = 0
-        """Of the worker with the smallest context; kept after the last one has gone. 0: none has told."""
+        """Of the worker with the largest context; kept after the last one has gone. 0: none has told."""
+        self.restored = False
+        """There are requests that workers of an earlier leader may have had room for."""
         self._board = board
         self._workers = board.pool.workers
         self._settings = settings
@@ -81,6 +84,8 @@ class Fleet:
                 self.remove(worker.worker_id, f"its worker said nothing for {silent_s:.1f} s")
                 detail = f"silent for {silent_s:.1f} s"
                 self._board.ledger.event("worker_lost", worker_id=worker.worker_id, detail=detail)
+        if -math.inf < self._board.larger_until_s <= now_s:
+            self._look_for_contexts()
         due_s = self._next_renewal_s()
         if due_s is not None and now_s >= due_s:
             self._renew(self._workers[next(iter(self._renewed_s))], now_s)
@@ -90,6 +95,8 @@ class Fleet:
         timeout_s = self._settings.session_timeout_s
         for worker in self._workers.values():
             yield worker.last_seen_s + timeout_s
+        if self._board.larger_until_s > -math.inf:
+            yield self._board.larger_until_s
         due_s = self._next_renewal_s()
         if due_s is not None:
             yield due_s
@@ -116,9 +123,24 @@ class Fleet:
     def _measure(self) -> None:
         self._board.pool.measure()
         self._board.changed = True
-        contexts = [worker.context_tokens for worker in self._workers.values() if worker.context_tokens]
-        if contexts:
-            self.context_tokens = min(contexts)
+        largest_tokens = max([worker.context_tokens for worker in self._workers.values()], default=0)
+        if largest_tokens:
+            # Workers cut their context to the memory that they find, so those of one model differ. One that
+            # is started anew takes its time, and after a takeover all come back one after the other.
+            first = self.restored and not self.context_tokens
+            if first or largest_tokens < self.context_tokens:
+                self._board.larger_until_s = self._board.pool.now_s + self._settings.lease_duration_s
+            self.context_tokens = largest_tokens
+        self._look_for_contexts()
+
+    def _look_for_contexts(self) -> None:
+        board = self._board
+        if board.larger_until_s <= board.pool.now_s:
+            if board.larger_until_s > -math.inf:
+                board.changed = True
+            board.larger_until_s = -math.inf
+        contexts = {worker.context_tokens for worker in self._workers.values()}
+        board.by_context = len(contexts) > 1 or board.larger_until_s > -math.inf
 
 
 def _may_agree(entry: Resident, output: bytearray) -> bool:

@@ -110,7 +110,8 @@ class Scheduler:
 
     @property
     def context_tokens(self) -> int:
-        """Prompt and output of one request together, at most; 0: no worker has told yet."""
+        """Prompt and output of one request together, at most; 0: no worker has told yet. Of the worker with
+        the largest context: requests that it alone has room for wait for it."""
         return self._fleet.context_tokens
 
     @property
@@ -163,6 +164,7 @@ class Scheduler:
         """Lets recovered requests wait again."""
         self.view.now_s = now_s
         for request in requests:
+            self._fleet.restored = True
             self._recovered += 1
             self._arrivals = max(self._arrivals, request.arrival_seq)
             request.kv_resident = False
