@@ -335,7 +335,8 @@ class LapsSd(Policy):
         changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}
         if changes:
             changes[_EVERYTHING] = self.knowledge.everything.to_json()
-        if self._step_s != self._told_step_s:
+        # Not before all have ranks of it: whoever takes over in between makes them all anew.
+        if self._step_s != self._told_step_s and not self._to_rank:
             self._told_step_s = self._step_s
             changes[_STEP_TIME] = repr(self._step_s)
         return changes

@@ -13,7 +13,7 @@ from scheduler_svc.core.records import FinishReason, Recovered, StepCosts, StepR
 from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 
-from .house import FakeWorker, spec, worker
+from .house import FakeWorker, Store, spec, worker
 
 
 def core_with(policy: LapsSd, **settings: Any) -> Scheduler:
@@ -141,6 +141,37 @@ def test_a_step_time_survives_a_restart_with_the_ranks_that_were_made_with_it() 
     damaged = LapsSd()
     damaged.restore_learnt({"laps-sd/step_s": "nonsense"})
     assert damaged.learnt() == {}
+
+
+def test_a_takeover_during_a_long_ranking_leaves_no_ranks_of_two_step_times() -> None:
+    """A long queue takes turns: ranks of both are in the store, and it must not tell of the new one only."""
+    bounds = {"max_queued_requests": 2000}
+    core, store = core_with(LapsSd(), **bounds), Store()
+    core.restore(Recovered(), 0.0)
+    for number in range(600):
+        core.submit(spec(f"r{number}", max_tokens=4000, predicted_output_tokens=400.0), 0.0)
+    store.apply(core.tick(0.0).commit)
+    [old_rank] = {request.rank for request in core.requests.values()}
+    core.worker_joined(worker(costs=StepCosts(0.0, 0.320)), [], 1.0)
+    for turn in range(3):
+        core.heartbeat("w", 2.0 + turn)
+        store.apply(core.tick(2.0 + turn).commit)
+    ranks = {rank for _, rank in store.waiting.values()}
+    assert len(ranks) == 2, "the ranking has begun and has not come to its end"
+    policy = LapsSd()
+    after = core_with(policy, **bounds)
+    after.restore(store.recover(), 5.0)
+    after.worker_joined(worker(costs=StepCosts(0.0, 0.320)), [], 5.0)
+    now_s = 5.0
+    while policy.next_due_s() is not None or now_s == 5.0:
+        now_s += 0.01
+        after.heartbeat("w", now_s)
+        store.apply(after.tick(now_s).commit)
+    after.heartbeat("w", now_s + 2.0)
+    store.apply(after.tick(now_s + 2.0).commit)
+    ranks = {request.rank for request in after.requests.values() if not request.lease_id}
+    assert list(ranks) == [pytest.approx(10 * old_rank)]
+    assert float(store.learnt["laps-sd/step_s"]) == pytest.approx(0.320)
 
 
 def test_well_accepted_requests_go_first() -> None:
