@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from scheduler_svc.core.policies import policies
-from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
+from scheduler_svc.core.records import MAX_DRAFTED_TOKENS
 from simulator.files import read_workload_file
 from simulator.replay import simulate as replay
 from simulator.result import Result

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
+from scheduler_svc.core.records import MAX_DRAFTED_TOKENS
 from simulator.workload import Job, Workload, WorkloadError, _job, read_workload
 
 

@@ -10,7 +10,7 @@ import click
 
 from laps.cli.options import NOT_OF_THE_STORE, settings_options, store_connection
 from laps.settings import Settings
-from scheduler_svc.core.steps import MAX_DRAFTED_TOKENS
+from scheduler_svc.core.records import MAX_DRAFTED_TOKENS
 from simulator import convert
 from simulator.files import open_text, read_workload_file
 from simulator.workload import Workload, write_workload
