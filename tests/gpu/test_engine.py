@@ -10,7 +10,7 @@ import torch
 
 from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine import decoding as decoding_module
-from worker_svc.engine.graphs import GraphRunner
+from worker_svc.engine.graphs import CudaRecorder, GraphRunner
 
 PROMPTS = [[random.Random(n).randrange(2, 256) for _ in range(n)] for n in (1, 7, 40, 90, 150, 33)]
 MAX_TOKENS = 24
@@ -77,6 +77,27 @@ def test_recorded_passes(save: Any, family: str) -> None:
         assert runner._recorder is not None
         assert any(graph.uses > 2 for graph in runner._graphs.values())
     assert _run(_engine(pair, cuda_graphs=False), preempting=True) == _reference(pair)
+
+
+def test_one_models_graphs_survive_the_others() -> None:
+    """Graphs of the target and of the draft are let go apart, and none leans on what went with others."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorders = [CudaRecorder(device), CudaRecorder(device)]
+    left, right = (torch.randn(512, 512, device=device, dtype=torch.bfloat16) for _ in range(2))
+    expected = left @ right
+    graphs: list[list[Any]] = [[], []]
+    for turn in range(6):
+        mine = graphs[turn % 2]
+        mine.clear()
+        recorders[turn % 2].begin_anew()
+        for _ in range(4):
+            product = torch.empty_like(expected)
+            mine.append((recorders[turn % 2].record(lambda held=product: held.copy_(left @ right)), product))
+        torch.cuda.empty_cache()
+        for replay, held in (*graphs[0], *graphs[1]):
+            held.zero_()
+            replay()
+            torch.testing.assert_close(held, expected)
 
 
 def test_bfloat16_runs(save: Any) -> None:

@@ -44,24 +44,44 @@ class Recorder(Protocol):
         """Raises RuntimeError where `run` cannot be recorded. May run it."""
         ...
 
+    def begin_anew(self) -> None:
+        """To be called when all recordings made so far are let go."""
+        ...
+
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory: what one replay leaves there, the next may overwrite."""
+    """CUDA graphs that share one pool of memory: what one replay leaves there, the next may overwrite.
+
+    The workspace of the matrix library belongs to the stream and lies in the pool of the graph that first
+    needed it there; torch frees it when any graph of that stream goes. So the streams are the recorder's own,
+    and no recorder's graphs lean on the pool of another.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        with torch.cuda.device(device):
+            # Made once: torch hands out few streams in turns, and one that was warmed up elsewhere has its
+            # workspace outside the pool.
+            self._aside, self._capturing = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        # A pool without graphs is dead, but not gone while the stream's workspace lies in it: torch takes no
+        # further graph into it.
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], None]) -> Replay:
         with torch.cuda.device(self._device):
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            aside.wait_stream(current)
+            current = torch.cuda.current_stream()
+            self._aside.wait_stream(current)
             # Libraries set themselves up at their first call, which must not be recorded.
-            with torch.cuda.stream(aside):
+            with torch.cuda.stream(self._aside):
                 run()
-            current.wait_stream(aside)
+            current.wait_stream(self._aside)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            ):
                 run()
         replay: Replay = graph.replay
         return replay
@@ -141,7 +161,7 @@ class GraphRunner:
         """
         if self._states is not self.cache.states:
             # The cache has moved; recordings know its old place.
-            self._graphs.clear()
+            self._forget()
             self._states = self.cache.states
         graph = self._graphs.get(bucket)
         if graph is not None:
@@ -178,7 +198,7 @@ class GraphRunner:
         shape = bucket.rows, bucket.width, self._vocabulary_size
         count = bucket.rows * bucket.width * self._vocabulary_size
         if count > self._logits.numel():
-            self._graphs.clear()
+            self._forget()
             self._logits = torch.empty(count, dtype=self.cache.dtype, device=self.cache.device)
         return self._logits[:count].view(shape)
 
@@ -188,6 +208,11 @@ class GraphRunner:
         if not error <= tolerance(self.cache.dtype):
             self._give_up(f"recorded logits differ by {error:.2g} of the largest")
         return own
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        if self._recorder is not None:
+            self._recorder.begin_anew()
 
     def _give_up(self, reason: str) -> None:
         log.warning("passes are not recorded: %s", reason)

@@ -49,6 +49,7 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.recorded = 0
         self.replayed = 0
+        self.begun_anew = 0
 
     def record(self, run: Callable[[], None]) -> Replay:
         run()
@@ -62,6 +63,9 @@ class TapeRecorder:
             tape.replay()
 
         return replay
+
+    def begin_anew(self) -> None:
+        self.begun_anew += 1
 
 
 @pytest.fixture
@@ -109,6 +113,7 @@ def test_the_general_path_and_growing_caches(
     outputs = _drain(tools, pair, SamplingConfig(), fast_path=False, kv_limit_bytes=1 << 24)
     assert outputs == [tools.greedy_reference(pair, prompt, MAX_TOKENS) for prompt in PROMPTS]
     assert recorder.replayed > 0
+    assert recorder.begun_anew > len(("target", "draft")), "not only when the caches are first seen"
     seeded = SamplingConfig(temperature=0.9, seed=3, top_p=0.9)
     replayed = recorder.replayed
     told = _drain(tools, pair, seeded, fast_path=False, kv_limit_bytes=1 << 24)
