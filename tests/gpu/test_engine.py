@@ -100,6 +100,16 @@ def test_one_models_graphs_survive_the_others() -> None:
             torch.testing.assert_close(held, expected)
 
 
+def test_a_recording_that_fails_leaves_the_stream_as_it_was() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder, number = CudaRecorder(device), torch.ones((), device=device)
+    stream = torch.cuda.current_stream(device)
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: number.add_(number.item()))
+    assert torch.cuda.current_stream(device) == stream
+    assert (number + 1).item() > 1
+
+
 def test_bfloat16_runs(save: Any) -> None:
     folder = save("llama")
     outputs = _run(_engine(load_pair(folder, folder, dtype="bfloat16", device="cuda")), preempting=True)

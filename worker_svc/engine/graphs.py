@@ -73,16 +73,18 @@ class CudaRecorder:
     def record(self, run: Callable[[], None]) -> Replay:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
-            self._aside.wait_stream(current)
-            # Libraries set themselves up at their first call, which must not be recorded.
-            with torch.cuda.stream(self._aside):
-                run()
-            current.wait_stream(self._aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
-            ):
-                run()
+            # A capture that fails leaves its stream the current one.
+            with torch.cuda.stream(current):
+                self._aside.wait_stream(current)
+                # Libraries set themselves up at their first call, which must not be recorded.
+                with torch.cuda.stream(self._aside):
+                    run()
+                current.wait_stream(self._aside)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+                ):
+                    run()
         replay: Replay = graph.replay
         return replay
 

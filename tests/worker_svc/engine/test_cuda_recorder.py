@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,19 @@ class _Workspace:
     mapped: bool = True
 
 
+class _Current:
+    """Like torch's, it restores nothing when it is merely forgotten."""
+
+    def __init__(self, cuda: FakeCuda, stream: _Stream) -> None:
+        self._cuda, self._stream = cuda, stream
+
+    def __enter__(self) -> None:
+        self._before, self._cuda.current = self._cuda.current, self._stream
+
+    def __exit__(self, *error: object) -> None:
+        self._cuda.current = self._before
+
+
 class FakeCuda:
     """frees_workspaces: a graph that goes takes the workspace of its stream along, as from torch 2.12 on."""
 
@@ -57,7 +70,7 @@ class FakeCuda:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in {
             "Stream": lambda *given: _Stream(next(self._numbers) % _STREAMS_OF_TORCH),
-            "stream": self.stream,
+            "stream": lambda stream: _Current(self, stream),
             "current_stream": lambda *given: self.current,
             "device": lambda device: contextlib.nullcontext(),
             "synchronize": lambda *given: None,
@@ -68,14 +81,6 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
         monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
-
-    @contextlib.contextmanager
-    def stream(self, stream: _Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        try:
-            yield
-        finally:
-            self.current = before
 
     def product(self) -> None:
         """A matrix product on the current stream."""
@@ -120,6 +125,8 @@ class _Graph:
 
     def capture_end(self) -> None:
         self._cuda.capturing = None
+        if self._cuda.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def replay(self) -> None:
         assert all(workspace.mapped for workspace in self.workspaces), "illegal memory access"
@@ -171,3 +178,12 @@ def test_recording_leaves_the_stream_as_it_was(cuda: FakeCuda) -> None:
     warmed_up, captured = seen[0], seen[1]
     assert len({0, warmed_up, captured}) == 3
     assert seen == [warmed_up, captured] * 2
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(cuda: FakeCuda) -> None:
+    """torch ends the capture first, and does not come to restore the stream where that raises."""
+    recorder = CudaRecorder(DEVICE)
+    cuda.fails = True
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        recorder.record(cuda.product)
+    assert cuda.current.number == 0
