@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .cache import SlotCache
-from .config import MAX_DRAFT_TOKENS, EngineConfig
+from .cache import MARGIN_TOKENS, SlotCache
+from .config import EngineConfig
 from .errors import ModelError
 from .memory import available_bytes
 from .rows import Row
 from .slots import Residency
 
-# Padding of short drafts may be written this far behind a row that is at the end of its context.
-MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
 _SHARE_OF_FREE = 0.8
 _LEAST_CONTEXT_TOKENS = 16
 

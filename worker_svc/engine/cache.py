@@ -2,7 +2,8 @@
 
 All layers of one shape share a tensor [layers, slots, capacity, elements], in which the tokens of a slot lie
 together in each layer: moving a slot, or taking it to the host, is one copy, and rejecting tokens is only a
-smaller length. What lies behind a slot's length is rubbish that is overwritten before any query may see it.
+smaller length. What lies behind a slot's length is rubbish of its own request, overwritten before any query
+may see it; what nobody has written since the slot was emptied is zero.
 
 No slot reserves its longest context. On a CPU the whole range is addresses, which become memory page by page
 where something is written, and are given back when the slot is emptied. A GPU has no such pages for a tensor,
@@ -19,8 +20,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .config import MAX_DRAFT_TOKENS
 from .memory import HAS_LAZY_PAGES, LazyTensor
 from .transfers import upload
+
+MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
+"""Padding of short drafts may be written this far behind what a slot holds, at the end of its context too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +111,21 @@ class SlotCache:
                 self.written[slot] = start + queries
 
     def trim(self, slot: int, tokens: int) -> None:
-        """Gives back the memory behind the first `tokens` of a slot, where memory follows what is written."""
+        """Makes all behind the first `tokens` of a slot zero, and gives its memory back where memory follows
+        what is written.
+
+        A NaN that one request leaves would spoil the next: attention weighs what it may not see by zero, and
+        zero times NaN is NaN.
+        """
         excess = self.written[slot] - tokens
         if excess <= 0:
             return
         self.written[slot] = tokens
-        if self.lazy:
+        if not self.lazy:
+            for tensor in self._groups.values():
+                # Padding of recorded passes is not accounted.
+                tensor[:, slot, tokens : tokens + excess + MARGIN_TOKENS] = 0
+        else:
             for pages, tensor in zip(self._pages, self._groups.values(), strict=True):
                 layer, row, token = tensor.stride()[:3]
                 for index in range(tensor.shape[0]):

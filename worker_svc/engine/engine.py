@@ -20,8 +20,8 @@ import torch
 from .acceptance import AcceptanceEstimate
 from .adaptive import Drafter, RowPlan
 from .admission import checked_tokens, draft_limit_tokens, new_row
-from .budget import MARGIN_TOKENS, KvBudget, fitting_context
-from .cache import LayerShape, SlotCache, lazy_memory
+from .budget import KvBudget, fitting_context
+from .cache import MARGIN_TOKENS, LayerShape, SlotCache, lazy_memory
 from .calibration import calibrate
 from .clock import BusyClock
 from .config import EngineConfig, EngineRequest
@@ -169,6 +169,7 @@ class Engine:
         row = self._rows.get(request_id)
         self._forget(request_id, keep=self.config.prefix_sharing and row is not None and row.finished)
 
+    @torch.inference_mode()
     def forget_kept(self) -> None:
         """Frees the KV that finished requests have left for others to share."""
         self._residency.forget_kept()

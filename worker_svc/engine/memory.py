@@ -31,14 +31,19 @@ class LazyTensor:
         self.tensor: Tensor = torch.frombuffer(self._pages, dtype=dtype, count=count).view(shape)
 
     def release(self, first: int, count: int) -> None:
-        """Gives the pages of elements first .. first + count - 1 back; they read as zeros again. Pages that
-        reach beyond these elements stay.
+        """Makes elements first .. first + count - 1 zero, and gives their pages back; those that reach beyond
+        these elements stay.
         """
         size = self.tensor.element_size()
-        begin = -(-first * size // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (first + count) * size // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > begin:
-            self._pages.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        begin, end = first * size, (first + count) * size
+        first_page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end_page = end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first_page >= end_page:
+            self._pages[begin:end] = bytes(end - begin)
+            return
+        self._pages[begin:first_page] = bytes(first_page - begin)
+        self._pages[end_page:end] = bytes(end - end_page)
+        self._pages.madvise(mmap.MADV_DONTNEED, first_page, end_page - first_page)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from worker_svc.engine import (
     EngineConfig,
@@ -17,8 +18,9 @@ from worker_svc.engine import (
     NoFreeSlotError,
     StoppingConfig,
     UnknownRequestError,
+    load_pair,
 )
-from worker_svc.engine.cache import SlotCache
+from worker_svc.engine.cache import MARGIN_TOKENS, LayerShape, SlotCache
 
 STOPPING = StoppingConfig(max_tokens=40, ignore_eos=True)
 
@@ -338,3 +340,50 @@ def test_a_slot_that_a_finished_request_left_is_emptied_for_the_next(tools: Any,
     long = [EngineRequest(f"b{i}", prompts[3 + i][:100], stopping=few) for i in range(3)]
     short = [EngineRequest(f"c{i}", [5 + i], stopping=few) for i in range(3)]
     assert most_bytes(long + short) <= limit
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_an_emptied_slot_holds_nothing_of_its_last_request(lazy: bool) -> None:
+    """Whatever the lengths are to the pages; padding, too, where passes are recorded."""
+    shapes = [LayerShape(2, 9, 5), LayerShape(1, 9, 9), LayerShape(2, 9, 5)]
+    cache = SlotCache(shapes, 3, 400, 400, torch.float32, torch.device("cpu"), lazy=lazy)
+    for begin, end, written in ((0, 7, 7), (0, 300, 300), (100, 333, 333), (150, 152, 390), (390, 400, 400)):
+        for state in cache.states:
+            state[:, :written] = 1.0
+            state[1, :written] = float("nan")
+            if not lazy:
+                state[1, written : written + MARGIN_TOKENS] = float("nan")
+        cache.written[:] = [written] * 3
+        cache.trim(1, end)
+        cache.trim(1, begin)
+        for state in cache.states:
+            assert bool((state[[0, 2], :written] == 1.0).all())
+            assert bool(state[1, :begin].isnan().all())
+            assert not state[1, begin:].any()
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_request_that_overflows_spoils_no_other(
+    tools: Any, make_folders: Any, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    """Its KV is NaN, and lies where the next request reads along with a longer one, masked."""
+    monkeypatch.setattr("worker_svc.engine.cache.HAS_LAZY_PAGES", lazy)
+    overflows = 5
+    pair = load_pair(make_folders("mistral").target, None)
+    with torch.no_grad():
+        pair.target.get_input_embeddings().weight[overflows] = float("inf")
+
+    def request(name: str, count: int, tokens: int, *more: int) -> EngineRequest:
+        prompt = [random.Random(name).choice(range(overflows + 1, 64)) for _ in range(count)]
+        return EngineRequest(name, [*prompt, *more], stopping=replace(STOPPING, max_tokens=tokens))
+
+    settings = {"slots": 2, "spare_slots": 0, "prompt_lookup": False, "kv_limit_bytes": 1 << 24}
+    clean = tools.drain(tools.engine(pair, **settings), [request("long", 60, 20), request("short", 5, 8)])
+    engine = tools.engine(pair, **settings)
+    tools.drain(engine, [request("first", 60, 8), request("bad", 40, 8, overflows)])
+    after = tools.drain(engine, [request("long", 60, 20), request("short", 5, 8)])
+    assert after["short"].tokens == clean["short"].tokens
+    assert after["long"].tokens == clean["long"].tokens
+    engine.forget_kept()
+    for state in engine._runners[0].cache.states:
+        assert not state.any()
