@@ -65,7 +65,7 @@ def test_float32_equals_generate(save: Any, family: str, preempting: bool) -> No
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_recorded_passes(save: Any, family: str) -> None:
-    """They are used, they say what generate says, and a cache that grows takes them along."""
+    """They are used, they say what generate says, and the cache that they know stays where it is."""
     folder = save(family)
     torch.backends.cuda.matmul.allow_tf32 = False
     pair = load_pair(folder, folder, dtype="float32", device="cuda")
@@ -76,6 +76,8 @@ def test_recorded_passes(save: Any, family: str) -> None:
         # Nothing made the engine give up recording, and what was recorded last was replayed.
         assert runner._recorder is not None
         assert any(graph.uses > 2 for graph in runner._graphs.values())
+        assert runner.cache.generation == 1
+        assert runner.cache.capacity_tokens == runner.cache.limit_tokens
     assert _run(_engine(pair, cuda_graphs=False), preempting=True) == _reference(pair)
 
 

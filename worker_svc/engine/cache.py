@@ -3,11 +3,12 @@
 All layers of one shape share a tensor [layers, slots, capacity, elements], in which the tokens of a slot lie
 together in each layer: moving a slot, or taking it to the host, is one copy, and rejecting tokens is only a
 smaller length. What lies behind a slot's length is rubbish of its own request, overwritten before any query
-may see it; what nobody has written since the slot was emptied is zero.
+may see it; what nobody has written since the slot was emptied is zero, or padding.
 
-No slot reserves its longest context. On a CPU the whole range is addresses, which become memory page by page
-where something is written, and are given back when the slot is emptied. A GPU has no such pages for a tensor,
-so there the capacity of all slots grows with the longest.
+On a CPU the whole range is addresses, which become memory page by page where something is written, and are
+given back when the slot is emptied. A GPU has no such pages for a tensor. There the memory is taken at once:
+the budget is set aside in any case, and to grow would need the old and the new cache side by side. Only where
+a CPU has no lazy pages does the capacity of all slots grow with the longest.
 """
 
 from __future__ import annotations
@@ -50,14 +51,20 @@ def lazy_memory(layers: Sequence[LayerShape], device: torch.device) -> bool:
     return HAS_LAZY_PAGES and all((shape.device or device).type == "cpu" for shape in layers)
 
 
+def growing_memory(layers: Sequence[LayerShape], device: torch.device) -> bool:
+    """Whether the memory of these layers is taken bit by bit: on a CPU without lazy pages."""
+    return not HAS_LAZY_PAGES and all((shape.device or device).type == "cpu" for shape in layers)
+
+
 class SlotCache:
     """KV of all layers for a fixed number of slots.
 
     limit_tokens: positions of a slot at most; the caller checks its requests against it. block_tokens: where
     capacity has to grow, it does so in blocks, doubling. lazy: whether memory follows what is written, or
-    what is allocated (None: as the device allows). written[i]: positions of slot i written since it was last
-    emptied. states[i] is layer i's view [slots, capacity, elements], keys of all heads before values; keys[i]
-    and values[i] are [slots, capacity, heads, dim].
+    what is allocated; grows: whether what is allocated follows the longest slot (None: as the device allows).
+    written[i]: positions of slot i written since it was last emptied. generation: of the tensors, which move
+    when the cache grows or shrinks. states[i] is layer i's view [slots, capacity, elements], keys of all
+    heads before values; keys[i] and values[i] are [slots, capacity, heads, dim].
     """
 
     def __init__(
@@ -69,8 +76,11 @@ class SlotCache:
         dtype: torch.dtype,
         device: torch.device,
         lazy: bool | None = None,
+        grows: bool | None = None,
     ) -> None:
         self.lazy = lazy_memory(layers, device) if lazy is None else lazy
+        self.grows = growing_memory(layers, device) if grows is None else grows
+        self.generation = 0
         self.written = [0] * slots
         self.shapes = tuple(layers)
         self.slots = slots
@@ -85,7 +95,7 @@ class SlotCache:
         self.bytes_per_token = sum(shape.elements for shape in layers) * dtype.itemsize
         self._groups: dict[LayerShape, Tensor] = {}
         self._pages: list[LazyTensor] = []
-        self._allocate(limit_tokens if self.lazy else min(block_tokens, limit_tokens))
+        self._allocate(min(block_tokens, limit_tokens) if self.grows else limit_tokens)
 
     @property
     def allocated_bytes(self) -> int:
@@ -132,10 +142,12 @@ class SlotCache:
                     pages.release(index * layer + slot * row + tokens * token, excess * token)
 
     def shrink(self) -> None:
-        """Gives back all memory but one block; for when no slot holds anything."""
+        """Empties all slots, and gives back what memory can be: all where it follows what is written, all but
+        one block where it grows, none on a GPU. For when no slot holds anything.
+        """
         for slot in range(self.slots):
             self.trim(slot, 0)
-        if not self.lazy and self.capacity_tokens > self.block_tokens:
+        if self.grows and self.capacity_tokens > self.block_tokens:
             self._groups, self.capacity_tokens = {}, 0
             self._allocate(min(self.block_tokens, self.limit_tokens))
 
@@ -153,6 +165,7 @@ class SlotCache:
                 tensor[:, :, : self.capacity_tokens] = self._groups[shape]
             grown[shape] = tensor
         self._groups = grown
+        self.generation += 1
         self.capacity_tokens = capacity
         self.states, self.keys, self.values = [], [], []
         for index, shape in enumerate(self.shapes):

@@ -35,9 +35,11 @@ class EngineConfig:
     - host_cache_bytes: host memory for the KV of preempted requests that fit no slot; beyond it those that
       would run last are dropped.
     - kv_limit_bytes: bound of the KV in slots; None takes four fifths of what the device has free when the
-      engine is built. Where requests that run grow beyond it, those that come last wait in host memory. A
-      context that cannot fit alone is refused.
-    - kv_block_tokens: on a GPU the cache grows in blocks of so many positions, doubling.
+      engine is built. On a GPU it bounds what is taken at the start, for all slots at their longest. On a
+      CPU, where requests that run grow beyond it, those that come last wait in host memory; a context that
+      cannot fit alone is refused.
+    - kv_block_tokens: one that comes back from host memory waits until there is room for so many more of each
+      that runs. Where a CPU has no lazy pages (not on Linux), the cache grows in such blocks, doubling.
     - prefix_sharing: take the KV of a prompt's beginning from another request that has it, finished ones
       included as long as their slots are not needed.
     - hold_finished: a request that has finished keeps its KV as a preempted one does until it is dropped: for

@@ -125,7 +125,7 @@ class GraphRunner:
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self._wanted: set[Bucket] = set()
         self._logits = torch.empty(0)
-        self._states: list[Tensor] | None = None
+        self._generation = runner.cache.generation
 
     def forward(
         self,
@@ -161,10 +161,10 @@ class GraphRunner:
         """The recording of a bucket that is wanted for the second time at least, made if need be; it is made
         while rows begin at `begins`.
         """
-        if self._states is not self.cache.states:
+        if self._generation != self.cache.generation:
             # The cache has moved; recordings know its old place.
             self._forget()
-            self._states = self.cache.states
+            self._generation = self.cache.generation
         graph = self._graphs.get(bucket)
         if graph is not None:
             self._graphs.move_to_end(bucket)

@@ -188,7 +188,7 @@ class Residency:
             return None
 
     def shrink(self) -> None:
-        """Gives back memory beyond the first block; for when no slot holds anything."""
+        """Empties all slots, and gives back what memory can be; for when no slot holds anything."""
         for cache in self._caches:
             cache.shrink()
 

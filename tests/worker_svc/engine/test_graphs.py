@@ -108,7 +108,7 @@ def test_replays_say_what_generate_says(
 def test_the_general_path_and_growing_caches(
     tools: Any, pair: Any, recorder: TapeRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: no lazy memory, so the cache moves while it grows, and recordings are made anew."""
+    """No lazy memory: the cache moves while it grows, and recordings are made anew."""
     monkeypatch.setattr("worker_svc.engine.cache.HAS_LAZY_PAGES", False)
     outputs = _drain(tools, pair, SamplingConfig(), fast_path=False, kv_limit_bytes=1 << 24)
     assert outputs == [tools.greedy_reference(pair, prompt, MAX_TOKENS) for prompt in PROMPTS]
@@ -119,6 +119,58 @@ def test_the_general_path_and_growing_caches(
     told = _drain(tools, pair, seeded, fast_path=False, kv_limit_bytes=1 << 24)
     assert recorder.replayed > replayed
     assert told == _drain(tools, pair, seeded, fast_path=False, kv_limit_bytes=1 << 24, cuda_graphs=False)
+
+
+@pytest.fixture
+def whole_caches(monkeypatch: pytest.MonkeyPatch) -> list[SlotCache]:
+    """Caches as on a GPU: neither lazy nor growing. They are listed as they are made."""
+    made: list[SlotCache] = []
+
+    def noted(*given: Any, **named: Any) -> SlotCache:
+        made.append(SlotCache(*given, **named))
+        return made[-1]
+
+    for module in ("cache", "engine"):
+        monkeypatch.setattr(f"worker_svc.engine.{module}.lazy_memory", lambda layers, device: False)
+    monkeypatch.setattr("worker_svc.engine.engine.SlotCache", noted)
+    return made
+
+
+def test_caches_on_a_gpu_stay_where_they_are(
+    tools: Any, pair: Any, recorder: TapeRecorder, whole_caches: list[SlotCache]
+) -> None:
+    """All memory is taken at the start and within the budget; what calibration has recorded is used later."""
+    limit_bytes = 5 * 100 * 512
+    engine = tools.engine(
+        pair,
+        slots=3,
+        spare_slots=2,
+        draft_tokens=3,
+        fast_path=False,
+        kv_limit_bytes=limit_bytes,
+        adaptive=True,
+    )
+    assert engine.context_tokens < pair.context_tokens
+    taken_bytes = sum(cache.allocated_bytes for cache in whole_caches)
+    assert 0.9 * limit_bytes < taken_bytes <= limit_bytes
+    engine.calibrate(30.0)
+    recorded = [dict(runner._graphs) for runner in engine._runners]
+    assert all(recorded)
+    prompts = [prompt[: engine.context_tokens - MAX_TOKENS] for prompt in PROMPTS]
+    requests = [
+        EngineRequest(str(n), prompt, stopping=StoppingConfig(max_tokens=MAX_TOKENS))
+        for n, prompt in enumerate(prompts)
+    ]
+    outputs = tools.drain(engine, requests)
+    assert [outputs[str(n)].tokens for n in range(len(prompts))] == [
+        tools.greedy_reference(pair, prompt, MAX_TOKENS) for prompt in prompts
+    ]
+    engine.forget_kept()
+    for cache, runner, before in zip(whole_caches, engine._runners, recorded, strict=True):
+        assert cache.generation == 1
+        assert cache.capacity_tokens == cache.limit_tokens
+        assert before.items() <= runner._graphs.items()
+    assert sum(cache.allocated_bytes for cache in whole_caches) == taken_bytes
 
 
 def test_what_asks_the_device_runs_as_it_did(
@@ -165,7 +217,8 @@ def test_a_cpu_records_nothing(tools: Any, pair: Any) -> None:
 
 def _cache(slots: int, limit_tokens: int = 4096) -> SlotCache:
     shapes = [LayerShape(1, 2, 2)]
-    return SlotCache(shapes, slots, limit_tokens, 64, torch.float32, torch.device("cpu"), lazy=False)
+    cpu = torch.device("cpu")
+    return SlotCache(shapes, slots, limit_tokens, 64, torch.float32, cpu, lazy=False, grows=True)
 
 
 def test_buckets() -> None:

@@ -203,9 +203,12 @@ def test_common_prefix(tokens: list[int], cut: int, tail: list[int]) -> None:
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_memory_follows_what_is_written(lazy: bool) -> None:
-    """An emptied slot gives its memory back; its neighbours keep what they hold."""
+    """An emptied slot gives its memory back; its neighbours keep what they hold. Without lazy pages the
+    longest slot decides for all.
+    """
     shape = LayerShape(heads=2, key_dim=16, value_dim=16)
-    cache = SlotCache([shape] * 3, 4, 1000, 100, torch.float32, torch.device("cpu"), lazy=lazy)
+    cpu = torch.device("cpu")
+    cache = SlotCache([shape] * 3, 4, 1000, 100, torch.float32, cpu, lazy=lazy, grows=not lazy)
     per_token = 3 * 2 * 32 * 4
     assert cache.allocated_bytes == (0 if lazy else 4 * 100 * per_token)
     parts = [torch.ones(3, 300, 64)]
