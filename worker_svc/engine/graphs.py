@@ -148,6 +148,9 @@ class GraphRunner:
         for slot, start in enumerate(starts):
             self.cache.written[slot] = max(self.cache.written[slot], start + queries)
         graph.begins.copy_(upload(begins, graph.begins.device))
+        if graph.tokens.shape != tokens.shape:
+            # Padding with tokens of other requests could write their NaN behind rows of this batch.
+            graph.tokens.zero_()
         graph.tokens[:rows, :queries] = tokens
         graph.replay()
         graph.uses += 1

@@ -246,3 +246,23 @@ def test_padding_writes_behind_what_others_hold() -> None:
     # The last slot has no room for five.
     assert padded_begins(cache, [2, 4], Bucket(4, 5, 128)) is None
     assert padded_begins(cache, [2, 4, 9, 9], Bucket(4, 5, 128)) == [2, 4, 9, 9]
+
+
+def test_padding_has_no_tokens_of_earlier_passes() -> None:
+    class Model:
+        cache = _cache(4)
+
+        def forward(self, tokens: torch.Tensor, *given: Any) -> torch.Tensor:
+            return torch.zeros(*tokens.shape, 7)
+
+        def run(self, tokens: torch.Tensor, window: Any, logits: int) -> torch.Tensor:
+            return torch.zeros(*tokens.shape, 7)
+
+    runner = GraphRunner(Model(), 7, TapeRecorder())  # type: ignore[arg-type]
+    for rows, queries in ((4, 5), (4, 5), (4, 5), (3, 4)):
+        tokens = torch.full((rows, queries), 6)
+        runner.forward(tokens, range(rows), [0] * rows, queries)
+    (graph,) = runner._graphs.values()
+    assert graph.uses > 1
+    assert bool((graph.tokens[:3, :4] == 6).all())
+    assert int(graph.tokens.sum()) == 3 * 4 * 6
