@@ -10,6 +10,7 @@ import torch
 
 from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine import decoding as decoding_module
+from worker_svc.engine.clock import BusyClock, PhaseClock
 from worker_svc.engine.graphs import CudaRecorder, GraphRunner
 
 PROMPTS = [[random.Random(n).randrange(2, 256) for _ in range(n)] for n in (1, 7, 40, 90, 150, 33)]
@@ -147,6 +148,24 @@ def test_one_wait_a_step(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert len(told.request_ids) == len(PROMPTS)
     assert len(waits) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_gpu_than_the_current_one(save: Any) -> None:
+    """What is timed, recorded and said is that of the GPU that is named."""
+    folder = save("llama")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.cuda.current_device() == 0
+    pair = load_pair(folder, folder, dtype="float32", device="cuda:1")
+    assert _run(_engine(pair), preempting=True) == _reference(pair)
+    clock = PhaseClock(BusyClock(pair.device))
+    work = torch.randn(4096, 4096, device=pair.device)
+    began = clock.mark()
+    for _ in range(50):
+        work @ work
+    ended = clock.mark()
+    torch.cuda.synchronize(pair.device)
+    assert clock.seconds(began, ended) > 1e-3
 
 
 def test_host_memory_is_pinned_and_comes_back(save: Any) -> None:

@@ -36,6 +36,7 @@ class PhaseClock:
     """
 
     def __init__(self, busy: BusyClock) -> None:
+        self._device = busy.device
         self._cuda = busy.device.type == "cuda"
         self._busy_now_s = busy.now_s
 
@@ -49,7 +50,8 @@ class PhaseClock:
         if not self._cuda:
             return Moment(time.perf_counter(), self._busy_now_s())
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
+        # Else it is the thread's current device whose work is marked.
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def busy_s(self, start: Moment | torch.cuda.Event, end: Moment | torch.cuda.Event) -> float:
