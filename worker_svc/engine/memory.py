@@ -67,6 +67,17 @@ def _cgroup_bytes() -> list[int]:
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
+        # Files that were read, such as the weights', count as used until somebody needs the memory.
+        used -= _cgroup_files_bytes()
     except (OSError, ValueError):
         return []
-    return [] if limit == "max" else [max(int(limit) - used, 0)]
+    return [] if limit == "max" else [max(int(limit) - max(used, 0), 0)]
+
+
+def _cgroup_files_bytes() -> int:
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    entries = dict(line.split() for line in lines)
+    return sum(int(entries.get(name, 0)) for name in ("inactive_file", "active_file"))
