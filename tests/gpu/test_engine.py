@@ -12,6 +12,7 @@ from worker_svc.engine import Engine, EngineConfig, EngineRequest, ModelPair, St
 from worker_svc.engine import decoding as decoding_module
 from worker_svc.engine.clock import BusyClock, PhaseClock
 from worker_svc.engine.graphs import CudaRecorder, GraphRunner
+from worker_svc.engine.memory import pinned_bytes
 
 PROMPTS = [[random.Random(n).randrange(2, 256) for _ in range(n)] for n in (1, 7, 40, 90, 150, 33)]
 MAX_TOKENS = 24
@@ -180,6 +181,7 @@ def test_host_memory_is_pinned_and_comes_back(save: Any) -> None:
     assert engine.resident()["4"][1] == "host"
     _, parked = engine._residency._host["4"]
     assert all(part.is_pinned() for part in parked.parts[0])
+    assert parked.size_bytes == sum(pinned_bytes(part.nbytes) for parts in parked.parts for part in parts)
     engine.drop("0")
     engine.add(_request("4", []))
     for keys, held in zip(cache.keys, before, strict=True):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .config import MAX_DRAFT_TOKENS
-from .memory import HAS_LAZY_PAGES, LazyTensor
+from .memory import HAS_LAZY_PAGES, LazyTensor, pinned_bytes
 from .transfers import upload
 
 MARGIN_TOKENS = MAX_DRAFT_TOKENS + 1
@@ -188,6 +188,14 @@ class SlotCache:
             held = tensor[:, first, :tokens].clone()
             tensor[:, first, :tokens] = tensor[:, second, :tokens]
             tensor[:, second, :tokens] = held
+
+    def host_bytes(self, tokens: int) -> int:
+        """Bytes of host memory that `take_out` takes for so many tokens."""
+        sizes = [
+            (tensor.shape[0] * tokens * tensor.shape[3] * self.dtype.itemsize, tensor.is_cuda)
+            for tensor in self._groups.values()
+        ]
+        return sum(pinned_bytes(size) if pinned else size for size, pinned in sizes)
 
     def take_out(self, slot: int, tokens: int) -> list[Tensor]:
         """Copies a slot to host memory (pinned where the cache is on a GPU)."""

@@ -46,6 +46,11 @@ class LazyTensor:
         self._pages.madvise(mmap.MADV_DONTNEED, first_page, end_page - first_page)
 
 
+def pinned_bytes(size_bytes: int) -> int:
+    """Bytes of pinned host memory that a tensor takes: torch rounds it up to a power of two."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes > 0 else 0
+
+
 def available_bytes(device: torch.device) -> int:
     """Bytes that could be allocated on a device now. On a CPU the limit of the control group counts too."""
     if device.type == "cuda":

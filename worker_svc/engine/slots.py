@@ -157,7 +157,7 @@ class Residency:
         does not fit.
         """
         self._idle.pop(row.request_id, None)
-        size = sum(t * cache.bytes_per_token for cache, t in zip(self._caches, row.kv_tokens, strict=False))
+        size = sum(cache.host_bytes(t) for cache, t in zip(self._caches, row.kv_tokens, strict=False))
         slot, row.slot = row.slot, -1
         self._by_slot[slot] = None
         row.place = Place.HOST

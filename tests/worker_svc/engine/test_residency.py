@@ -387,3 +387,38 @@ def test_a_request_that_overflows_spoils_no_other(
     engine.forget_kept()
     for state in engine._runners[0].cache.states:
         assert not state.any()
+
+
+def test_host_memory_is_counted_as_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch rounds pinned memory up to a power of two, each part by itself."""
+    shapes = [LayerShape(2, 8, 8), LayerShape(2, 8, 8), LayerShape(1, 8, 8)]
+    cache = SlotCache(shapes, 3, 400, 400, torch.float32, torch.device("cpu"))
+    parts = cache.take_out(0, 100)
+    assert cache.host_bytes(100) == sum(part.nbytes for part in parts) == 100 * cache.bytes_per_token
+
+    class OnGpu:
+        is_cuda = True
+
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.shape = tensor.shape
+
+    monkeypatch.setattr(cache, "_groups", {key: OnGpu(held) for key, held in cache._groups.items()})
+    # 25,600 and 6,400 bytes.
+    assert cache.host_bytes(100) == (1 << 15) + (1 << 13)
+    assert cache.host_bytes(128) == (1 << 15) + (1 << 13)
+    assert cache.host_bytes(129) == (1 << 16) + (1 << 14)
+    assert cache.host_bytes(0) == 0
+
+
+def test_host_memory_is_bounded_by_what_is_taken(
+    tools: Any, pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotCache, "host_bytes", lambda self, tokens: 1000)
+    engine = tools.engine(pair, slots=1, spare_slots=0, prompt_lookup=False, host_cache_bytes=5000)
+    for name in "abcd":
+        engine.add(_request(name))
+        engine.step()
+        engine.preempt(name)
+    # Of the target and of the draft for each.
+    assert engine._residency.host_bytes == 2 * 2000
+    assert sorted(place for _, place in engine.resident().values()) == ["host", "host", "slot"]
