@@ -18,32 +18,50 @@ from .acceptance import AcceptanceEstimate
 MATCH_TOKENS = (12, 6, 3, 2)
 
 
+# Of a long prompt, so many tokens are entered in one step: about a millisecond.
+_PORTION_TOKENS = 1024
+
+
 class NgramIndex:
     """Where each n-gram of a growing token list last ended, for each n of MATCH_TOKENS.
 
-    Holds positions, not tokens. Emitted tokens are never taken back, so nothing is ever removed.
+    A text that is long from the start is entered in portions, one with each search, from its end on. Holds
+    hashes and positions, not tokens. Emitted tokens are never taken back, so nothing is ever removed.
     """
 
     def __init__(self) -> None:
-        self._next: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in MATCH_TOKENS)
-        self._end = 1
+        self._next: tuple[dict[int, int], ...] = tuple({} for _ in MATCH_TOKENS)
+        # N-grams that end in this range are entered.
+        self._begin = self._end = -1
 
     def find(self, tokens: Sequence[int]) -> tuple[int, int] | None:
         """The longest indexed n for which the last n tokens occurred earlier, and the position behind their
-        latest earlier occurrence; None if there is none.
+        latest earlier occurrence; None if there is none, or none that is entered yet.
 
-        tokens: what it was at the last call, and more. O(1) for each token added since then.
+        tokens: what it was at the last call, and more. O(1) for each token added since then, and for each of
+        a portion.
         """
         length = len(tokens)
+        if self._end < 0:
+            self._begin = self._end = length
         # The n-gram that ends the list has no continuation yet: it is entered when it has one.
-        for size, known in zip(MATCH_TOKENS, self._next, strict=True):
-            for end in range(max(self._end, size), length):
-                known[tuple(tokens[end - size : end])] = end
+        for end in range(self._end, length):
+            for size, known in zip(MATCH_TOKENS, self._next, strict=True):
+                if size <= end:
+                    known[hash(tuple(tokens[end - size : end]))] = end
         self._end = max(self._end, length)
+        least = max(self._begin - _PORTION_TOKENS, 1)
+        for end in range(self._begin - 1, least - 1, -1):
+            for size, known in zip(MATCH_TOKENS, self._next, strict=True):
+                if size <= end:
+                    known.setdefault(hash(tuple(tokens[end - size : end])), end)
+        self._begin = least
         for size, known in zip(MATCH_TOKENS, self._next, strict=True):
-            found = known.get(tuple(tokens[length - size :])) if size < length else None
-            if found is not None:
-                return size, found
+            if size < length:
+                wanted = tokens[length - size :]
+                found = known.get(hash(tuple(wanted)))
+                if found is not None and tokens[found - size : found] == wanted:
+                    return size, found
         return None
 
 

@@ -39,6 +39,35 @@ def test_the_index_finds_what_a_search_finds(chunks: list[list[int]]) -> None:
         assert index.find(tokens) == _naive(tokens)
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.lists(st.integers(0, 3), max_size=8))
+def test_a_long_text_is_entered_in_portions_from_its_end(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int], more: list[int]
+) -> None:
+    monkeypatch.setattr("worker_svc.engine.lookup._PORTION_TOKENS", 7)
+    index, tokens, begins = NgramIndex(), list(tokens), len(tokens)
+    for token in [*more, *tokens]:
+        found = index.find(tokens)
+        begins = max(begins - 7, 1)
+        whole = _naive(tokens)
+        if begins == 1 or (whole is not None and whole[1] >= begins):
+            assert found == whole
+        tokens.append(token)
+
+
+def test_a_long_prompt_takes_no_step_for_itself() -> None:
+    """What one search enters does not depend on how long the prompt is."""
+    tokens = list(range(100_000))
+    index = NgramIndex()
+    entered = 0
+    for _ in range(3):
+        index.find(tokens)
+        held = sum(map(len, index._next))
+        assert held - entered <= 1100 * len(MATCH_TOKENS)
+        assert held > entered
+        entered = held
+
+
 def test_proposals_go_on_behind_the_end() -> None:
     lookup = PromptLookup(shared_priors())
     assert lookup.propose([1, 2, 3, 4], 5) == (0, ())
