@@ -17,6 +17,7 @@ import torch
 from laps import runtime
 from laps.settings import Settings
 from worker_svc.engine import Engine, Group, ModelError
+from worker_svc.engine.errors import first_line
 
 log = structlog.get_logger()
 
@@ -64,6 +65,6 @@ def follow(engine: Engine) -> int:
     try:
         engine.follow()
     except RuntimeError as error:
-        log.error("the lead is gone", error=str(error).splitlines()[0])
+        log.error("the lead is gone", error=first_line(error))
         return runtime.EXIT_FAILED
     return 0

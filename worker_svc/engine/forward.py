@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .cache import LayerShape, SlotCache, SlotCacheView, SlotWindow
-from .errors import ModelError
+from .errors import ModelError, first_line
 
 _CHECK_TOKENS = 12
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
@@ -173,9 +173,8 @@ def refusing(model: Any) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{model.config.model_type} cannot be run with a cache by slots: {reason}"
+            f"{model.config.model_type} cannot be run with a cache by slots: {first_line(error)}"
         ) from error
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .cache import SlotCache, StaticWindow
 from .config import MAX_DRAFT_TOKENS
+from .errors import first_line
 from .forward import WindowRunner, picked, tolerance
 from .transfers import upload
 
@@ -180,7 +181,7 @@ class GraphRunner:
         try:
             graph = self._recorded(bucket, begins)
         except RuntimeError as error:
-            self._give_up(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            self._give_up(first_line(error))
             return None
         self._graphs[bucket] = graph
         return graph

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .forward import attention_kinds, longrope_limit, position_limit
 from .parallel import Group
 from .weights import DEVICE_MAPS, Checkpoint, Placement, check_room, read_model
@@ -148,7 +148,7 @@ def _config(role: str, folder: Path) -> Any:
         raise
     except Exception as error:
         raise ModelError(
-            f"{role} model folder {str(folder)!r}: config.json not understood: {_line(error)}"
+            f"{role} model folder {str(folder)!r}: config.json not understood: {first_line(error)}"
         ) from error
     return config
 
@@ -159,7 +159,7 @@ def _tokenizer(folder: Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"tokenizer in {str(folder)!r} cannot be loaded: {_line(error)}") from error
+        raise ModelError(f"tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _vocabulary_size(role: str, folder: Path, config: Any) -> int:
@@ -231,8 +231,3 @@ def _fingerprint(folders: list[Path]) -> str:
                     file.seek(start)
                     digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__

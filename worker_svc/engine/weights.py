@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
-from .errors import ModelError
+from .errors import ModelError, first_line
 from .memory import available_bytes
 
 DEVICE_MAPS = ("none", "auto")
@@ -112,7 +112,9 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, placement: Placement)
             )
     except Exception as error:
         kind = f" is quantised by {method!r} and" if method else ""
-        raise ModelError(f"{role} model in {str(folder)!r}{kind} cannot be loaded: {_line(error)}") from error
+        raise ModelError(
+            f"{role} model in {str(folder)!r}{kind} cannot be loaded: {first_line(error)}"
+        ) from error
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
@@ -126,7 +128,7 @@ def read_model(checkpoint: Checkpoint, dtype: torch.dtype, placement: Placement)
         try:
             model = model.to(placement.device)
         except torch.OutOfMemoryError as error:
-            raise ModelError(f"{role} model in {str(folder)!r} does not fit: {_line(error)}") from error
+            raise ModelError(f"{role} model in {str(folder)!r} does not fit: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -215,8 +217,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
