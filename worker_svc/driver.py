@@ -286,6 +286,11 @@ class EngineDriver:
     def _do_step(self) -> None:
         assert self._reports is not None
         result = self.engine.step(self._reports.send_due)
+        if result.switched:
+            measured_s = result.switch_s / result.switched
+            self._switches += 1
+            weight = max(SWITCH_SMOOTHING, 1.0 / self._switches)
+            self._switch_s += weight * (measured_s - self._switch_s)
         if not result.request_ids and not self._has_news():
             return  # a chunk of prefill: nothing to tell yet
         leases = [self._leases[request_id].lease_id for request_id in result.request_ids]
@@ -301,11 +306,6 @@ class EngineDriver:
                 log.info("lease ends", request_id=request_id, because=finish.value, **trace.field)
                 trace.end(finish.value)
                 self._finished[request_id] = self._step + 1
-        if result.switched:
-            measured_s = result.switch_s / result.switched
-            self._switches += 1
-            weight = max(SWITCH_SMOOTHING, 1.0 / self._switches)
-            self._switch_s += weight * (measured_s - self._switch_s)
         report = self._next_report()
         report.result, report.lease_ids = result, leases
         report.costs = convert.Costs.measured(

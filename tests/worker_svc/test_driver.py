@@ -34,6 +34,8 @@ class FakeEngine:
     running: list[str] = field(default_factory=list)
     switches: list[tuple[int, float]] = field(default_factory=list)
     """`switched` and `switch_s` of the next steps."""
+    prefills: int = 0
+    """So many of the next steps are prefill alone."""
     refuse: set[str] = field(default_factory=set)
     config: EngineConfig = field(default_factory=EngineConfig)
     context_tokens: int = 64
@@ -69,6 +71,10 @@ class FakeEngine:
 
     def step(self, meanwhile: Callable[[], object]) -> StepResult:
         self.events.append("step")
+        switched, switch_s = self.switches.pop(0) if self.switches else (0, 0.0)
+        if self.prefills:
+            self.prefills -= 1
+            return StepResult(switched=switched, switch_s=switch_s, prefill_tokens=8)
         meanwhile()
         self.events.append("computed")
         names = tuple(self.running)
@@ -81,7 +87,6 @@ class FakeEngine:
         for name, reason in zip(names, finish, strict=True):
             if reason is not None:
                 self.running.remove(name)  # as with `hold_finished`
-        switched, switch_s = self.switches.pop(0) if self.switches else (0, 0.0)
         return StepResult(
             switched=switched,
             switch_s=switch_s,
@@ -389,3 +394,12 @@ def test_what_a_return_costs_is_the_mean_of_returns(house: House) -> None:
     house.update(credit=4, grants=[full(7, "a", [], 50)])
     told = [house.next().timings.costs.switch_s for _ in range(4)]
     assert told == pytest.approx([0.0, 0.008, 0.008, 0.006])
+
+
+def test_returns_in_steps_of_prefill_alone_count(house: House) -> None:
+    """Those are the ones whose KV was lost, or that come back beside none that decodes."""
+    house.engine.prefills = 2
+    house.engine.switches = [(1, 0.008), (1, 0.004), (0, 0.0)]
+    house.open()
+    house.update(credit=1, grants=[full(7, "a", [], 50)])
+    assert house.next().timings.costs.switch_s == pytest.approx(0.006)
