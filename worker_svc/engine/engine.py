@@ -387,6 +387,7 @@ class Engine:
             if row.request_id in self._running:
                 # It still runs, and will be prefilled again when there is room.
                 row.kv_tokens = [0, 0]
+                row.shared_tokens = 0
             else:
                 self._rows.pop(row.request_id, None)
         self._residency.dropped.clear()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from worker_svc.engine import EngineRequest, ModelPair, StoppingConfig, load_pair
 from worker_svc.engine.cache import LayerShape, SlotCache
+from worker_svc.engine.rows import TARGET
 from worker_svc.engine.slots import common_prefix
 
 MAX_TOKENS = 14
@@ -199,6 +200,22 @@ def test_common_prefix(tokens: list[int], cut: int, tail: list[int]) -> None:
             break
         expected += 1
     assert common_prefix(tokens, other) == common_prefix(other, tokens) == expected
+
+
+def test_what_is_shared_anew_after_a_loss_counts_once(tools: Any, pair: ModelPair) -> None:
+    """A prompt that the budget pushes out in its prefill, and that the host has no room for."""
+    engine = tools.engine(pair, host_cache_bytes=0, prefill_tokens=8, draft_tokens=0, prompt_lookup=False)
+    outputs: dict[str, Any] = {}
+    engine.add(_request(0))
+    _until_emitted(tools, engine, outputs)
+    engine.add(EngineRequest("9", SYSTEM[0] + [7, 9] * 15, stopping=STOPPING))
+    tools.collect(outputs, engine.step())
+    row = engine._rows["9"]
+    assert row.kv_tokens[TARGET] == 40 + 8
+    engine._residency.park(row)
+    engine._forget_dropped()
+    assert engine.holds("9") == 0
+    assert _until_emitted(tools, engine, outputs) == (30 - 1, {9: 40})
 
 
 @pytest.mark.parametrize("lazy", [True, False])
