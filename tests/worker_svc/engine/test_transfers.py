@@ -14,10 +14,10 @@ from worker_svc.engine import (
     StoppingConfig,
     cache,
     decoding,
+    penalties,
     prefill,
     sampling,
 )
-from worker_svc.engine import engine as engine_module
 from worker_svc.engine.clock import PhaseClock
 from worker_svc.engine.transfers import upload
 
@@ -49,7 +49,7 @@ def test_one_wait_a_step_for_any_batch(
     fetch = decoding.fetch
     monkeypatch.setattr(decoding, "fetch", lambda *given: waits.append(1) or fetch(*given))
     uploads: list[int] = []
-    for module in (cache, decoding, engine_module, prefill, sampling):
+    for module in (cache, decoding, penalties, prefill, sampling):
         monkeypatch.setattr(module, "upload", lambda *given: uploads.append(1) or upload(*given))
     kinds = [
         SamplingConfig(logprobs=3),
