@@ -21,6 +21,11 @@ os.environ.setdefault("LAPS_COMPILED", "0")
 # As `laps` does, and why is said there: tests, too, start processes from uvloop beside gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+# Where there is a proxy, it does not lead back to this machine.
+for _name in ("no_proxy", "NO_PROXY"):
+    _own = ("127.0.0.1", "localhost", "::1")
+    os.environ[_name] = ",".join([*filter(None, [os.environ.get(_name)]), *_own])
+
 # An example that waits for a busy core is no failure. In CI the examples are the same every time.
 settings.register_profile(
     "laps",

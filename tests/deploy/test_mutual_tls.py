@@ -122,6 +122,8 @@ async def test_the_probe_shows_the_pods_certificate(tmp_path: Path) -> None:
         "LAPS_TLS_KEY": files.key,
         "LAPS_TLS_CA": files.authorities,
         "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+        "NO_PROXY": "",
     }
 
     def probe(port: int, environment: dict[str, str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,9 +15,12 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
 def commands(*arguments: str) -> list[str]:
+    # Not as the `make` above these tests was called.
+    given = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VENV", "PYTHON", "PIP_ARGS")
+    environment = {name: value for name, value in os.environ.items() if name not in given}
     made = subprocess.run(
         ["make", "--no-print-directory", "--always-make", "--dry-run", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=True,
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return made.stdout.splitlines()
 

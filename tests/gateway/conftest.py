@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_scheduler import FakeScheduler
+from gateway_calls import eventually
 from small_model import make_model_folder, stop_end
 
 from gateway import deliveries, scheduler_link
@@ -106,7 +107,7 @@ async def start_gateway(
         harness = Harness(gateway, scheduler, lifetime)
         running.append(harness)
         if wait:
-            await scheduler.until(lambda: scheduler.streams)
+            await eventually(lambda: scheduler.streams and gateway.link.connected)
         return harness
 
     yield start

@@ -146,8 +146,10 @@ async def test_repeats_and_gaps_never_reach_a_client(harness: Any) -> None:
         return [message, message] if sent % 3 == 0 else [message]
 
     scheduler.distort = distort
+    call = harness.inference.Generate(generate_request(request_id="torn", max_tokens=60))
+    await scheduler.until(lambda: scheduler.follows)
     scheduler.auto_tokens = 2
-    result = await collect(harness.inference.Generate(generate_request(request_id="torn", max_tokens=60)))
+    result = await collect(call)
     assert result.tokens == scheduler.requests["torn"].planned
     assert len(scheduler.follows) > 1
 

@@ -15,9 +15,12 @@ from laps.v1 import generation_pb2, inference_pb2
 
 
 async def test_the_transcript_is_the_stored_output(harness: Any, backend: Any) -> None:
-    harness.scheduler.auto_tokens = 3
     call = harness.inference.Generate(generate_request(request_id="r1"))
-    result = await collect(call)
+    await harness.scheduler.until(lambda: harness.scheduler.follows)
+    harness.scheduler.emit("r1", 20)
+    result = await read_tokens(call, 1)
+    harness.scheduler.emit("r1", 1000)
+    result = await collect(call, result=result)
     stored = harness.scheduler.requests["r1"]
     assert result.tokens == stored.planned
     assert result.text == backend.decode(stored.planned, skip_special_tokens=True)

@@ -32,7 +32,7 @@ async def asked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[str]]:
     port = proxy.sockets[0].getsockname()[1]
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
-    for name in ("no_grpc_proxy", "no_proxy"):
+    for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     async with proxy:
         yield lines

@@ -140,7 +140,8 @@ from laps import logs, runtime
 async def start(lifetime):
     print("started", flush=True)
     async def stop(drain_s):
-        await asyncio.sleep(0.2)  # The kernel and a shell tell it one after the other.
+        while not pathlib.Path(sys.argv[1] + ".twice").exists():
+            await asyncio.sleep(0.01)
         print("stopping")
         pathlib.Path(sys.argv[1]).write_text("in good order")
     return stop
@@ -179,7 +180,9 @@ def test_a_closed_terminal_stops_the_service_in_good_order(ignored: bool, tmp_pa
         process.kill()
         process.wait()
         return
+    # The kernel and a shell tell it one after the other.
     process.send_signal(signal.SIGHUP)
+    told.with_name("told.twice").touch()
     assert process.wait(60) == 0
     assert told.read_text() == "in good order"
 

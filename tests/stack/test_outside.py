@@ -207,6 +207,8 @@ def test_the_demonstration_leaves_nothing_behind(tmp_path: Path, how: signal.Sig
         "TMPDIR": str(temporary),
         "COLUMNS": "120",
         "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+        "NO_PROXY": "",
     }
     if how is not None:
         environment["LAPS_WORKERS"] = "1"

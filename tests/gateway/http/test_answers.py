@@ -53,10 +53,16 @@ async def test_completion(http: Any, text_of: Any) -> None:
 
 
 async def test_chat_stream(http: Any, text_of: Any) -> None:
+    http.scheduler.auto_tokens = 0
     stream = await http.client.chat.completions.create(
         **CHAT, stream=True, stream_options={"include_usage": True}
     )
-    first, *middle, last, usage = [chunk async for chunk in stream]
+    await http.scheduler.until(lambda: http.scheduler.follows)
+    chunks = [await anext(stream)]
+    while not http.stored().finished:
+        http.scheduler.emit(http.stored().spec.request_id, 10)
+        chunks.append(await anext(stream))
+    first, *middle, last, usage = [*chunks, *[chunk async for chunk in stream]]
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
     assert len(middle) > 2
     assert "".join(chunk.choices[0].delta.content for chunk in middle) == text_of(http.stored())

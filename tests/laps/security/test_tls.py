@@ -17,6 +17,7 @@ from laps import channels
 from laps.client import AsyncClient, Client
 from laps.client.retry import RetryPolicy
 from laps.errors import Unavailable, from_rpc_error
+from laps.ports import free_ports
 from laps.security.interceptor import AccessInterceptor, by_certificate
 from laps.security.tls import TlsFiles, http_context
 from laps.setting import SettingsError
@@ -213,36 +214,33 @@ async def test_a_client_that_lives_long_takes_new_certificates(
     server_files = authority.write(tmp_path / "server", *HERE)
     client_files = TlsFiles("", "", str(tmp_path / "client/ca.pem"))
     authority.write(tmp_path / "client", GATEWAY)
-    port = 0
+    (port,) = free_ports(1)
 
-    async def restart() -> grpc.aio.Server:
-        nonlocal port
+    @asynccontextmanager
+    async def served() -> AsyncIterator[None]:
         server = channels.new_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(Models(), server)
-        port = channels.bind(server, "127.0.0.1", port, server_files, ask_clients=False)
-        await server.start()
-        return server
+        async with listening(server, port=port, tls=server_files, ask_clients=False):
+            yield
 
-    server = await restart()
     make = AsyncClient if kind == "async" else Client
     client = make(f"localhost:{port}", tls=client_files, retry=RetryPolicy(first_backoff_s=0.05))
 
     async def models() -> Any:
         return await (client.models() if kind == "async" else asyncio.to_thread(client.models))
 
-    assert [model.name for model in await models()] == ["tiny"]
-    await server.stop(None)
+    async with served():
+        assert [model.name for model in await models()] == ["tiny"]
     successor = Authority()
     successor.write(tmp_path / "server", *HERE)
-    server = await restart()
-    with pytest.raises(Unavailable):
-        await models()
-    successor.write(tmp_path / "client", GATEWAY)
-    assert [model.name for model in await models()] == ["tiny"]
-    closing = client.close()
-    if closing is not None:
-        await closing
-    await server.stop(None)
+    async with served():
+        with pytest.raises(Unavailable):
+            await models()
+        successor.write(tmp_path / "client", GATEWAY)
+        assert [model.name for model in await models()] == ["tiny"]
+        closing = client.close()
+        if closing is not None:
+            await closing
 
 
 def test_settings_that_are_half_a_certificate_are_refused(authority: Authority, tmp_path: Path) -> None:
