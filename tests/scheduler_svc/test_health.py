@@ -161,7 +161,7 @@ async def test_calls_find_the_one_that_leads(store: LocalServer) -> None:
 async def test_a_recovery_may_take_longer_than_a_leadership_lasts(
     store: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    term_s, recover = 1.0, Store.recover
+    term_s, recover = 2.0, Store.recover
 
     async def long_queue(self: Store) -> Recovered:
         await asyncio.sleep(2 * term_s)

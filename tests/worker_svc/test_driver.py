@@ -359,7 +359,7 @@ def test_updates_of_another_epoch_are_ignored(house: House) -> None:
 def test_leases_end_by_themselves(house: House) -> None:
     house.open()
     update = worker_pb2.LeaseUpdate(
-        epoch=1, step_credit=1, lease_duration_s=0.3, grants=[full(7, "a", [], 50)]
+        epoch=1, step_credit=1, lease_duration_s=1.0, grants=[full(7, "a", [], 50)]
     )
     house.driver.post(update)
     house.next()

@@ -27,7 +27,7 @@ def own_server(binary, tmp_path):
 
 @pytest.fixture
 async def own_store(own_server):
-    store = Store(own_server.url, "p", timeout_s=2.0)
+    store = Store(own_server.url, "p", timeout_s=20.0)
     await store.load_functions()
     await store.lead("a", "here", 60.0)
     yield store
@@ -81,8 +81,9 @@ async def test_a_frozen_server_is_unavailable_and_the_same_bytes_may_be_sent_aga
     own_server, make_request, inspector_of
 ):
     store = Store(own_server.url, "p", timeout_s=0.2)
-    await store.load_functions()
-    await store.lead("a", "here", 60.0)
+    # A disk may take longer than that without being frozen.
+    await until_available(store.load_functions)
+    await until_available(store.lead, "a", "here", 60.0)
     encoded = store.encode(Commit(submitted=[make_request()]), time.time())
     own_server.freeze()
     with pytest.raises(StoreUnavailable, match="does not answer in time"):
@@ -91,16 +92,17 @@ async def test_a_frozen_server_is_unavailable_and_the_same_bytes_may_be_sent_aga
         await store.read_request("req-1")
     own_server.thaw()
     await commit_until_stored(store, encoded)
-    assert not await store.commit(encoded)
-    queues = await inspector_of(store).list_queues()
+    assert not await commit_until_stored(store, encoded)
+    queues = await until_available(inspector_of(store).list_queues)
     assert queues.commit_seq == 1
     await store.close()
 
 
 async def test_two_commits_without_an_answer_may_both_be_sent_again(own_server, make_request):
     store = Store(own_server.url, "p", timeout_s=0.2)
-    await store.load_functions()
-    await store.lead("a", "here", 60.0)
+    # A disk may take longer than that without being frozen.
+    await until_available(store.load_functions)
+    await until_available(store.lead, "a", "here", 60.0)
     for number in (1, 3):
         commits = [
             store.encode(Commit(submitted=[make_request(each)]), time.time()) for each in (number, number + 1)
@@ -113,7 +115,7 @@ async def test_two_commits_without_an_answer_may_both_be_sent_again(own_server, 
         for encoded in commits:
             await commit_until_stored(store, encoded)
     assert store.seen.commit_seq == 4
-    assert len((await store.recover()).requests) == 4
+    assert len((await until_available(store.recover)).requests) == 4
     await store.close()
 
 

@@ -148,7 +148,7 @@ async def test_an_answer_that_nobody_asked_for_ends_the_connection(server: tuple
 async def test_a_server_that_keeps_silent_loses_the_connection(server: tuple[Server, int]) -> None:
     """After the time of the one that waits longest; an answer meanwhile gives the others theirs."""
     peer, port = server
-    pipeline = await opened(port, timeout_s=0.1)
+    pipeline = await opened(port, timeout_s=1.0)
     first = asyncio.create_task(pipeline.answer("ECHO", 0))
     await peer.until_received(b"ECHO")
     later = asyncio.create_task(pipeline.answer("ECHO", 1))
