@@ -99,7 +99,7 @@ class SchedulerLink:
         self._heartbeat_interval_s = heartbeat_interval_s
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._feeds = Feeds(stream_buffer_tokens)
-        self._stubs = Stubs(self._address, max_message_bytes, tls, self._nobody_is_there)
+        self._stubs = self._new_stubs()
         self._task: asyncio.Task[None] | None = None
         self._told_s = -REMIND_S
         """When the log said last that the scheduler is away."""
@@ -227,6 +227,9 @@ class SchedulerLink:
             return
         self._told_s = now_s
 
+    def _new_stubs(self) -> Stubs:
+        return Stubs(self._address, self._max_message_bytes, self._tls, self._nobody_is_there)
+
     def _replace_stubs(self) -> None:
         # A new connection: the old one may hang with a frozen peer. Calls on it come to their own ends. It
         # is also what takes a new certificate into use.
@@ -234,7 +237,7 @@ class SchedulerLink:
             # It does not lead. Of one that has just been lost it is not known yet.
             self._address = next(self._addresses)
         try:
-            fresh = Stubs(self._address, self._max_message_bytes, self._tls, self._nobody_is_there)
+            fresh = self._new_stubs()
         except OSError as error:
             log.error("certificates not readable, the last ones stay", error=str(error))
             return

@@ -22,6 +22,7 @@ class TokenHistory:
 
     def __init__(self, config: SamplingConfig, vocabulary_size: int, device: torch.device) -> None:
         self._config = config
+        self._device = device
         self._seen: Tensor | None = None
         self._counts: Tensor | None = None
         if config.repetition_penalty != 1.0:
@@ -79,13 +80,6 @@ class TokenHistory:
                 counts[behind:].index_add_(-1, token, one[behind:])
             present = (counts > 0) * self._config.presence_penalty
             scores.sub_(counts.mul_(self._config.frequency_penalty).add_(present))
-
-    @property
-    def _device(self) -> torch.device:
-        held = self._seen if self._seen is not None else self._counts
-        if held is None:
-            raise AssertionError("a history is held for a penalty")
-        return held.device
 
 
 class Biases:
