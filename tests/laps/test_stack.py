@@ -14,18 +14,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from laps import child as child_module
-from laps import log_files, logs, ports, readiness_watch, store_child
+from laps import log_files, logs, readiness_watch, store_child
 from laps import stack as stack_module
 from laps.child import Child, ChildSpec
 from laps.log_files import older
-from laps.ports import free_ports, is_free
+from laps.ports import is_free
 from laps.settings import Settings
 from laps.stack import Stack, StackError
 
@@ -284,34 +284,41 @@ class Clock:
         return self.now_s
 
 
+class Counted:
+    """Whether a service is ready, and how often that was asked."""
+
+    def __init__(self, is_ready: Callable[[str], bool]) -> None:
+        self._is_ready = is_ready
+        self._asked = 0
+
+    async def __call__(self, address: str) -> bool:
+        self._asked += 1
+        return self._is_ready(address)
+
+    async def asked_often(self) -> None:
+        enough = self._asked + 40
+        await eventually(lambda: self._asked > enough)
+
+
 async def test_who_ceases_to_be_ready_is_told_with_the_reason(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, said: io.StringIO
 ) -> None:
     clock = Clock()
     monkeypatch.setattr(readiness_watch, "time", clock)
     monkeypatch.setattr(readiness_watch, "INTERVAL_S", 0.02)
-    lost, asked = False, 0
-
-    async def looks() -> None:
-        enough = asked + 40
-        await eventually(lambda: asked > enough)
-
-    async def unless_lost(address: str) -> bool:
-        nonlocal asked
-        asked += 1
-        return not lost
-
+    lost = False
+    unless_lost = Counted(lambda address: not lost)
     async with running(settings, unless_lost) as stack:
         event = {"event": "store does not answer", "level": "error", "error": "connection refused"}
         with stack.children["scheduler"].log_path.open("a") as log:
             log.write(json.dumps(event) + "\n")
         lost = True
-        await looks()
+        await unless_lost.asked_often()
         assert not said.getvalue(), "a standby takes over in less"
         clock.now_s += 4
         await eventually(lambda: "not ready any more" in said.getvalue())
         clock.now_s += 3
-        await looks()
+        await unless_lost.asked_often()
         lost = False
         await eventually(lambda: "ready again" in said.getvalue())
     lines = [line[9:] for line in said.getvalue().splitlines()]
@@ -330,26 +337,16 @@ async def test_of_a_child_that_ended_it_is_told_when_it_is_ready_again(
     monkeypatch.setattr(readiness_watch, "time", clock)
     monkeypatch.setattr(readiness_watch, "INTERVAL_S", 0.02)
     dead: set[str] = set()
-    asked = 0
-
-    async def looks() -> None:
-        enough = asked + 40
-        await eventually(lambda: asked > enough)
-
-    async def unless_dead(address: str) -> bool:
-        nonlocal asked
-        asked += 1
-        return address not in dead
-
+    unless_dead = Counted(lambda address: address not in dead)
     async with Stack(settings, any_ports=True, command=idle, is_ready=unless_dead) as stack:
         scheduler = stack.children["scheduler"]
         dead.add(stack.scheduler_address)
         scheduler.signal(signal.SIGKILL)
         await eventually(lambda: scheduler.starts == 2)
         for passed_s in (4, 3):
-            await looks()
+            await unless_dead.asked_often()
             clock.now_s += passed_s
-        await looks()
+        await unless_dead.asked_often()
         dead.clear()
         await eventually(lambda: "ready again" in said.getvalue())
     first, second = said.getvalue().splitlines()
@@ -503,45 +500,3 @@ def _alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def test_ports_are_free_and_different() -> None:
-    found = free_ports(20)
-    assert len(set(found)) == 20
-    assert all(map(is_free, found))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert not is_free(taken.getsockname()[1])
-
-
-def test_ports_in_a_row_are_reserved_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Eight that are free, and reserved by nobody any more.
-    base = free_ports(8, in_a_row=True)[0]
-    for _ in range(8):
-        ports._kept.pop().close()
-    monkeypatch.setattr(ports, "_FIRST", base)
-    monkeypatch.setattr(ports, "_LAST", base + 8)
-    first = free_ports(3, in_a_row=True)
-    assert first == list(range(first[0], first[0] + 3))
-    # Five of eight are left; wherever the three lie, at least two of those stand side by side.
-    second = free_ports(2, in_a_row=True)
-    assert second == [second[0], second[0] + 1]
-    with pytest.raises(OSError, match="no 4 free ports"):
-        free_ports(4, in_a_row=True)
-    # What could not be had as a row is still there one by one.
-    assert sorted([*first, *second, *free_ports(3)]) == list(range(base, base + 8))
-
-
-def test_two_processes_never_find_the_same_ports() -> None:
-    """Also those on which nobody listens yet: here another process finds ports among few."""
-    code = "from laps import ports; ports._FIRST, ports._LAST = 20_000, 20_200; "
-    code += "print(*ports.free_ports(60), flush=True); input()"
-    command = [sys.executable, "-c", code]
-    found: list[str] = []
-    with ExitStack() as stack:
-        for _ in range(2):
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            stack.enter_context(process)
-            assert process.stdout is not None
-            found += process.stdout.readline().split()
-            stack.callback(process.communicate, "\n")
-    assert len(found) == len(set(found)) == 120
