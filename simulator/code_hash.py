@@ -15,7 +15,11 @@ def policy_files(policy: str) -> list[Path]:
     """The files that decide which request a policy puts first."""
     return [
         *(CORE / "policies" / f"{name}.py" for name in ("base", policy.replace("-", "_"))),
-        *([CORE / "learning.py", CORE / "class_records.py"] if policy == "laps-sd" else []),
+        *(
+            [CORE / "learning.py", CORE / "class_records.py", CORE / "hints.py"]
+            if policy == "laps-sd"
+            else []
+        ),
     ]
 
 

@@ -194,20 +194,18 @@ class ClassRecord:
         try:
             entry = json.loads(text)
             record = cls(
-                tokens=_number(entry["tokens"]),
-                steps=_number(entry["steps"]),
+                tokens=number(entry["tokens"]),
+                steps=number(entry["steps"]),
                 log_error=_moments(entry["log_error"]),
                 log_rate=_moments(entry["log_rate"]),
-                covariation=_number(entry["covariation"]),
+                covariation=number(entry["covariation"]),
                 by_prediction=_line(entry["by_prediction"]),
                 levels={str(level): _line(row) for level, row in entry["levels"].items()},
                 rates={
-                    str(level): Rate(_number(row["tokens"]), _number(row["steps"]))
+                    str(level): Rate(number(row["tokens"]), number(row["steps"]))
                     for level, row in entry.get("rates", {}).items()
                 },
-                spread=RateSpread(
-                    **{name: _number(value) for name, value in entry.get("spread", {}).items()}
-                ),
+                spread=RateSpread(**{name: number(value) for name, value in entry.get("spread", {}).items()}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a record of a class: {error}") from error
@@ -215,25 +213,26 @@ class ClassRecord:
 
 
 def _moments(row: Any) -> Moments:
-    return Moments(_number(row["count"]), _number(row["mean"]), _number(row["squares"]))
+    return Moments(number(row["count"]), number(row["mean"]), number(row["squares"]))
 
 
 def _line(row: Any) -> Line:
     return Line(
-        _number(row["count"]),
-        _number(row["mean"]),
-        _number(row["squares"]),
-        _number(row["at"]),
-        _number(row["at_squares"]),
-        _number(row["covariation"]),
+        number(row["count"]),
+        number(row["mean"]),
+        number(row["squares"]),
+        number(row["at"]),
+        number(row["at_squares"]),
+        number(row["covariation"]),
     )
 
 
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
+def number(value: Any) -> float:
+    """Raises ValueError or TypeError for what is no finite number."""
+    read = float(value)
+    if not math.isfinite(read):
         raise ValueError("not a finite number")
-    return number
+    return read
 
 
 def prediction_level(predicted_tokens: float, hinted: bool) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from scheduler_svc.core.class_records import ClassRecord, Line, Moments, prediction_level, rate_levels
+from scheduler_svc.core.hints import HintRecords
 
 MAX_CLASSES = 256
 """Classes kept apart; clients choose their names, so later ones share one entry."""
@@ -25,6 +26,10 @@ SHARED_WEIGHT = 8.0
 """What is known of all requests weighs as so many requests of one class."""
 LEVEL_WEIGHT = 24.0
 """What the line of its class says of a prediction weighs as so many requests with predictions of its size."""
+HINT_WEIGHT = 8.0
+"""What its class and size say of a prediction weighs as so many requests with the very same one."""
+HINT_STEPS = 20.0
+"""Steps that they weigh in the tokens per step of those."""
 LINE_RIDGE = 4.0
 """Sum of squared deviations of log predictions that the slope of all classes weighs in that of one, and a
 slope of 0 in that of all."""
@@ -59,11 +64,12 @@ class LengthBelief:
 
 
 class Knowledge:
-    """All classes, and what they have in common."""
+    """All classes, what they have in common, and the predictions that were made more than once."""
 
     def __init__(self) -> None:
         self.classes: dict[str, ClassRecord] = {}
         self.everything = ClassRecord()
+        self.hints = HintRecords()
         self._changed: set[str] = set()
         self._slope = 0.0
         self._slope_is_old = False
@@ -91,6 +97,9 @@ class Knowledge:
             predicted_tokens, hinted, tokens, steps, step_variance
         )
         self.everything.add(predicted_tokens, hinted, tokens, steps)
+        if hinted:
+            log_error = math.log(max(1, tokens) / predicted_tokens)
+            self.hints.add(name, predicted_tokens, log_error, tokens, steps)
         self._changed.add(name)
         self._forget_answers()
 
@@ -130,12 +139,14 @@ class Knowledge:
         A normal-inverse-gamma posterior of log(true / predicted), with all requests as the prior of the class
         (Gelman et al., Bayesian Data Analysis, 3.3). Within a class the error falls with the prediction: the
         longest predictions are mostly those that are too long. A line through the class's errors over
-        log(predicted) takes that out, and is the prior of what predictions of that size turned out to be.
+        log(predicted) takes that out, and is the prior of what predictions of that size turned out to be, and
+        those of what the very same prediction did.
         """
         mean, variance = 0.0, PRIOR_LOG_SD**2
         mean, variance = _update(mean, variance, self.everything.log_error, PRIOR_WEIGHT)
         slope = at = 0.0
-        record = self.classes.get(self._name(request_class))
+        name = self._name(request_class)
+        record = self.classes.get(name)
         if record is not None:
             errors = record.log_error
             line = record.by_prediction
@@ -148,6 +159,10 @@ class Knowledge:
                 off_line = Moments(level.count, level.mean - slope * (level.at - at), level.squares)
                 mean, variance = _update(mean, variance, off_line, LEVEL_WEIGHT)
             mean += slope * (math.log(predicted_tokens) - at)
+        if hinted:
+            same = self.hints.get(name, predicted_tokens)
+            if same is not None:
+                mean, variance = _update(mean, variance, same.log_error, HINT_WEIGHT)
         return LengthBelief(predicted_tokens * math.exp(mean), math.sqrt(variance))
 
     def _slope_of(self, line: Line) -> float:
@@ -171,18 +186,23 @@ class Knowledge:
         return (SHARED_STEPS * shared + record.tokens) / (SHARED_STEPS + record.steps)
 
     def _by_level(self, request_class: str, predicted_tokens: float, hinted: bool, log_sd: float) -> float:
-        """By what factor the tokens per step of predictions of that size differ from those of their class.
+        """By what factor the tokens per step of predictions of that size, and of that very one, differ from
+        those of their class.
         The longest outputs, above all those that end at a limit, are often repetitions, and accepted at a
         glance. Where predictions are vague their sizes tell little, and what they tell is in the lengths'
         correction already."""
-        record = self.classes.get(self._name(request_class))
+        name = self._name(request_class)
+        record = self.classes.get(name)
         if record is None or not hinted:
             return 1.0
         of_class = of_level = self.tokens_per_step(request_class)
-        for name in rate_levels(predicted_tokens):
-            seen = record.rates.get(name)
+        for level in rate_levels(predicted_tokens):
+            seen = record.rates.get(level)
             if seen is not None:
                 of_level = (LEVEL_STEPS * of_level + seen.tokens) / (LEVEL_STEPS + seen.steps)
+        same = self.hints.get(name, predicted_tokens)
+        if same is not None:
+            of_level = (HINT_STEPS * of_level + same.rate.tokens) / (HINT_STEPS + same.rate.steps)
         return float((of_level / of_class) ** (1.0 / (1.0 + (log_sd / LEVEL_LOG_SD) ** 2)))
 
     def rate_slope(self) -> float:
@@ -227,7 +247,10 @@ class Knowledge:
             yield name, self.classes[name]
         self._changed.clear()
 
-    def restore(self, classes: Mapping[str, ClassRecord], everything: ClassRecord | None) -> None:
+    def restore(
+        self, classes: Mapping[str, ClassRecord], everything: ClassRecord | None, hints: HintRecords
+    ) -> None:
+        self.hints = hints
         for name, record in list(classes.items())[: MAX_CLASSES + 1]:
             self.classes[name] = record
         if everything is not None:

@@ -4,10 +4,12 @@ Rule.
 1. Acceptance: tokens per step are estimated by shrinkage to the mean of the request's class,
    `(k0 * class mean + own tokens) / (k0 + own steps)`. The class mean is learnt from finished requests, and
    so is k0: how much steps of one request differ over how much requests of one class differ. Where
-   lengths are predicted well, the class mean is that of predictions of their size
-   (`learning.Knowledge.of_request`): the longest outputs are often repetitions, which are accepted well.
-2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size
-   turned out to be in its class, with the log-error that they had (`learning.Knowledge.length`). Where
+   lengths are predicted well, the class mean is that of predictions of their size, and of the very
+   same one (`learning.Knowledge.of_request`): the longest outputs are often repetitions, which are
+   accepted well, and a length that is right to the token is mostly that of the same request before.
+2. Length: the prediction (the client's, or a fixed guess) is corrected by what predictions of its size,
+   and the very same one, turned out to be in its class, with the log-error that they had
+   (`learning.Knowledge.length`). Where
    well accepted requests are also longer than predicted, acceptance says less about service than it
    seems to: the correction `(rate / typical rate) ** slope`, slope learnt, takes that out again.
 3. Rank: `max(L - emitted, 0.8 * log_sd * L, overrun * (emitted - L), 1) / tokens per step` steps, in
@@ -45,12 +47,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 
 from scheduler_svc.core.class_records import ClassRecord
+from scheduler_svc.core.hints import HintRecords
 from scheduler_svc.core.learning import Knowledge, LengthBelief, mean_excess_tokens
 from scheduler_svc.core.policies.base import Policy, acceptance, predicted_tokens
 from scheduler_svc.core.records import TOKEN_BYTES, FinishReason, Request
 
 _CLASS_PREFIX = "laps-sd/class/"
 _EVERYTHING = "laps-sd/everything"
+_HINTS_PREFIX = "laps-sd/hints/"
 _STEP_TIME = "laps-sd/step_s"
 _SHORT_QUEUE = 500
 """So many live requests are ranked anew in one tick."""
@@ -335,6 +339,7 @@ class LapsSd(Policy):
         changes = {_CLASS_PREFIX + name: record.to_json() for name, record in self.knowledge.take_changes()}
         if changes:
             changes[_EVERYTHING] = self.knowledge.everything.to_json()
+        changes |= {_HINTS_PREFIX + name: text for name, text in self.knowledge.hints.take_changes()}
         # Not before all have ranks of it: whoever takes over in between makes them all anew.
         if self._step_s != self._told_step_s and not self._to_rank:
             self._told_step_s = self._step_s
@@ -346,7 +351,11 @@ class LapsSd(Policy):
         with suppress(ValueError):
             self._step_s = self._told_step_s = max(0.0, float(learnt.get(_STEP_TIME, "")))
         records: dict[str, ClassRecord] = {}
+        hints = HintRecords()
         for key, text in sorted(learnt.items()):
+            if key.startswith(_HINTS_PREFIX):
+                with suppress(ValueError):
+                    hints.restore(text)
             if key.startswith(_CLASS_PREFIX) or key == _EVERYTHING:
                 try:
                     records[key] = ClassRecord.from_json(text)
@@ -354,7 +363,7 @@ class LapsSd(Policy):
                     continue
         everything = records.pop(_EVERYTHING, None)
         classes = {key.removeprefix(_CLASS_PREFIX): record for key, record in records.items()}
-        self.knowledge.restore(classes, everything)
+        self.knowledge.restore(classes, everything, hints)
 
     # --- Preemption ---------------------------------------------------------------------
 

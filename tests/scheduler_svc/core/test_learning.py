@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from scheduler_svc.core import class_records, learning
+from scheduler_svc.core import class_records, hints, learning
 from scheduler_svc.core.class_records import ClassRecord, prediction_level
 from scheduler_svc.core.learning import Knowledge, mean_excess_tokens
 
@@ -121,6 +121,7 @@ def test_what_is_not_a_record_is_refused(text: str) -> None:
 
 def test_old_requests_fade_and_classes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(class_records, "FADE_AT", 100.0)
+    monkeypatch.setattr(hints, "FADE_AT", 100.0)
     monkeypatch.setattr(learning, "MAX_CLASSES", 3)
     knowledge = Knowledge()
     for number in range(1000):
