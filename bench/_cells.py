@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -116,5 +117,4 @@ def verdicts(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def median(values: list[float]) -> float | None:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2] if ordered else None
+    return statistics.median(values) if values else None
