@@ -1,4 +1,4 @@
-"""What goes back for one generation: a whole answer, or events while it lasts."""
+"""What goes back for one call: a whole answer, or events while it lasts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -14,7 +15,7 @@ from aiohttp import web
 from gateway.http.errors import error_body, error_headers, http_status, to_json
 from gateway.http.logprobs import Entries, Entry
 from gateway.http.requests import Asked
-from gateway.http.shapes import SHAPES, Shape, check_finished
+from gateway.http.shapes import SHAPES, Ended, Shape, check_finished
 from gateway.tokenizer import Tokenizer
 from laps.errors import Cancelled, LapsError, Reason, ResourceExhausted
 from laps.v1 import generation_pb2
@@ -31,30 +32,63 @@ LAST_WORDS_S = 5.0
 """For telling a client that reads slowly why its stream ends."""
 
 
+@dataclass(slots=True)
+class _Output:
+    """One of an answer's outputs, as far as it has come."""
+
+    request_id: str = ""
+    entries: Entries | None = None
+    complete: generation_pb2.Complete | None = None
+
+
 class Answer(ABC):
-    """`begin`, any number of `add`, then `finish`; or `fail` at any time. `close` it in any case."""
+    """Of each output `begin`, any number of `add`, then `end`; `finish` when all have ended, or `fail` at any
+    time. `close` it in any case. Outputs go by their index, and each may have a task of its own."""
 
     def __init__(self, asked: Asked, model_name: str, tokenizer: Tokenizer) -> None:
         self._asked = asked
         self._model_name = model_name
         self._tokenizer = tokenizer
-        self._entries: Entries | None = None
+        self._outputs = [_Output() for _ in range(asked.outputs)]
+        self._to_begin = len(self._outputs)
+        self._open = asyncio.Event()
         self._headers: dict[str, str] = {}
         self._shape: Shape
 
-    async def begin(self, request_id: str, before: Sequence[int]) -> None:
-        """The request is stored. `before`: the prompt's last tokens."""
+    async def begin(self, index: int, request_id: str, before: Sequence[int]) -> None:
+        """The output's request is stored. `before`: its prompt's last tokens. Returns when those of all
+        outputs are: until then an error has a status."""
+        output = self._outputs[index]
+        output.request_id = request_id
         if self._asked.logprobs:
-            self._entries = Entries(self._tokenizer, before)
-        self._headers[REQUEST_ID_HEADER] = request_id
-        self._shape = SHAPES[self._asked.endpoint](self._model_name, request_id)
+            output.entries = Entries(self._tokenizer, before)
+        self._to_begin -= 1
+        if self._to_begin:
+            await self._open.wait()
+            return
+        name = self._outputs[0].request_id
+        if len(self._outputs) > 1:
+            name = self._asked.request_id or name
+        self._headers[REQUEST_ID_HEADER] = name
+        self._shape = SHAPES[self._asked.endpoint](
+            self._model_name, name, len(self._outputs), self._asked.outputs_per_prompt
+        )
+        await self._begin()
+        self._open.set()
 
-    async def add(self, chunk: generation_pb2.Chunk) -> None:
-        await self._add(chunk.text, None if self._entries is None else self._entries.read(chunk))
+    async def add(self, index: int, chunk: generation_pb2.Chunk) -> None:
+        entries = self._outputs[index].entries
+        await self._add(index, chunk.text, None if entries is None else entries.read(chunk))
+
+    async def end(self, index: int, complete: generation_pb2.Complete) -> None:
+        """Raises a LapsError where OpenAI has no word for how it ended."""
+        check_finished(complete)
+        self._outputs[index].complete = complete
+        await self._end(index, complete)
 
     @abstractmethod
-    async def finish(self, complete: generation_pb2.Complete) -> web.StreamResponse:
-        """The rest. Raises a LapsError where OpenAI has no word for how it ended."""
+    async def finish(self) -> web.StreamResponse:
+        """The rest."""
 
     async def fail(self, error: LapsError) -> web.StreamResponse:
         return error_response(error, self._asked, self._headers)
@@ -63,8 +97,19 @@ class Answer(ABC):
         """Nothing more will be said."""
         return
 
+    def _completes(self) -> list[generation_pb2.Complete]:
+        return [each.complete for each in self._outputs if each.complete is not None]
+
+    async def _begin(self) -> None:
+        """All are stored."""
+        return
+
     @abstractmethod
-    async def _add(self, text: str, entries: list[Entry] | None) -> None: ...
+    async def _add(self, index: int, text: str, entries: list[Entry] | None) -> None: ...
+
+    async def _end(self, index: int, complete: generation_pb2.Complete) -> None:
+        """One has ended."""
+        return
 
 
 class WholeAnswer(Answer):
@@ -72,22 +117,26 @@ class WholeAnswer(Answer):
 
     def __init__(self, asked: Asked, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(asked, model_name, tokenizer)
-        self._texts: list[str] = []
-        self._gathered: list[Entry] = []
+        self._texts: list[list[str]] = [[] for _ in self._outputs]
+        self._entries: list[list[Entry]] = [[] for _ in self._outputs]
 
-    async def finish(self, complete: generation_pb2.Complete) -> web.StreamResponse:
-        check_finished(complete)
-        entries = None if self._entries is None else self._gathered
-        body = self._shape.whole("".join(self._texts), entries, complete)
-        return json_response(body, headers=self._headers)
+    async def finish(self) -> web.StreamResponse:
+        wanted = self._asked.logprobs
+        ended = [
+            Ended(output.request_id, "".join(texts), entries if wanted else None, complete)
+            for output, texts, entries, complete in zip(
+                self._outputs, self._texts, self._entries, self._completes(), strict=True
+            )
+        ]
+        return json_response(self._shape.whole(ended), headers=self._headers)
 
-    async def _add(self, text: str, entries: list[Entry] | None) -> None:
-        self._texts.append(text)
-        self._gathered += entries or ()
+    async def _add(self, index: int, text: str, entries: list[Entry] | None) -> None:
+        self._texts[index].append(text)
+        self._entries[index] += entries or ()
 
 
 class EventAnswer(Answer):
-    """Sends server-sent events, from when the request is stored on. Errors before that have a status."""
+    """Sends server-sent events, from when all requests are stored on. Errors before that have a status."""
 
     def __init__(self, http: web.Request, asked: Asked, model_name: str, tokenizer: Tokenizer) -> None:
         super().__init__(asked, model_name, tokenizer)
@@ -101,8 +150,7 @@ class EventAnswer(Answer):
         if self._saying is not None:
             self._saying.cancel()
 
-    async def begin(self, request_id: str, before: Sequence[int]) -> None:
-        await super().begin(request_id, before)
+    async def _begin(self) -> None:
         self._response.headers.update(self._headers)
         self._response.headers["Content-Type"] = "text/event-stream; charset=utf-8"
         self._response.headers["Cache-Control"] = "no-cache"
@@ -115,14 +163,16 @@ class EventAnswer(Answer):
         for piece in self._shape.opening():
             await self._send(piece)
         self._said_s = time.monotonic()
-        self._saying = asyncio.create_task(self._stay_alive(), name=f"alive {request_id}")
+        name = self._headers[REQUEST_ID_HEADER]
+        self._saying = asyncio.create_task(self._stay_alive(), name=f"alive {name}")
 
-    async def finish(self, complete: generation_pb2.Complete) -> web.StreamResponse:
-        check_finished(complete)
+    async def _end(self, index: int, complete: generation_pb2.Complete) -> None:
+        await self._send(self._shape.last_piece(index, self._outputs[index].request_id, complete))
+
+    async def finish(self) -> web.StreamResponse:
         self.close()
-        await self._send(self._shape.last_piece(complete))
         if self._asked.include_usage:
-            await self._send_event(to_json(self._shape.usage_piece(complete)))
+            await self._send_event(to_json(self._shape.usage_piece(self._completes())))
         await self._send_event(b"[DONE]")
         return self._response
 
@@ -139,10 +189,10 @@ class EventAnswer(Answer):
             await self._response.write_eof()
         return self._response
 
-    async def _add(self, text: str, entries: list[Entry] | None) -> None:
+    async def _add(self, index: int, text: str, entries: list[Entry] | None) -> None:
         # Tokens without text yet are told by the usage alone.
         if text or entries:
-            await self._send(self._shape.piece(text, entries))
+            await self._send(self._shape.piece(index, text, entries))
 
     async def _send(self, piece: dict[str, Any]) -> None:
         if self._asked.include_usage:

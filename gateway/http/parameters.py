@@ -42,7 +42,10 @@ _COMPLETIONS = (Endpoint.COMPLETIONS,)
 PARAMETERS = (
     Parameter("model", Fate.USED, "The model's name; without it, the only model."),
     Parameter("messages", Fate.USED, "Text only: strings or parts of type `text`.", _CHAT),
-    Parameter("prompt", Fate.USED, "One prompt: a string, or a list of token ids.", _COMPLETIONS),
+    Parameter(
+        "prompt", Fate.USED, "A string or a list of token ids, or a list of such prompts.", _COMPLETIONS
+    ),
+    Parameter("n", Fate.USED, "So many outputs of each prompt; 128 in all."),
     Parameter("stream", Fate.USED, "Server-sent events."),
     Parameter("stream_options", Fate.USED, "`include_usage`."),
     Parameter("max_tokens", Fate.USED, "Without it `default_max_tokens`, or what the context leaves."),
@@ -87,8 +90,7 @@ PARAMETERS = (
     Parameter("prompt_cache_retention", Fate.IGNORED, "A hint for caching."),
     Parameter("prediction", Fate.IGNORED, "A hint for speed; the draft model does its work.", _CHAT),
     Parameter("parallel_tool_calls", Fate.IGNORED, "Says nothing without tools.", _CHAT),
-    Parameter("n", Fate.REFUSED, "One output a request.", harmless=(1,)),
-    Parameter("best_of", Fate.REFUSED, "One output a request.", _COMPLETIONS, (1,)),
+    Parameter("best_of", Fate.REFUSED, "Every output is told; see `n`.", _COMPLETIONS, (1,)),
     Parameter("echo", Fate.REFUSED, "The prompt is not repeated.", _COMPLETIONS, (False,)),
     Parameter("suffix", Fate.REFUSED, "No insertion.", _COMPLETIONS, ("",)),
     Parameter("tools", Fate.REFUSED, "No tools.", _CHAT, ([],)),

@@ -1,4 +1,4 @@
-"""From a body in OpenAI's terms to a GenerateRequest, and back from its fields to their parameters."""
+"""From a body in OpenAI's terms to GenerateRequests, and back from their fields to its parameters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from gateway.http.body import (
 from gateway.http.errors import Refusal, invalid
 from gateway.http.parameters import Endpoint, check_parameters
 from gateway.validation import MAX_BIASED_TOKENS
+from laps.limits import MAX_REQUEST_ID_CHARS
 from laps.v1 import generation_pb2, inference_pb2
 
 DEFAULT_TEMPERATURE = 1.0
 """OpenAI's. Over gRPC an absent temperature means greedy."""
 _MAX_TIMEOUT_S = 1e9
+MAX_OUTPUTS = 128
+"""Of one call, of all its prompts together: as many as OpenAI's `n` may be."""
 _LAPS_FIELDS = frozenset(
     ("priority", "request_class", "predicted_output_tokens", "timeout_s", "cancel_on_disconnect")
 )
@@ -42,12 +45,38 @@ class Asked:
     """What a client wants, and in which form."""
 
     endpoint: Endpoint
-    request: inference_pb2.GenerateRequest
+    requests: list[inference_pb2.GenerateRequest]
+    """One for each prompt."""
+    outputs_per_prompt: int = 1
     stream: bool = False
     include_usage: bool = False
     logprobs: bool = False
     names: dict[str, str] = field(default_factory=dict)
     """The client's parameter for a field of the request, where the last part of its path does not say it."""
+
+    @property
+    def outputs(self) -> int:
+        return len(self.requests) * self.outputs_per_prompt
+
+    @property
+    def request_id(self) -> str:
+        """The client's own, of all outputs together; empty: there is none."""
+        return self.requests[0].request_id
+
+    def output(self, index: int) -> inference_pb2.GenerateRequest:
+        """The request of one output, in the order of the answer's choices: all of the first prompt, then
+        those of the second. Of several, each has an id of its own where the client has given one, and each of
+        one prompt another seed where it has given one."""
+        place, number = divmod(index, self.outputs_per_prompt)
+        if self.outputs == 1:
+            return self.requests[0]
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(self.requests[place])
+        if request.request_id:
+            request.request_id += f"-{index}"
+        if request.sampling.HasField("seed"):
+            request.sampling.seed = (request.sampling.seed + number) % (1 << 64)
+        return request
 
     def param_of(self, path: str) -> str:
         """`stopping.stop[1]` is `stop[1]` here, `messages.messages[0].role` is `messages[0].role`."""
@@ -72,17 +101,25 @@ def read_request(body: dict[str, Any], endpoint: Endpoint, request_id: str) -> A
     }
     names |= {name: f"laps.{name}" for name in _LAPS_FIELDS}
     request = inference_pb2.GenerateRequest(request_id=request_id, model=fields.text("model") or "")
+    per_prompt = fields.whole("n", 1, MAX_OUTPUTS) or 1
+    prompts = [None] if chat else _prompts(fields)
+    outputs = len(prompts) * per_prompt
+    if outputs > MAX_OUTPUTS:
+        name = "prompt" if len(prompts) > MAX_OUTPUTS else "n"
+        raise invalid(name, f"must come to at most {MAX_OUTPUTS} outputs in all, not {outputs}")
+    if outputs > 1 and len(f"{request_id}-{outputs - 1}") > MAX_REQUEST_ID_CHARS:
+        # No name to come back to, as with every other one that cannot be ours.
+        request.request_id = ""
     if chat:
         _read_messages(fields, request.messages)
-    else:
-        _read_prompt(fields, request)
     _read_sampling(fields, request.sampling, chat=chat)
     names["stopping.max_tokens"] = _read_stopping(fields, request.stopping)
     _read_own(fields.object("laps"), request)
     stream = fields.flag("stream") or False
     return Asked(
         endpoint=endpoint,
-        request=request,
+        requests=[request] if chat else _with_prompts(request, prompts),
+        outputs_per_prompt=per_prompt,
         stream=stream,
         include_usage=_read_stream_options(fields, stream),
         logprobs=request.sampling.HasField("logprobs"),
@@ -116,20 +153,34 @@ def _content(param: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _read_prompt(fields: Fields, request: inference_pb2.GenerateRequest) -> None:
-    prompt = fields.raw("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            problem = f"must be one prompt, not {len(prompt)}: send a request for each"
-            raise Refusal("prompt", problem, "unsupported_value")
-        prompt = prompt[0]
+def _prompts(fields: Fields) -> list[Any]:
+    """A string or a list of token ids is one prompt, a list of those are several."""
+    given = fields.raw("prompt")
+    if isinstance(given, list) and given and not isinstance(given[0], int):
+        return given
+    return [given]
+
+
+def _with_prompts(
+    template: inference_pb2.GenerateRequest, prompts: list[Any]
+) -> list[inference_pb2.GenerateRequest]:
+    requests = []
+    for place, prompt in enumerate(prompts):
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(template)
+        _read_prompt("prompt" if len(prompts) == 1 else f"prompt[{place}]", prompt, request)
+        requests.append(request)
+    return requests
+
+
+def _read_prompt(param: str, prompt: Any, request: inference_pb2.GenerateRequest) -> None:
     if isinstance(prompt, list):
-        request.token_ids.ids.extend(as_token_ids("prompt", prompt))
+        request.token_ids.ids.extend(as_token_ids(param, prompt))
         request.token_ids.SetInParent()
     elif prompt is not None:
-        request.text = as_text("prompt", prompt)
+        request.text = as_text(param, prompt)
     else:
-        raise Refusal("prompt", "must be given: a string or a list of token ids", "prompt_empty")
+        raise Refusal(param, "must be given: a string or a list of token ids", "prompt_empty")
 
 
 def _read_sampling(fields: Fields, sampling: generation_pb2.SamplingParams, *, chat: bool) -> None:

@@ -31,7 +31,7 @@ from gateway.http.requests import Asked, read_request
 from gateway.inference import InferenceService
 from gateway.metrics import Metrics
 from gateway.tokenizer import Tokenizer
-from gateway.validation import check_model, check_request_id
+from gateway.validation import check_before_tokenizing, check_model, check_request_id
 from laps.errors import (
     InvalidArgument,
     LapsError,
@@ -68,18 +68,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class HttpCall(Call):
-    """One generation. It becomes an answer when its body has been understood."""
+    """One output. It becomes part of an answer when the body has been understood."""
 
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
+    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str], index: int = 0) -> None:
         super().__init__(
             f"OpenAI.{endpoint.name.title()}", [(name.lower(), value) for name, value in headers.items()]
         )
+        self.index = index
         self.answer: Answer | None = None
         self.complete = generation_pb2.Complete()
 
     async def accepted(self, request_id: str, before: Sequence[int]) -> None:
         assert self.answer is not None
-        await self.answer.begin(request_id, before)
+        await self.answer.begin(self.index, request_id, before)
 
     async def write(self, message: Message) -> None:
         assert self.answer is not None
@@ -87,7 +88,7 @@ class HttpCall(Call):
         if response.WhichOneof("event") == "complete":
             self.complete = response.complete
         else:
-            await self.answer.add(response.chunk)
+            await self.answer.add(self.index, response.chunk)
 
     def time_left_s(self) -> float | None:
         # HTTP has no deadline: a client that has one closes its connection, or says so in the body.
@@ -219,13 +220,45 @@ class HttpServer:
             try:
                 asked = await self._read(http, endpoint)
                 call.answer = self._answer(http, asked)
-                await self._inference.generate(asked.request, call)
-                return await call.answer.finish(call.complete)
+                if asked.outputs == 1:
+                    await self._output(asked, call, call.answer)
+                else:
+                    await self._outputs(http, asked, call, call.answer)
+                return await call.answer.finish()
             except Exception as error:
                 problem = as_laps_error(error, call)
                 outcome(problem.status)
         # Outside, because this may wait for a client that reads nothing.
         return error_response(problem) if call.answer is None else await call.answer.fail(problem)
+
+    async def _output(self, asked: Asked, call: HttpCall, answer: Answer) -> None:
+        await self._inference.generate(asked.output(call.index), call)
+        await answer.end(call.index, call.complete)
+
+    async def _outputs(self, http: web.Request, asked: Asked, call: HttpCall, answer: Answer) -> None:
+        """All at once. When one fails, the others are cancelled with it."""
+        # None is stored where it can be known that not all will be.
+        for request in asked.requests:
+            check_before_tokenizing(request, self._inference.bounds)
+
+        async def another(index: int) -> None:
+            other = HttpCall(asked.endpoint, http.headers, index)
+            other.answer = answer
+            with accounted(other, self._metrics) as outcome:
+                try:
+                    await self._output(asked, other, answer)
+                except Exception as error:
+                    problem = as_laps_error(error, other)
+                    outcome(problem.status)
+                    raise problem from None
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._output(asked, call, answer))
+                for index in range(1, asked.outputs):
+                    group.create_task(another(index))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
     def _answer(self, http: web.Request, asked: Asked) -> Answer:
         model_name = self._settings.model_name

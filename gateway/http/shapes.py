@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from google.protobuf.json_format import MessageToDict
@@ -24,14 +25,29 @@ _FINISH_REASONS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One output, whole."""
+
+    request_id: str
+    text: str
+    entries: Iterable[logprobs.Entry] | None
+    """None: log-probabilities were not asked for."""
+    complete: generation_pb2.Complete
+
+
 class Shape(ABC):
-    """One answer. `logprobs` are None where they were not asked for."""
+    """One answer, whose outputs are told apart by their index."""
 
     id_prefix: ClassVar[str]
     whole_kind: ClassVar[str]
     piece_kind: ClassVar[str]
 
-    def __init__(self, model_name: str, request_id: str) -> None:
+    def __init__(
+        self, model_name: str, request_id: str, outputs: int = 1, outputs_per_prompt: int = 1
+    ) -> None:
+        self._outputs = outputs
+        self._outputs_per_prompt = outputs_per_prompt
         self._envelope: Json = {
             "id": f"{self.id_prefix}-{request_id}",
             "object": self.piece_kind,
@@ -39,26 +55,50 @@ class Shape(ABC):
             "model": model_name,
         }
 
-    def whole(
-        self, text: str, entries: Iterable[logprobs.Entry] | None, complete: generation_pb2.Complete
-    ) -> Json:
-        choice = self._choice(self._message(text), entries, finish_reason(complete))
-        answer = {"choices": [choice], "usage": usage(complete), "laps": own(complete)}
+    def whole(self, outputs: Sequence[Ended]) -> Json:
+        """All outputs, in order."""
+        choices = [
+            self._choice(index, self._message(each.text), each.entries, finish_reason(each.complete))
+            for index, each in enumerate(outputs)
+        ]
+        told = [self._own(each.request_id, each.complete) for each in outputs]
+        answer = {
+            "choices": choices,
+            "usage": self._usage([each.complete for each in outputs]),
+            "laps": told[0] if self._outputs == 1 else {"outputs": told},
+        }
         return self._envelope | {"object": self.whole_kind} | answer
 
     @abstractmethod
     def opening(self) -> list[Json]:
         """Pieces that come before any text."""
 
-    def piece(self, text: str, entries: Iterable[logprobs.Entry] | None) -> Json:
-        return self._envelope | {"choices": [self._choice(self._delta(text), entries, None)]}
+    def piece(self, index: int, text: str, entries: Iterable[logprobs.Entry] | None) -> Json:
+        return self._envelope | {"choices": [self._choice(index, self._delta(text), entries, None)]}
 
-    def last_piece(self, complete: generation_pb2.Complete) -> Json:
-        choice = self._choice(self._delta(None), None, finish_reason(complete))
-        return self._envelope | {"choices": [choice], "laps": own(complete)}
+    def last_piece(self, index: int, request_id: str, complete: generation_pb2.Complete) -> Json:
+        """Of that output."""
+        choice = self._choice(index, self._delta(None), None, finish_reason(complete))
+        return self._envelope | {"choices": [choice], "laps": self._own(request_id, complete)}
 
-    def usage_piece(self, complete: generation_pb2.Complete) -> Json:
-        return self._envelope | {"choices": [], "usage": usage(complete)}
+    def usage_piece(self, completes: Sequence[generation_pb2.Complete]) -> Json:
+        return self._envelope | {"choices": [], "usage": self._usage(completes)}
+
+    def _usage(self, completes: Sequence[generation_pb2.Complete]) -> Json:
+        """Of all outputs; a prompt counts once, whatever is made of it."""
+        prompts = [each.usage for each in completes[:: self._outputs_per_prompt]]
+        prompt_tokens = sum(each.prompt_tokens for each in prompts)
+        output_tokens = sum(each.usage.completion_tokens for each in completes)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt_tokens + output_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(each.cached_tokens for each in prompts)},
+        }
+
+    def _own(self, request_id: str, complete: generation_pb2.Complete) -> Json:
+        # Of several outputs each is a request with an id of its own.
+        return own(complete) if self._outputs == 1 else {"request_id": request_id} | own(complete)
 
     @abstractmethod
     def _message(self, text: str) -> Json: ...
@@ -69,9 +109,11 @@ class Shape(ABC):
     @abstractmethod
     def _logprobs(self, entries: Iterable[logprobs.Entry]) -> Json: ...
 
-    def _choice(self, content: Json, entries: Iterable[logprobs.Entry] | None, finish: str | None) -> Json:
+    def _choice(
+        self, index: int, content: Json, entries: Iterable[logprobs.Entry] | None, finish: str | None
+    ) -> Json:
         told = None if entries is None else self._logprobs(entries)
-        return {"index": 0} | content | {"logprobs": told, "finish_reason": finish}
+        return {"index": index} | content | {"logprobs": told, "finish_reason": finish}
 
 
 class ChatShape(Shape):
@@ -81,7 +123,10 @@ class ChatShape(Shape):
 
     def opening(self) -> list[Json]:
         delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._envelope | {"choices": [self._choice(delta, None, None)]}]
+        return [
+            self._envelope | {"choices": [self._choice(index, delta, None, None)]}
+            for index in range(self._outputs)
+        ]
 
     def _message(self, text: str) -> Json:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -124,16 +169,6 @@ def check_finished(complete: generation_pb2.Complete) -> None:
         raise Cancelled("the request was cancelled", reason=Reason.CANCELLED)
     if complete.finish_reason not in _FINISH_REASONS:
         raise Internal(f"the request could not be finished: {complete.error or 'no reason was given'}")
-
-
-def usage(complete: generation_pb2.Complete) -> Json:
-    given = complete.usage
-    return {
-        "prompt_tokens": given.prompt_tokens,
-        "completion_tokens": given.completion_tokens,
-        "total_tokens": given.prompt_tokens + given.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": given.cached_tokens},
-    }
 
 
 def own(complete: generation_pb2.Complete) -> Json:

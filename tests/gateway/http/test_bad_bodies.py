@@ -159,8 +159,8 @@ async def test_a_defect_is_told_in_the_usual_form(http: Any, monkeypatch: pytest
 
 
 async def test_a_long_body_is_read_aside(http: Any) -> None:
-    answered = await http.post("/v1/completions", {"prompt": ["a" * 5000] * 20})
-    assert (answered.status, answered.error["param"]) == (400, "prompt")
+    answered = await http.post("/v1/completions", {"prompt": [*["a" * 5000] * 20, 7]})
+    assert (answered.status, answered.error["param"]) == (400, "prompt[20]")
 
 
 json_values = st.recursive(
@@ -186,7 +186,8 @@ def judge(data: bytes, endpoint: Endpoint) -> Asked | LapsError:
     asked = None
     try:
         asked = read_request(body.parse(data), endpoint, "")
-        check_before_tokenizing(asked.request, BOUNDS)
+        for index in range(asked.outputs):
+            check_before_tokenizing(asked.output(index), BOUNDS)
     except LapsError as caught:
         error = caught
     else:
@@ -210,7 +211,7 @@ def test_any_values(values: dict[str, Any], endpoint: Endpoint, turns: Any) -> N
     if isinstance(asked, LapsError):
         return
     # What was taken was taken as it was written.
-    sampling = asked.request.sampling
+    sampling = asked.requests[0].sampling
     temperature = values.get("temperature")
     assert math.isclose(
         sampling.temperature, 1.0 if temperature is None else temperature, rel_tol=1e-6, abs_tol=1e-40
