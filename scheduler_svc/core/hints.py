@@ -16,6 +16,8 @@ from scheduler_svc.core.class_records import Moments, Rate, number
 
 DRAWERS = 64
 ROWS_PER_DRAWER = 16
+TOLD_AT_ONCE = 16
+"""Drawers that are written in one tick: all of them would hold it up for some milliseconds."""
 FADE_AT = 1_000.0
 """Requests of one prediction at which their sums are halved: a call site changes with its program."""
 
@@ -47,7 +49,8 @@ class HintRecords:
     def __init__(self) -> None:
         self._drawers: list[dict[Hint, HintRecord]] = [{} for _ in range(DRAWERS)]
         """Each with what was seen last at its end."""
-        self._changed: set[int] = set()
+        self._changed: dict[int, None] = {}
+        """Drawers to tell of, the longest changed first."""
 
     def get(self, request_class: str, predicted_tokens: float) -> HintRecord | None:
         hint = request_class, predicted_tokens
@@ -64,13 +67,14 @@ class HintRecords:
         drawer[hint] = record
         if len(drawer) > ROWS_PER_DRAWER:
             del drawer[next(iter(drawer))]
-        self._changed.add(index)
+        self._changed[index] = None
 
     def take_changes(self) -> Iterator[tuple[str, str]]:
-        """Names and contents of the drawers in which something was learnt since the last call."""
-        for index in sorted(self._changed):
+        """Names and contents of drawers in which something was learnt since they were told last; the next calls
+        tell the others."""
+        for index in list(self._changed)[:TOLD_AT_ONCE]:
+            del self._changed[index]
             yield str(index), self._to_json(index)
-        self._changed.clear()
 
     def _to_json(self, index: int) -> str:
         return json.dumps(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_svc.core.hints import DRAWERS, ROWS_PER_DRAWER, HintRecords
+from scheduler_svc.core.hints import DRAWERS, ROWS_PER_DRAWER, TOLD_AT_ONCE, HintRecords
 from scheduler_svc.core.learning import Knowledge
 
 PREDICTED = 100.0
@@ -16,6 +16,16 @@ PREDICTED = 100.0
 def served(knowledge: Knowledge, predicted: float, tokens: int, steps: int, times: int = 1) -> None:
     for _ in range(times):
         knowledge.add("chat", predicted, True, tokens, steps)
+
+
+def told(records: HintRecords) -> dict[str, str]:
+    """All that is left to tell."""
+    stored = dict[str, str]()
+    while changes := dict(records.take_changes()):
+        assert len(changes) <= TOLD_AT_ONCE
+        assert not changes.keys() & stored.keys()
+        stored |= changes
+    return stored
 
 
 def test_two_call_sites_with_constants_of_one_size_are_told_apart() -> None:
@@ -62,7 +72,7 @@ def test_what_is_told_is_what_is_known(predictions: list[int]) -> None:
         records.add("chat", float(predicted), 0.1, predicted, 1 + number)
         if number % 7 == 0:
             stored |= dict(records.take_changes())
-    stored |= dict(records.take_changes())
+    stored |= told(records)
     again = HintRecords()
     for name in sorted(stored):
         again.restore(stored[name])
@@ -79,7 +89,7 @@ def test_no_more_are_kept_than_there_is_room_for_and_the_last_seen_stay() -> Non
     for predicted in range(1, 3 * DRAWERS * ROWS_PER_DRAWER):
         records.add("chat", PREDICTED, 0.0, 100, 50)
         records.add("chat", 1000.0 + predicted, 0.0, 100, 50)
-    stored = [json.loads(text) for _, text in records.take_changes()]
+    stored = [json.loads(text) for text in told(records).values()]
     assert len(stored) == DRAWERS
     assert max(len(rows) for rows in stored) == ROWS_PER_DRAWER
     kept = records.get("chat", PREDICTED)
