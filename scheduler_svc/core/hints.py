@@ -70,8 +70,8 @@ class HintRecords:
         self._changed[index] = None
 
     def take_changes(self) -> Iterator[tuple[str, str]]:
-        """Names and contents of drawers in which something was learnt since they were told last; the next calls
-        tell the others."""
+        """Names and contents of drawers in which something was learnt since they were told last; the next
+        calls tell the others."""
         for index in list(self._changed)[:TOLD_AT_ONCE]:
             del self._changed[index]
             yield str(index), self._to_json(index)
