@@ -57,6 +57,7 @@ SEEDS: dict[str, list[bytes]] = {
     "grpc": [_GENERATE.SerializeToString(), _CHAT.SerializeToString()],
     "http": [
         json.dumps({"prompt": "x", "max_tokens": 3, "stop": ["a"], "logprobs": 2, "stream": True}).encode(),
+        json.dumps({"prompt": ["x", [1, 2]], "n": 3, "seed": -1}).encode(),
         json.dumps(
             {"messages": [{"role": "user", "content": "x"}], "temperature": 0.5, "logit_bias": {"3": -1}}
         ).encode(),

@@ -59,7 +59,8 @@ def http_bodies(data: bytes) -> None:
     for endpoint in Endpoint:
         try:
             asked = read_request(body.parse(data), endpoint, "")
-            check_before_tokenizing(asked.request, BOUNDS)
+            for index in range(asked.outputs):
+                check_before_tokenizing(asked.output(index), BOUNDS)
         except LapsError as refusal:
             assert refusal.message  # noqa: PT017
 
