@@ -19,6 +19,7 @@ from scheduler_svc.leader import Leader
 from scheduler_svc.sessions import MAX_UNREAD_UPDATES, UPDATE_BYTES, WorkerSession
 from scheduler_svc.store.connection import Unawaited
 from scheduler_svc.store.errors import StaleLeader, StoreError, StoreUnavailable
+from tests.doubles import Instead
 
 TOKEN = bytes(4)
 
@@ -248,7 +249,7 @@ async def test_what_goes_wrong_as_a_tick_is_told_ends_the_term(monkeypatch: pyte
         def broken(*_: object) -> None:
             raise ValueError("cannot be told")
 
-        monkeypatch.setattr(leader.hub, "finished", broken)
+        monkeypatch.setattr(leader, "hub", Instead(leader.hub, finished=broken))
         submit(leader)
         waiting = asyncio.ensure_future(leader.settled())
         with pytest.raises(ValueError, match="cannot be told"):

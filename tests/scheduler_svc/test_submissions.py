@@ -18,6 +18,7 @@ from scheduler_svc.core.scheduler import Scheduler
 from scheduler_svc.core.settings import SchedulerSettings
 from scheduler_svc.leader import Leader
 from scheduler_svc.scheduler_service import SchedulerService
+from tests.doubles import Instead
 from tests.servers import listening
 
 
@@ -162,7 +163,7 @@ async def test_a_defect_is_one_requests_answer_and_not_the_end_of_the_stream(
             raise ZeroDivisionError("private")
         return submit(spec, *rest)
 
-    monkeypatch.setattr(term.leader.core, "submit", broken)
+    monkeypatch.setattr(term.leader, "core", Instead(term.leader.core, submit=broken))
     async with stream_of(term) as call:
         await call.write(message("a", "b", "c"))
         found = await answers(call, 3)
