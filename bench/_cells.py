@@ -24,6 +24,8 @@ SLOTS, LOADS, SWITCHES_MS = (8, 32, 1), (0.9, 1.05, 0.7), (0.5, 5.0, 20.0)
 RECORDED_ERRORS = (0.0, 0.3, 0.8, None)
 MIX_ERRORS = (0.0, 0.3, 0.6, None)
 SEED = 1
+LEAST_GAP = 0.02
+"""To the oracle, of the best baseline's mean: below it shares mean nothing."""
 TOLERANCE = 1.02
 """Ratio of mean latencies up to which a cell counts as dominated."""
 
@@ -104,16 +106,22 @@ def verdicts(results: Results) -> Iterator[dict[str, Any]]:
             continue
         means = {policy: figures["mean_latency_s"] for policy, figures in runs.items() if figures}
         best = min(BASELINES, key=means.__getitem__)
-        gap = means[best] - means["oracle"]
         yield {
             "cell": cell,
             "missing": [],
             "means": means,
             "best": best,
             "ratio": means["laps-sd"] / means[best],
-            "share": (means[best] - means["laps-sd"]) / gap if gap > 0.02 * means[best] else None,
+            "share": share_of_gap(means["laps-sd"], means[best], means["oracle"]),
             "p99": {policy: figures["p99_latency_s"] for policy, figures in runs.items() if figures},
         }
+
+
+def share_of_gap(ours_s: float, best_s: float, oracle_s: float) -> float | None:
+    """Of the gap from the best other mean latency to the oracle's: what ours closes; None where there is
+    hardly one."""
+    gap_s = best_s - oracle_s
+    return (best_s - ours_s) / gap_s if gap_s > LEAST_GAP * best_s else None
 
 
 def median(values: list[float]) -> float | None:

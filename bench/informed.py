@@ -22,10 +22,12 @@ import random
 import statistics
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import click
+from _cells import share_of_gap
 from _processes import end_on_sigterm
 
 from scheduler_svc.core.learning import Knowledge, LengthBelief
@@ -37,8 +39,6 @@ MIXES = {"wide": WIDE_MIX, "chat": CHAT_MIX}
 JOBS, DRAFT_TOKENS, LENGTH_ERROR = 2000, 4, 0.6
 SLOTS, LOADS, SWITCHES_MS = (1, 8, 32), (0.9, 1.05), (0.5, 5.0)
 DRAWN_REQUESTS = 20_000
-LEAST_GAP = 0.02
-"""Of the best baseline's mean: where the oracle gains less, shares mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +112,17 @@ def shares(cell: Cell) -> tuple[Cell, float, float] | None:
         ).mean_latency_s
 
     best_s, oracle_s = min(mean_s("sjf"), mean_s("srpt")), mean_s("oracle")
-    if best_s - oracle_s < LEAST_GAP * best_s:
+    learnt = share_of_gap(mean_s("laps-sd"), best_s, oracle_s)
+    if learnt is None:
         return None
-    learnt_s = mean_s("laps-sd")
 
     def of_request(_: Knowledge, request_class: str, predicted_tokens: float, hinted: bool):  # type: ignore[no-untyped-def]
         return truths(cell.mix)[request_class].of_prediction(predicted_tokens)
 
     with patch.object(Knowledge, "of_request", of_request):
-        told_s = mean_s("laps-sd")
-    gap_s = best_s - oracle_s
-    return cell, (best_s - learnt_s) / gap_s, (best_s - told_s) / gap_s
+        told = share_of_gap(mean_s("laps-sd"), best_s, oracle_s)
+    assert told is not None
+    return cell, learnt, told
 
 
 @click.command()
@@ -133,14 +133,7 @@ def shares(cell: Cell) -> tuple[Cell, float, float] | None:
 )
 def main(seeds: int, jobs: int, json_path: Path | None) -> None:
     """Compare laps-sd with itself told the truth."""
-    cells = [
-        Cell(mix, seed, slots, load, switch_ms)
-        for mix in MIXES
-        for seed in range(1, seeds + 1)
-        for slots in SLOTS
-        for load in LOADS
-        for switch_ms in SWITCHES_MS
-    ]
+    cells = [Cell(*each) for each in product(MIXES, range(1, seeds + 1), SLOTS, LOADS, SWITCHES_MS)]
     with multiprocessing.Pool(jobs) as pool:
         rows = [row for row in pool.imap(shares, cells) if row is not None]
     found = {}

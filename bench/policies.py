@@ -17,7 +17,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import statistics
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -35,7 +34,9 @@ from _cells import (
     cells,
     code_of,
     load_results,
+    median,
     save_results,
+    share_of_gap,
     workload_of,
 )
 from _processes import end_on_sigterm
@@ -186,8 +187,10 @@ def once(data: Path) -> None:
                 for policy in ("laps-sd", "oracle", "sjf", "srpt")
             }
             best_s = min(means_s["sjf"], means_s["srpt"])
-            shares.append((best_s - means_s["laps-sd"]) / (best_s - means_s["oracle"]))
-        click.echo(f"| {name} | {len(jobs)} | {len(shares)} | {statistics.median(shares):.0%} |")
+            share = share_of_gap(means_s["laps-sd"], best_s, means_s["oracle"])
+            if share is not None:
+                shares.append(share)
+        click.echo(f"| {name} | {len(jobs)} | {len(shares)} | {median(shares):.0%} |")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,7 @@ class Answer(ABC):
         if self._to_begin:
             await self._open.wait()
             return
-        name = self._outputs[0].request_id
-        if len(self._outputs) > 1:
-            name = self._asked.request_id or name
+        name = self._asked.request_id or self._outputs[0].request_id
         self._headers[REQUEST_ID_HEADER] = name
         self._shape = SHAPES[self._asked.endpoint](
             self._model_name, name, len(self._outputs), self._asked.outputs_per_prompt

@@ -43,9 +43,7 @@ class Shape(ABC):
     whole_kind: ClassVar[str]
     piece_kind: ClassVar[str]
 
-    def __init__(
-        self, model_name: str, request_id: str, outputs: int = 1, outputs_per_prompt: int = 1
-    ) -> None:
+    def __init__(self, model_name: str, request_id: str, outputs: int, outputs_per_prompt: int) -> None:
         self._outputs = outputs
         self._outputs_per_prompt = outputs_per_prompt
         self._envelope: Json = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from zlib import crc32
 
 from scheduler_svc.core.class_records import Moments, Rate, number
@@ -25,15 +26,13 @@ Hint = tuple[str, float]
 """A class of requests, and the tokens that were predicted."""
 
 
+@dataclass(slots=True)
 class HintRecord:
     """One prediction of one class."""
 
-    __slots__ = ("log_error", "rate")
-
-    def __init__(self, log_error: Moments | None = None, rate: Rate | None = None) -> None:
-        self.log_error = log_error or Moments()
-        """log(true length / predicted length)."""
-        self.rate = rate or Rate()
+    log_error: Moments = field(default_factory=Moments)
+    """log(true length / predicted length)."""
+    rate: Rate = field(default_factory=Rate)
 
     def add(self, log_error: float, tokens: int, steps: int) -> None:
         self.log_error.add(log_error)
@@ -61,12 +60,9 @@ class HintRecords:
     ) -> None:
         hint = request_class, predicted_tokens
         index = _drawer(hint)
-        drawer = self._drawers[index]
-        record = drawer.pop(hint, None) or HintRecord()
+        record = self._drawers[index].pop(hint, None) or HintRecord()
         record.add(log_error, tokens, steps)
-        drawer[hint] = record
-        if len(drawer) > ROWS_PER_DRAWER:
-            del drawer[next(iter(drawer))]
+        self._put(index, hint, record)
         self._changed[index] = None
 
     def take_changes(self) -> Iterator[tuple[str, str]]:
@@ -108,11 +104,14 @@ class HintRecords:
             ]
         except (KeyError, TypeError) as error:
             raise ValueError(f"no drawer of predictions: {error}") from error
-        for hint, record in rows[-ROWS_PER_DRAWER:]:
-            drawer = self._drawers[_drawer(hint)]
-            drawer[hint] = record
-            if len(drawer) > ROWS_PER_DRAWER:
-                del drawer[next(iter(drawer))]
+        for hint, record in rows:
+            self._put(_drawer(hint), hint, record)
+
+    def _put(self, index: int, hint: Hint, record: HintRecord) -> None:
+        drawer = self._drawers[index]
+        drawer[hint] = record
+        if len(drawer) > ROWS_PER_DRAWER:
+            del drawer[next(iter(drawer))]
 
 
 def _drawer(hint: Hint) -> int:

@@ -48,12 +48,16 @@ class LayerShape:
 
 def lazy_memory(layers: Sequence[LayerShape], device: torch.device) -> bool:
     """Whether the memory of these layers can follow what is written: where all of them are on the CPU."""
-    return HAS_LAZY_PAGES and all((shape.device or device).type == "cpu" for shape in layers)
+    return HAS_LAZY_PAGES and _on_cpu(layers, device)
 
 
 def growing_memory(layers: Sequence[LayerShape], device: torch.device) -> bool:
     """Whether the memory of these layers is taken bit by bit: on a CPU without lazy pages."""
-    return not HAS_LAZY_PAGES and all((shape.device or device).type == "cpu" for shape in layers)
+    return not HAS_LAZY_PAGES and _on_cpu(layers, device)
+
+
+def _on_cpu(layers: Sequence[LayerShape], device: torch.device) -> bool:
+    return all((shape.device or device).type == "cpu" for shape in layers)
 
 
 class SlotCache:

@@ -356,11 +356,9 @@ class LapsSd(Policy):
             if key.startswith(_HINTS_PREFIX):
                 with suppress(ValueError):
                     hints.restore(text)
-            if key.startswith(_CLASS_PREFIX) or key == _EVERYTHING:
-                try:
+            elif key.startswith(_CLASS_PREFIX) or key == _EVERYTHING:
+                with suppress(ValueError):
                     records[key] = ClassRecord.from_json(text)
-                except ValueError:
-                    continue
         everything = records.pop(_EVERYTHING, None)
         classes = {key.removeprefix(_CLASS_PREFIX): record for key, record in records.items()}
         self.knowledge.restore(classes, everything, hints)
